@@ -1,0 +1,69 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+# The commands of this repository. Each makes the environment it needs in .venv; `make` alone lists them.
+
+PYTHON ?= python3
+# What to install as PyTorch before anything else; empty: the pin in constraints.txt, from pip's own index.
+# A CPU-only build on Linux: see "Set-up" in CONTRIBUTING.md.
+TORCH ?=
+# More options for every call of pip.
+PIP_FLAGS ?=
+# Test processes; each is held to one thread, so that they do not fight over the cores.
+JOBS ?= 2
+# More arguments for pytest, the demo or the benchmark.
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# -qq keeps pip to its errors.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
+	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(BASE) ## install the package and run its demo
+	@$(BIN)/ham-hf demo $(ARGS)
+
+test: $(DEV) ## run the tests, without the slow ones
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(DEV) ## run the slow tests (minutes)
+	@$(PYTEST) -m slow $(ARGS)
+
+lint: $(DEV) ## check style, format and types; changes nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(DEV) ## mend what ruff can mend, and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(BASE) ## measure speed and memory on this machine
+	@$(BIN)/python -m ham_hf.evaluation.bench $(ARGS)
+
+clean: ## remove the environment, the caches and what was built
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing ham-hf into $(VENV) (the first time takes a minute or two)"
+	@$(if $(strip $(TORCH)),$(PIP) $(TORCH),$(HINT))
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(BASE)
+	@echo "Installing the tools for tests and lint into $(VENV)"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@

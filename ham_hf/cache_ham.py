@@ -1,0 +1,777 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""HAMCache: per layer the RNN's state and, in pages of real memory, only the tokens that each head kept."""
+
+import heapq
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_ham import HAMConfig
+from .ops_ham import compact_kept, convolution_state, gated_delta_rule_with_prediction
+from .ops_ham import ragged_decode_attention, sparse_prefix_attention
+from .routing_ham import check_threshold
+
+# Small pages waste little on a head that keeps few tokens; 16 is also what matrix units want as a smallest side.
+PAGE_SIZE = 16
+# New slabs are this fraction of what is stored: unused memory stays small and the number of slabs logarithmic.
+SLAB_GROWTH = 1 / 16
+MIN_SLAB_PAGES = 4
+
+
+@dataclass
+class KeptTokens:
+    """Kept tokens as flat tensors, ordered by stream (row times heads plus head) and position within it.
+
+    Attributes:
+        keys: `[n, K]`, after QK-norm and RoPE.
+        values: `[n, V]`.
+        scores: `[n]` float32 routing scores.
+        positions: `[n]` int32, index among the real tokens of the row.
+        streams: `[n]` int64.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    positions: torch.Tensor
+    streams: torch.Tensor
+
+    def select(self, index: torch.Tensor, streams: torch.Tensor | None = None) -> "KeptTokens":
+        """The tokens at `index` (a bool mask or indices), under new stream numbers if given."""
+        streams = self.streams[index] if streams is None else streams
+        return KeptTokens(self.keys[index], self.values[index], self.scores[index], self.positions[index], streams)
+
+
+class PagedStore:
+    """Append-only storage of kept tokens for `num_streams` streams of any length, in pages that never move.
+
+    Each stream fills an open page of its own; a full page is copied once, to the end of the last slab. So appending is
+    amortised O(1), no step copies what is stored, and a stream wastes less than one page plus its share of one slab.
+    """
+
+    FIELDS = ("keys", "values", "scores", "positions")
+
+    def __init__(self, num_streams: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device):
+        self.num_streams = num_streams
+        self.key_dim, self.value_dim = key_dim, value_dim
+        self.dtype = dtype
+        self.slabs: list[dict[str, torch.Tensor]] = []
+        self.used: list[int] = []
+        self.counts = torch.zeros(num_streams, dtype=torch.long, device=device)
+        self.tail = self._new_pages(num_streams, device)
+
+    def _new_pages(self, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
+        return {
+            "keys": torch.zeros(pages, PAGE_SIZE, self.key_dim, dtype=self.dtype, device=device),
+            "values": torch.zeros(pages, PAGE_SIZE, self.value_dim, dtype=self.dtype, device=device),
+            "scores": torch.zeros(pages, PAGE_SIZE, dtype=torch.float32, device=device),
+            "positions": torch.zeros(pages, PAGE_SIZE, dtype=torch.int32, device=device),
+            "owner": torch.zeros(pages, dtype=torch.int32, device=device),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.counts.device
+
+    @property
+    def fill(self) -> torch.Tensor:
+        """`[N]` tokens in each stream's open page."""
+        return self.counts % PAGE_SIZE
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the store holds: their bytes are the bytes it costs."""
+        return [self.counts, *self.tail.values(), *(x for slab in self.slabs for x in slab.values())]
+
+    def to(self, device: torch.device) -> None:
+        """Moves every tensor to `device`."""
+        self.counts = self.counts.to(device)
+        self.tail = {name: x.to(device) for name, x in self.tail.items()}
+        self.slabs = [{name: x.to(device) for name, x in slab.items()} for slab in self.slabs]
+
+    def append(self, tokens: KeptTokens) -> None:
+        """Appends tokens, ordered by stream and position, behind what their streams hold."""
+        if tokens.streams.numel() == 0:
+            return
+        added = torch.bincount(tokens.streams, minlength=self.num_streams)
+        first = added.cumsum(0) - added
+        rank = torch.arange(len(tokens.streams), device=self.device) - first[tokens.streams]
+        slot = self.fill[tokens.streams] + rank
+        pages, self_fill = (self.fill + added) // PAGE_SIZE, self.fill
+        self.counts = self.counts + added
+        total = int(pages.sum())
+        if total == 0:
+            self._write(self.tail, tokens, tokens.streams, slot)
+            return
+        # Full pages are laid out stream by stream; each stream's first one begins with what its open page held.
+        start = pages.cumsum(0) - pages
+        slab, offset = self._reserve(total)
+        complete = slot < pages[tokens.streams] * PAGE_SIZE
+        opened = torch.arange(PAGE_SIZE, device=self.device) < self_fill[:, None]
+        stream, column = (opened & (pages > 0)[:, None]).nonzero(as_tuple=True)
+        for name in self.FIELDS:
+            slab[name][offset + start[stream], column] = self.tail[name][stream, column]
+        sealed = tokens.select(complete)
+        page = offset + start[sealed.streams] + slot[complete] // PAGE_SIZE
+        self._write(slab, sealed, page, slot[complete] % PAGE_SIZE)
+        slab["owner"][offset : offset + total] = torch.repeat_interleave(
+            torch.arange(self.num_streams, device=self.device), pages, output_size=total
+        ).int()
+        rest = tokens.select(~complete)
+        self._write(self.tail, rest, rest.streams, slot[~complete] % PAGE_SIZE)
+
+    def _write(self, pages, tokens, page, slot):
+        for name in self.FIELDS:
+            pages[name][page, slot] = getattr(tokens, name)
+
+    def _reserve(self, pages: int) -> tuple[dict[str, torch.Tensor], int]:
+        """A slab with room for `pages` more full pages, and where they begin in it."""
+        if not self.slabs or self.used[-1] + pages > len(self.slabs[-1]["owner"]):
+            growth = max(MIN_SLAB_PAGES, int(sum(self.used) * SLAB_GROWTH))
+            self.slabs.append(self._new_pages(max(pages, growth), self.device))
+            self.used.append(0)
+        offset = self.used[-1]
+        self.used[-1] += pages
+        return self.slabs[-1], offset
+
+    def pages(self) -> list[dict[str, torch.Tensor]]:
+        """The full pages of every slab, as views."""
+        return [{k: x[:n] for k, x in slab.items()} for slab, n in zip(self.slabs, self.used, strict=True) if n]
+
+    def tokens(self) -> KeptTokens:
+        """A copy of everything stored, ordered by stream and position."""
+        opened = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
+        parts = {name: [pages[name].flatten(0, 1) for pages in self.pages()] for name in self.FIELDS}
+        flat = {name: torch.cat([*parts[name], self.tail[name][opened]]) for name in self.FIELDS}
+        owners = [pages["owner"].long().repeat_interleave(PAGE_SIZE) for pages in self.pages()]
+        streams = torch.cat([*owners, opened.nonzero()[:, 0]])
+        tokens = KeptTokens(flat["keys"], flat["values"], flat["scores"], flat["positions"], streams)
+        order = tokens.positions.argsort(stable=True)
+        return tokens.select(order[tokens.streams[order].argsort(stable=True)])
+
+    def rebuilt(self, tokens: KeptTokens, num_streams: int | None = None) -> "PagedStore":
+        """A new store of the same kind that holds `tokens` and no unused slab."""
+        num_streams = self.num_streams if num_streams is None else num_streams
+        store = PagedStore(num_streams, self.key_dim, self.value_dim, self.dtype, self.device)
+        store.append(tokens)
+        return store
+
+    def replace_lowest(self, tokens: KeptTokens) -> None:
+        """Puts each token, at most one per stream, in place of its stream's lowest score unless its own is lower still.
+
+        Of equal scores the oldest leaves.
+        """
+        everything = [(pages, pages["owner"].long()) for pages in self.pages()]
+        everything.append((self.tail, torch.arange(self.num_streams, device=self.device)))
+        opened = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
+        scores = [pages["scores"] for pages, _ in everything[:-1]]
+        scores.append(self.tail["scores"].masked_fill(~opened, torch.inf))
+        lowest = torch.full((self.num_streams,), torch.inf, device=self.device)
+        for page_scores, (_, owner) in zip(scores, everything, strict=True):
+            lowest.scatter_reduce_(0, owner, page_scores.amin(1), "amin")
+        oldest = torch.full((self.num_streams,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=self.device)
+        for page_scores, (pages, owner) in zip(scores, everything, strict=True):
+            position = pages["positions"].masked_fill(page_scores != lowest[owner, None], oldest.max())
+            oldest.scatter_reduce_(0, owner, position.amin(1), "amin")
+        incoming = torch.full((self.num_streams,), -1, dtype=torch.long, device=self.device)
+        enters = tokens.scores >= lowest[tokens.streams]
+        incoming[tokens.streams[enters]] = enters.nonzero()[:, 0]
+        for page_scores, (pages, owner) in zip(scores, everything, strict=True):
+            leaves = (page_scores == lowest[owner, None]) & (pages["positions"] == oldest[owner, None])
+            page, slot = (leaves & (incoming[owner] >= 0)[:, None]).nonzero(as_tuple=True)
+            self._write(pages, tokens.select(incoming[owner[page]]), page, slot)
+
+    def mark(self) -> dict:
+        """What `rollback` needs to forget every later append: counters and the open pages, never the full ones."""
+        tail = {name: x.clone() for name, x in self.tail.items()}
+        return {"counts": self.counts, "tail": tail, "used": list(self.used)}
+
+    def rollback(self, mark: dict) -> None:
+        """Forgets what was appended since `mark`."""
+        self.counts, self.tail, self.used = mark["counts"], mark["tail"], list(mark["used"])
+        del self.slabs[len(self.used) :]
+
+
+@dataclass
+class LayerStep:
+    """What one forward gives a layer's memories; absent parts are `None`.
+
+    Attributes:
+        positions: `[B, T]` index among the real tokens of the row.
+        real: `[B, T]` bool, false for padding, or `None`.
+        conv_inputs: `[B, T, C]` inputs of the short convolution.
+        conv_state: `[B, W - 1, C]` its state after the call.
+        rnn: `(k, v, g, beta)` as `gated_delta_rule_with_prediction` takes them.
+        recurrent_state: `[B, Hk, K, V]` float32 state after the call.
+        keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]` of the attention view.
+        scores: `[B, T, Hk]` float32 routing scores.
+        keep: `[B, T, Hk]` bool.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor | None = None
+    conv_inputs: torch.Tensor | None = None
+    conv_state: torch.Tensor | None = None
+    rnn: tuple[torch.Tensor, ...] | None = None
+    recurrent_state: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.positions.shape[1]
+
+    def first(self, length: int) -> "LayerStep":
+        """The inputs of the first `length` tokens; states, which belong to the whole, are dropped."""
+        cut = {name: x[:, :length] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        cut |= {"conv_state": None, "recurrent_state": None}
+        rnn = None if self.rnn is None else tuple(x[:, :length] for x in self.rnn)
+        return LayerStep(**(vars(self) | cut | {"rnn": rnn}))
+
+    @classmethod
+    def joined(cls, steps: list["LayerStep"]) -> "LayerStep":
+        """Successive steps as one; their states are dropped."""
+        names = ("conv_inputs", "keys", "values", "scores", "keep", "positions")
+        fields = {name: _cat([getattr(step, name) for step in steps]) for name in names}
+        if any(step.real is not None for step in steps):
+            fields["real"] = torch.cat(
+                [torch.ones_like(x.positions, dtype=torch.bool) if x.real is None else x.real for x in steps], dim=1
+            )
+        rnn = None if steps[0].rnn is None else tuple(torch.cat(x, dim=1) for x in zip(*(s.rnn for s in steps), strict=True))
+        return cls(rnn=rnn, **fields)
+
+    def detached(self) -> "LayerStep":
+        """The same without the autograd graph, which a cache must not keep alive."""
+        fields = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        rnn = None if self.rnn is None else tuple(x.detach() for x in self.rnn)
+        return LayerStep(**(fields | {"rnn": rnn}))
+
+    def kept(self) -> KeptTokens:
+        """The kept tokens, flat and ordered by stream and position."""
+        heads = self.keep.shape[2]
+        row, head, time = self.keep.transpose(1, 2).nonzero(as_tuple=True)
+        return KeptTokens(
+            self.keys[row, time, head],
+            self.values[row, time, head],
+            self.scores[row, time, head],
+            self.positions[row, time].int(),
+            row * heads + head,
+        )
+
+
+def _cat(tensors):
+    return None if tensors[0] is None else torch.cat(tensors, dim=1)
+
+
+@dataclass
+class KeptColumns:
+    """Kept tokens of a cache as `[B, Hk, M, D]` keys and values and `[B, Hk, M]` scores, right-aligned; `[B, Hk]` counts."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    counts: torch.Tensor
+
+
+def attend_new(q, k, v, keep, scores, budget=None, cached: KeptColumns | None = None, seq_idx=None) -> torch.Tensor:
+    """Attention of new tokens over cached columns, the kept ones among themselves, and themselves.
+
+    Args:
+        q: `[B, T, H, K]` queries.
+        k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
+        keep: `[B, T, Hk]` bool.
+        scores: `[B, T, Hk]` routing scores, read only with a budget.
+        budget: kept tokens per head after which the lowest score leaves, or `None`.
+        cached: what a cache holds already, no more than `budget` per head.
+        seq_idx: `[B, T]` int, the document of each token; without a cache only.
+
+    Returns:
+        `[B, T, H, V]`.
+    """
+    (keys, values, kept_scores), end = compact_kept(keep, k, v, scores[..., None])
+    begin = torch.zeros_like(end)
+    if seq_idx is not None:
+        first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
+        begin = end.gather(1, first[..., None].expand_as(end))
+    until = None
+    if budget is not None:
+        until = eviction_times(keep, kept_scores[..., 0], budget, cached)
+    if cached is not None:
+        width = cached.keys.shape[2]
+        begin, end = begin + (width - cached.counts)[:, None], end + width
+        keys, values = torch.cat([cached.keys, keys], 2), torch.cat([cached.values, values], 2)
+    return sparse_prefix_attention(q, k, v, keys, values, begin, end, until)
+
+
+def eviction_times(keep, scores, budget: int, cached: KeptColumns | None = None) -> torch.Tensor | None:
+    """From which query on each column is gone when a head holds at most `budget` tokens and the lowest score leaves.
+
+    Args:
+        keep: `[B, T, Hk]` bool, the new tokens that are admitted.
+        scores: `[B, Hk, M]` their scores, compacted.
+        budget: how many tokens a head may hold.
+        cached: what it holds already, no more than `budget`.
+
+    Returns:
+        `[B, Hk, M]` int64 (cached columns first): queries `t <` this see the column. `None` if nothing is ever evicted.
+    """
+    batch, length, heads = keep.shape
+    added = keep.sum(1)
+    held = torch.zeros_like(added) if cached is None else cached.counts
+    if not bool((held + added > budget).any()):
+        return None
+    width = 0 if cached is None else cached.keys.shape[2]
+    until = torch.full((batch * heads, width + scores.shape[2]), length + 1)
+    for stream in range(batch * heads):
+        row, head = divmod(stream, heads)
+        # The column breaks ties of scores, and grows with the position: of equal scores the oldest leaves.
+        heap: list[tuple[float, int]] = []
+        if cached is not None:
+            first = width - int(held[row, head])
+            heap = [(s, first + i) for i, s in enumerate(cached.scores[row, head, first:].tolist())]
+            heapq.heapify(heap)
+        times = keep[row, :, head].nonzero()[:, 0].tolist()
+        for i, (time, score) in enumerate(zip(times, scores[row, head].tolist(), strict=False)):
+            heapq.heappush(heap, (score, width + i))
+            if len(heap) > budget:
+                until[stream, heapq.heappop(heap)[1]] = time + 1
+    return until.view(batch, heads, -1).to(keep.device)
+
+
+def _ranks(streams: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`[n]` rank of each token within its stream, for tokens ordered by stream; `counts` `[N]` tokens per stream."""
+    return torch.arange(len(streams), device=streams.device) - (counts.cumsum(0) - counts)[streams]
+
+
+def _scatter_columns(x, streams, columns, batch, heads, width):
+    out = x.new_zeros(batch * heads, width, *x.shape[1:])
+    out[streams, columns] = x
+    return out.unflatten(0, (batch, heads))
+
+
+class HAMCacheLayer(CacheLayerMixin):
+    """One layer's memories: convolution state, recurrent state and, unless it is linear, the paged kept tokens.
+
+    `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing: what attention
+    reads is given by `attend`.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+    is_croppable = True
+
+    def __init__(self):
+        super().__init__()
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, as if newly made."""
+        self.conv_state: torch.Tensor | None = None
+        self.recurrent_state: torch.Tensor | None = None
+        self.store: PagedStore | None = None
+        self.real_tokens: torch.Tensor | None = None
+        self.seen_tokens = 0
+        self.is_initialized = False
+        self._base: dict | None = None
+        self._steps: list[LayerStep] = []
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.real_tokens is None else len(self.real_tokens)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes an empty store for `[B, T, Hk, K]` keys and `[B, T, Hk, V]` values."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        batch, _, heads, key_dim = key_states.shape
+        self.store = PagedStore(batch * heads, key_dim, value_states.shape[-1], self.dtype, self.device)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not, padding included."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def attend(self, q, k, v, keep, scores, budget: int | None) -> torch.Tensor:
+        """Attention of new tokens over what is kept here, the kept ones among themselves, and themselves.
+
+        Args:
+            q: `[B, T, H, K]`; k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`; keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
+            budget: kept tokens per head after which the lowest score leaves, or `None`.
+
+        Returns:
+            `[B, T, H, V]`.
+        """
+        if not self.is_initialized or self.store is None:
+            return attend_new(q, k, v, keep, scores, budget)
+        if q.shape[1] == 1:
+            return self._decode(q, k, v)
+        batch, _, heads, _ = k.shape
+        held = self.store.tokens()
+        largest = int(self.store.counts.max())
+        # Right-aligned, so that what a query sees of the cache and of the new tokens is one span of columns.
+        column = _ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
+        cached = KeptColumns(
+            *(_scatter_columns(x, held.streams, column, batch, heads, largest) for x in (held.keys, held.values, held.scores)),
+            counts=self.store.counts.view(batch, heads),
+        )
+        return attend_new(q, k, v, keep, scores, budget, cached)
+
+    def dense_keys(self, past_real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept keys at their columns among all tokens seen, `[B, Hk, S, K]`, and `[B, Hk, S]` bool where there is one.
+
+        Args:
+            past_real: `[B, S]` bool, false for padding; `None` if every token seen was real.
+        """
+        batch = self.batch_size
+        heads = self.store.num_streams // batch
+        held = self.store.tokens()
+        columns = held.positions.long()
+        if past_real is not None:
+            # The p-th real token of a row stands where the p-th true entry of its mask is.
+            order = (~past_real).to(torch.uint8).argsort(dim=1, stable=True)
+            columns = order[held.streams // heads, columns]
+        keys = _scatter_columns(held.keys, held.streams, columns, batch, heads, self.seen_tokens)
+        ones = torch.ones_like(held.streams, dtype=torch.bool)
+        return keys, _scatter_columns(ones, held.streams, columns, batch, heads, self.seen_tokens)
+
+    def _decode(self, q, k, v):
+        heads = k.shape[2]
+        q = q.squeeze(1).unflatten(1, (heads, -1)).flatten(0, 1)
+        pages = [(x["keys"], x["values"], x["owner"]) for x in self.store.pages()]
+        tail = (self.store.tail["keys"], self.store.tail["values"], self.store.fill)
+        out = ragged_decode_attention(q, k.flatten(0, 2), v.flatten(0, 2), pages, tail)
+        return out.unflatten(0, (-1, heads)).flatten(1, 2).unsqueeze(1)
+
+    def update(self, step: LayerStep, budget: int | None = None) -> None:  # type: ignore[override]
+        """Takes in what one forward computed; with `budget`, a head that is full drops its lowest scores."""
+        step = step.detached()
+        if not self.is_initialized:
+            self.device = step.positions.device
+            self.real_tokens = step.positions.new_zeros(len(step.positions))
+            if step.keys is not None:
+                self.lazy_initialization(step.keys, step.values)
+            self.is_initialized = True
+        if self.record_past:
+            self._base = self._snapshot(step) if self._base is None else self._base
+            self._steps.append(step)
+        self._take(step, budget)
+
+    def _take(self, step: LayerStep, budget: int | None) -> None:
+        self.conv_state, self.recurrent_state = step.conv_state, step.recurrent_state
+        self.seen_tokens += step.length
+        self.real_tokens = self.real_tokens + (step.length if step.real is None else step.real.sum(1))
+        if self.store is None:
+            return
+        kept = step.kept()
+        if budget is None:
+            self.store.append(kept)
+        elif step.length == 1:
+            full = self.store.counts[kept.streams] >= budget
+            self.store.replace_lowest(kept.select(full))
+            self.store.append(kept.select(~full))
+        else:
+            self.store.append(kept)
+            self.enforce_budget(budget)
+
+    def enforce_budget(self, budget: int) -> None:
+        """Drops the lowest scores of every head that holds more than `budget` tokens; of equal scores the oldest."""
+        if self.store is None or int(self.store.counts.max()) <= budget:
+            return
+        tokens = self.store.tokens()
+        # Tokens come ordered by stream and position, so stable sorts by score and then by stream rank the oldest first.
+        order = tokens.scores.argsort(stable=True)
+        order = order[tokens.streams[order].argsort(stable=True)]
+        streams = tokens.streams[order]
+        survives = torch.zeros_like(streams, dtype=torch.bool)
+        survives[order] = _ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
+        self.store = self.store.rebuilt(tokens.select(survives))
+
+    def _snapshot(self, step: LayerStep) -> dict:
+        conv_state = self.conv_state
+        if conv_state is None and step.conv_state is not None:
+            conv_state = torch.zeros_like(step.conv_state)
+        return {
+            "conv_state": conv_state,
+            "recurrent_state": self.recurrent_state,
+            "real_tokens": self.real_tokens,
+            "seen_tokens": self.seen_tokens,
+            "store": None if self.store is None else self.store.mark(),
+        }
+
+    def activate_past_recording(self) -> None:
+        """Remembers what later forwards add, until `crop`, so that it can be taken back exactly."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, and makes the ones before them final.
+
+        Raises:
+            ValueError: if the number is positive, or reaches further back than what was recorded.
+        """
+        removed = _check_crop(tokens_to_remove)
+        recorded = sum(step.length for step in self._steps)
+        if removed > recorded:
+            raise ValueError(
+                f"`crop({tokens_to_remove})` reaches past the {recorded} tokens recorded since `activate_past_recording()` or "
+                "the last `crop`: an RNN state can only go back to where it was remembered."
+            )
+        base, steps = self._base, self._steps
+        self._base, self._steps = None, []
+        if not removed:
+            return
+        self.conv_state, self.recurrent_state = base["conv_state"], base["recurrent_state"]
+        self.real_tokens, self.seen_tokens = base["real_tokens"], base["seen_tokens"]
+        if self.store is not None:
+            self.store.rollback(base["store"])
+        if recorded > removed:
+            self._replay(LayerStep.joined(steps).first(recorded - removed))
+
+    def _replay(self, step: LayerStep) -> None:
+        """Takes in inputs whose states after them are not known."""
+        if step.conv_inputs is not None:
+            step.conv_state = convolution_state(step.conv_inputs, self.conv_state, step.real)
+        if step.rnn is not None:
+            k, v, g, beta = step.rnn
+            state = self.recurrent_state
+            step.recurrent_state = gated_delta_rule_with_prediction(k, k, v, g, beta, initial_state=state)[2]
+        self._take(step, budget=None)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices` `[n]` (int, repeats allowed, or a bool mask); earlier tokens become final."""
+        if not self.is_initialized:
+            return
+        self._base, self._steps = None, []
+        everyone = torch.arange(self.batch_size, device=self.device)
+        rows = everyone[indices.to(self.device)]
+        if torch.equal(rows, everyone):
+            return
+        if self.store is not None:
+            self.store = self._selected_store(rows)
+        self.real_tokens = self.real_tokens[rows]
+        self.conv_state = None if self.conv_state is None else self.conv_state[rows]
+        self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state[rows]
+
+    def _selected_store(self, rows: torch.Tensor) -> PagedStore:
+        heads = self.store.num_streams // self.batch_size
+        head = torch.arange(heads, device=self.device)
+        source = (rows[:, None] * heads + head).flatten()
+        counts = self.store.counts[source]
+        streams = torch.repeat_interleave(counts)
+        first = self.store.counts.cumsum(0) - self.store.counts
+        index = first[source][streams] + _ranks(streams, counts)
+        return self.store.rebuilt(self.store.tokens().select(index, streams), len(source))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times, copies side by side."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearranges rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def prune(self, threshold: torch.Tensor) -> None:
+        """Drops the kept tokens whose score lies below `threshold` `[B or 1, Hk or 1]`; earlier tokens become final."""
+        self._base, self._steps = None, []
+        heads = self.store.num_streams // self.batch_size
+        limit = threshold.to(self.device).expand(self.batch_size, heads).flatten()
+        tokens = self.store.tokens()
+        self.store = self.store.rebuilt(tokens.select(tokens.scores >= limit[tokens.streams]))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the layer holds."""
+        steps = [x for step in self._steps for x in [*vars(step).values(), *(step.rnn or ())]]
+        base = [] if self._base is None else [self._base["conv_state"], self._base["recurrent_state"]]
+        if self._base is not None and self._base["store"] is not None:
+            base.extend(self._base["store"]["tail"].values())
+        own = [self.conv_state, self.recurrent_state, self.real_tokens, *steps, *base]
+        store = [] if self.store is None else self.store.tensors()
+        return [x for x in own if isinstance(x, torch.Tensor)] + store
+
+    def state_bytes(self) -> int:
+        """Bytes of what does not grow: convolution and recurrent state."""
+        return sum(x.nbytes for x in (self.conv_state, self.recurrent_state) if x is not None)
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to `device`."""
+        if not self.is_initialized:
+            return
+        self._base, self._steps = None, []
+        self.real_tokens = self.real_tokens.to(device)
+        self.conv_state = None if self.conv_state is None else self.conv_state.to(device)
+        self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state.to(device)
+        if self.store is not None:
+            self.store.to(device)
+
+    def offload(self) -> None:
+        """Moves the layer to the CPU; `prefetch` brings it back."""
+        self.to(torch.device("cpu"))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors that `load_state_dict` rebuilds the layer from."""
+        state = {"real_tokens": self.real_tokens, "conv_state": self.conv_state, "recurrent_state": self.recurrent_state}
+        if self.store is not None:
+            state |= vars(self.store.tokens()) | {"counts": self.store.counts}
+        return {name: x for name, x in state.items() if x is not None}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], config: HAMConfig, seen_tokens: int) -> None:
+        """Takes over what `state_dict` gave; `ValueError` if it does not fit `config`."""
+        self.reset()
+        self.real_tokens = state["real_tokens"]
+        self.conv_state, self.recurrent_state = state.get("conv_state"), state.get("recurrent_state")
+        self.device, self.seen_tokens, self.is_initialized = self.real_tokens.device, seen_tokens, True
+        if "counts" not in state:
+            return
+        expected = (len(self.real_tokens) * config.num_key_value_heads, config.head_dim, config.value_head_dim)
+        found = (len(state["counts"]), state["keys"].shape[1], state["values"].shape[1])
+        if found != expected:
+            raise ValueError(f"The cache holds (streams, key size, value size) {found}, but `config` needs {expected}.")
+        tokens = KeptTokens(**{name: state[name] for name in (*PagedStore.FIELDS, "streams")})
+        self.dtype = tokens.keys.dtype
+        self.store = PagedStore(*expected, self.dtype, self.device)
+        self.store.append(tokens)
+
+    def prefetch(self) -> None:
+        """Brings an offloaded layer back to the device it works on."""
+        if self.is_initialized:
+            self.to(self.device)
+
+
+def _check_crop(tokens_to_remove) -> int:
+    if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
+        raise TypeError(f"`tokens_to_remove` must be 0 or a negative int, got {tokens_to_remove!r}.")
+    if tokens_to_remove > 0:
+        raise ValueError(f"`tokens_to_remove` must be 0 or negative (`crop(-n)` takes back n tokens), got {tokens_to_remove}.")
+    return -tokens_to_remove
+
+
+class HAMCache(Cache):
+    """Cache of a HAM model: `generate` makes one by itself; pass it on as `past_key_values` to continue a conversation.
+
+    Two numbers are kept apart: tokens seen (`get_seq_length`), which positions come from, and tokens kept (`kept_tokens`),
+    which memory is paid for.
+
+    Args:
+        config: the model's `HAMConfig`.
+        offloading: keep every layer on the CPU except while it computes.
+
+    Example:
+
+    ```python
+    >>> cache = HAMCache(model.config)
+    >>> model.generate(**inputs, past_key_values=cache, threshold=0.4)
+    >>> cache.get_seq_length(), cache.kv_usage().mean(), cache.memory_bytes()
+    ```
+    """
+
+    def __init__(self, config: HAMConfig, offloading: bool = False):
+        if not isinstance(config, HAMConfig):
+            raise TypeError(f"`config` must be a HAMConfig, got {type(config).__name__}.")
+        super().__init__(layers=[HAMCacheLayer() for _ in range(config.num_hidden_layers)])
+        self.config = config
+        self.offload_layers = offloading
+
+    def _stores(self) -> list[PagedStore | None]:
+        if not self.layers[0].is_initialized:
+            raise ValueError("This cache has seen no tokens yet: run the model with it first.")
+        return [layer.store for layer in self.layers]
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.layers[0].is_initialized
+
+    @property
+    def real_tokens(self) -> torch.Tensor | None:
+        """`[B]` tokens seen that were not padding, `None` before the first."""
+        return self.layers[0].real_tokens
+
+    def kept_tokens(self) -> torch.Tensor:
+        """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""
+        heads, batch = self.config.num_key_value_heads, self.batch_size
+        empty = torch.zeros(batch, heads, dtype=torch.long)
+        return torch.stack([empty if s is None else s.counts.view(batch, heads).cpu() for s in self._stores()])
+
+    def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
+        """Of one layer, for each row and head, the sorted positions (among real tokens) that are kept, int32."""
+        store = self._stores()[layer_idx]
+        if store is None:
+            raise ValueError(f"`layer_idx` {layer_idx} is a linear layer, which keeps no tokens.")
+        parts = store.tokens().positions.cpu().split(store.counts.tolist())
+        heads = self.config.num_key_value_heads
+        return [list(parts[i : i + heads]) for i in range(0, len(parts), heads)]
+
+    def kv_usage(self) -> torch.Tensor:
+        """`[layers, B, Hk]` float32 fraction of the tokens seen (padding aside) that is kept."""
+        return self.kept_tokens() / self.real_tokens.cpu().clamp(min=1)[None, :, None]
+
+    def memory_bytes(self) -> int:
+        """Bytes of memory that the cache really holds: allocated storage, unused slots included."""
+        storages = {}
+        for layer in self.layers:
+            for x in layer.tensors() if layer.is_initialized else []:
+                storages[x.device, x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    def state_bytes(self) -> int:
+        """Bytes of the states of fixed size (convolution and RNN), part of `memory_bytes`."""
+        return sum(layer.state_bytes() for layer in self.layers)
+
+    def full_kv_bytes(self) -> int:
+        """Bytes of keys and values if every token seen were kept in every layer that has attention."""
+        config, store = self.config, next(s for s in self._stores() if s is not None)
+        per_token = config.num_key_value_heads * (config.head_dim + config.value_head_dim) * store.dtype.itemsize
+        layers = sum(store is not None for store in self._stores())
+        return self.get_seq_length() * self.batch_size * layers * per_token
+
+    def prune(self, threshold) -> None:
+        """Forgets, after the fact, what lies below a threshold: what remains is what it would have kept at the same scores.
+
+        Args:
+            threshold: as in `generate`; `ValueError` or `TypeError` as there.
+        """
+        self._stores()
+        hybrid = [i for i, layer_type in enumerate(self.config.layer_types) if layer_type == "hybrid"]
+        tensor = check_threshold(threshold, len(hybrid), self.batch_size, self.config.num_key_value_heads)
+        if tensor is None:
+            raise TypeError("`threshold` must be given: `prune` has no learned thresholds to fall back to.")
+        for layer_idx, limit in zip(hybrid, tensor.expand(len(hybrid), -1, -1), strict=True):
+            self.layers[layer_idx].prune(limit)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the cache to one safetensors file, whole or not at all."""
+        self._stores()
+        tensors = {}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.{name}": x.contiguous() for name, x in layer.state_dict().items()}
+        metadata = {"format": "ham_cache", "seen_tokens": str(self.get_seq_length())}
+        temporary = f"{os.fspath(path)}.partial"
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: HAMConfig, device: torch.device | str = "cpu") -> "HAMCache":
+        """Reads a cache written by `save`; `config` must be the one of the model that filled it."""
+        cache = cls(config)
+        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "ham_cache":
+                raise ValueError(f"`path` {os.fspath(path)!r} is not a cache written by `HAMCache.save`.")
+            names = list(file.keys())
+            for i, layer in enumerate(cache.layers):
+                prefix = f"{i}."
+                state = {name[len(prefix) :]: file.get_tensor(name) for name in names if name.startswith(prefix)}
+                layer.load_state_dict(state, config, int(metadata["seen_tokens"]))
+        return cache
+
+
+__all__ = ["HAMCache"]

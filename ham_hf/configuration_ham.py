@@ -1,0 +1,189 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""HAMConfig: the shape, router and thresholds of a Hybrid Associative Memory model, checked when it is built."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
+ERROR_ROUTERS = ("cosine", "l2", "residual")
+LEARNED_ROUTERS = ("learned", "learned_error")
+ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
+THRESHOLD_SCOPES = ("head", "layer", "model")
+
+
+@strict
+class HAMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Hybrid Associative Memory model (arXiv 2603.22325).
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000): Number of tokens in the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 2048): Width of the residual stream.
+        intermediate_size (`int`, *optional*, defaults to 5632): Width of the MLP.
+        num_hidden_layers (`int`, *optional*, defaults to 24): Number of decoder layers.
+        num_attention_heads (`int`, *optional*, defaults to 16): Number of query heads, shared by both memories.
+        num_key_value_heads (`int`, *optional*): Number of key/value heads; the RNN state, the routing scores and the
+            kept tokens live per key/value head. Defaults to `num_attention_heads`.
+        head_dim (`int`, *optional*): Size of a query or key. Defaults to `hidden_size // num_attention_heads`.
+        value_head_dim (`int`, *optional*): Size of a value. Defaults to `head_dim`.
+        hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP.
+        max_position_embeddings (`int`, *optional*, defaults to 32768): Longest sequence the model was made for.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every RMSNorm.
+        use_cache (`bool`, *optional*, defaults to `True`): Whether the model returns a cache.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head reuses the embedding matrix.
+        rope_parameters (`dict`, *optional*): RoPE of the attention view, such as `{"rope_type": "default",
+            "rope_theta": 10000.0}`; `None` leaves positions out (NoPE).
+        attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have biases.
+        mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.
+        layer_types (`list[str]`, *optional*): One of `"hybrid"` (HAM), `"linear_attention"` (Gated DeltaNet only) and
+            `"full_attention"` (softmax over every token) per layer. Defaults to `"hybrid"` everywhere.
+        conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal depthwise convolution of q, k and v.
+        attention_conv (`bool`, *optional*, defaults to `True`): Whether the attention reads the convolved q, k, v
+            (else the raw projections, as a Transformer does).
+        qk_norm (`bool`, *optional*, defaults to `True`): Whether q and k of the attention pass a learned RMSNorm per head.
+        rnn_output_norm (`bool`, *optional*, defaults to `True`): Whether the RNN's output is RMS-normalised.
+        kv_output_norm (`bool`, *optional*, defaults to `True`): Whether the attention's output is RMS-normalised.
+        output_gate (`bool`, *optional*, defaults to `True`): Whether the mixed output is multiplied by `silu(W_z x)`.
+        router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
+            (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
+        router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
+        target_kv_usage (`float`, *optional*, defaults to 0.5): Fraction of tokens that training drives the thresholds to keep.
+        threshold_scope (`str`, *optional*, defaults to `"head"`): Whether each `"head"`, the mean of each `"layer"` or
+            the mean of the whole `"model"` is to meet `target_kv_usage`.
+        threshold (`float` or `list[float]`, *optional*): Threshold used when a call gives none: one value, or one per
+            hybrid layer. `None` uses the learned thresholds.
+
+    Raises `ValueError` (or huggingface_hub's `StrictDataclassError` for a wrong type) for a combination that no model can
+    be built from.
+    """
+
+    model_type = "ham"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    # q, k and v are gathered because the convolution and the kept sets need whole heads beside their per-head parameters.
+    base_model_tp_plan = {
+        "layers.*.mixer.q_proj": "colwise_gather_output",
+        "layers.*.mixer.k_proj": "colwise_gather_output",
+        "layers.*.mixer.v_proj": "colwise_gather_output",
+        "layers.*.mixer.o_proj": "rowwise_split_input",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    layer_types: list[str] | None = None
+    conv_kernel_size: int = 4
+    attention_conv: bool = True
+    qk_norm: bool = True
+    rnn_output_norm: bool = True
+    kv_output_norm: bool = True
+    output_gate: bool = True
+    router: str = "cosine"
+    router_hidden_size: int | None = None
+    target_kv_usage: float | int = 0.5
+    threshold_scope: str = "head"
+    threshold: float | int | list[float] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.value_head_dim is None:
+            self.value_head_dim = self.head_dim
+        if self.router_hidden_size is None:
+            self.router_hidden_size = max(1, self.hidden_size // 4)
+        if self.layer_types is None:
+            self.layer_types = ["hybrid"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hybrid_layers(self) -> int:
+        """Number of layers that route tokens: those a list of thresholds has an entry for."""
+        return self.layer_types.count("hybrid")
+
+    def validate_architecture(self):
+        """Refuses shapes and switches that no model can be built from; called by `@strict` and again before saving."""
+        self._validate_sizes()
+        self._validate_layers()
+        self._validate_routing()
+
+    def _validate_sizes(self):
+        positive = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim value_head_dim max_position_embeddings conv_kernel_size router_hidden_size"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("initializer_range", "rms_norm_eps"):
+            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a finite number above 0, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads}), so that every key/value head serves the same number of query heads."
+            )
+
+    def _validate_layers(self):
+        for layer_type in self.layer_types:
+            if layer_type not in LAYER_TYPES:
+                raise ValueError(f"`layer_types` entries must be one of {LAYER_TYPES}, got {layer_type!r}.")
+        if self.rope_parameters is None:
+            return
+        if self.head_dim % 2:
+            raise ValueError(f"RoPE needs an even `head_dim`, got {self.head_dim}; or set `rope_parameters=None`.")
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1.0: HAM rotates whole heads; "
+                f"got {self.rope_parameters['partial_rotary_factor']}."
+            )
+
+    def _validate_routing(self):
+        if self.router not in ROUTERS:
+            raise ValueError(f"`router` must be one of {ROUTERS}, got {self.router!r}.")
+        if self.threshold_scope not in THRESHOLD_SCOPES:
+            raise ValueError(f"`threshold_scope` must be one of {THRESHOLD_SCOPES}, got {self.threshold_scope!r}.")
+        if not 0 <= self.target_kv_usage <= 1:
+            raise ValueError(f"`target_kv_usage` must be between 0 and 1, got {self.target_kv_usage}.")
+        if self.threshold is None:
+            return
+        values = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        if any(math.isnan(value) for value in values):
+            raise ValueError(f"`threshold` must not be NaN, got {self.threshold}.")
+        if isinstance(self.threshold, list) and len(values) != self.num_hybrid_layers:
+            raise ValueError(
+                f"`threshold` must have one entry per hybrid layer ({self.num_hybrid_layers}), got {len(values)}."
+            )
+
+
+__all__ = ["HAMConfig"]

@@ -1,0 +1,704 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_ham import HAMCache, LayerStep, attend_new
+from .configuration_ham import LEARNED_ROUTERS, HAMConfig
+from .ops_ham import gated_delta_rule_with_prediction, l2norm, short_convolution
+from .routing_ham import (
+    NUM_QUANTILES,
+    HAMRouter,
+    check_kv_budget,
+    check_kv_usage,
+    check_threshold,
+    threshold_control,
+    usage_threshold,
+)
+
+# The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
+INITIAL_THRESHOLD = 0.5
+
+
+@dataclass
+class HAMModelOutputWithPast(ModelOutput):
+    """Output of `HAMModel`.
+
+    Attributes:
+        last_hidden_state: `[B, T, D]`.
+        past_key_values: the `HAMCache`, or `None` without one.
+        hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
+        attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
+        routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
+        threshold_control: with `output_threshold_control=True` in training, `[2, Hk]` per hybrid layer: zeros that carry the
+            thresholds' gradients, and the fractions kept.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: HAMCache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    routing_scores: tuple[torch.FloatTensor, ...] | None = None
+    threshold_control: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HAMCausalLMOutputWithPast(ModelOutput):
+    """Output of `HAMForCausalLM`: loss (scalar), logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: HAMCache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    routing_scores: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class TokenLayout:
+    """Which of a call's tokens are real, and where they belong.
+
+    Attributes:
+        positions: `[B, T]` int64 index among the real tokens of the row's document.
+        real: `[B, T]` bool, false for padding; `None` if every token is real.
+        seq_idx: `[B, T]` int64 document of each token; `None` if each row is one document.
+        past_real: `[B, S]` bool, the same as `real` for the tokens in the cache; `None` if all are real.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    past_real: torch.Tensor | None = None
+
+    def to(self, device, non_blocking: bool = False) -> "TokenLayout":
+        """The same on another device, as accelerate's device maps ask of a layer's inputs."""
+        return TokenLayout(
+            **{name: None if x is None else x.to(device, non_blocking=non_blocking) for name, x in vars(self).items()}
+        )
+
+
+def token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx=None) -> TokenLayout:
+    """Works out the layout of `[batch, length]` new tokens; the arguments are those of `HAMModel.forward`, checked."""
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past_real = real = None
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        past_real, real = mask[:, :seen], mask[:, seen:]
+        # Reading the mask stalls a GPU: worth it once per prompt, not once per generated token.
+        if length > 1 and bool(real.all()):
+            real = None
+    positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
+    if seen:
+        return TokenLayout(positions + past_key_values.real_tokens.to(device)[:, None], real, None, past_real)
+    if seq_idx is None and position_ids is not None and length > 1:
+        seq_idx = restarts(position_ids.expand(batch, -1), real)
+    if seq_idx is not None:
+        first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
+        positions = positions - positions.gather(1, first)
+    return TokenLayout(positions.clamp(min=0), real, seq_idx, past_real)
+
+
+def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+    """`[B, T]` number of the document of each token, a new one where real positions fail to rise; `None` if none does."""
+    starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    if real is not None:
+        starts = starts & real & F.pad(real[:, :-1], (1, 0))
+    return starts.long().cumsum(1) if bool(starts.any()) else None
+
+
+def attention_weights(q, k, keep, tokens: TokenLayout, cache) -> torch.Tensor:
+    """The dense weights `[B, H, T, S]` that `HAMMixer` never forms: over all tokens seen, zero where a token was not kept.
+
+    Args:
+        q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
+        tokens: the layout of the new tokens.
+        cache: the layer's cache before this call, or `None`.
+    """
+    batch, length, heads, key_dim = q.shape
+    t = torch.arange(length, device=q.device)
+    visible = (t[:, None] > t) & keep.permute(0, 2, 1)[:, :, None]
+    if tokens.seq_idx is not None:
+        visible = visible & (tokens.seq_idx[:, :, None] == tokens.seq_idx[:, None])[:, None]
+    visible = visible | (t[:, None] == t)
+    keys = k.transpose(1, 2)
+    if cache is not None and cache.seen_tokens:
+        held, held_visible = cache.dense_keys(tokens.past_real)
+        keys = torch.cat([held, keys], dim=2)
+        visible = torch.cat([held_visible[:, :, None].expand(-1, -1, length, -1), visible], dim=-1)
+    q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
+    logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
+    return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
+
+
+class HAMShortConvolution(nn.Module):
+    """Causal depthwise convolution with SiLU; `weight` is `[C, W]`."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def forward(self, x, initial_state=None, real=None, seq_idx=None):
+        return short_convolution(x, self.weight, initial_state, real, seq_idx)
+
+
+class HAMMixer(nn.Module):
+    """Token mixer of one layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
+
+    A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then keeps all.
+    """
+
+    def __init__(self, config: HAMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.has_rnn = self.layer_type != "full_attention"
+        self.has_attention = self.layer_type != "linear_attention"
+        self.has_conv = self.has_rnn or config.attention_conv
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        key_dim, value_dim, bias = config.head_dim, config.value_head_dim, config.attention_bias
+
+        self.q_proj = nn.Linear(hidden, heads * key_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * key_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * value_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * value_dim, hidden, bias=bias)
+        self.sizes = [heads * key_dim, kv_heads * key_dim, kv_heads * value_dim]
+        if self.has_conv:
+            self.conv = HAMShortConvolution(sum(self.sizes), config.conv_kernel_size)
+        if config.output_gate:
+            self.z_proj = nn.Linear(hidden, heads * value_dim, bias=False)
+        if self.has_rnn:
+            self.a_proj = nn.Linear(hidden, kv_heads, bias=False)
+            self.b_proj = nn.Linear(hidden, kv_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(kv_heads))
+            self.dt_bias = nn.Parameter(torch.empty(kv_heads))
+            self.rnn_norm = LlamaRMSNorm(value_dim, config.rms_norm_eps) if config.rnn_output_norm else nn.Identity()
+        if self.has_attention:
+            self.q_norm = LlamaRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            self.k_norm = LlamaRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            self.kv_norm = LlamaRMSNorm(value_dim, config.rms_norm_eps) if config.kv_output_norm else nn.Identity()
+        if self.layer_type == "hybrid":
+            self.rnn_gate_proj = nn.Linear(hidden, heads)
+            self.kv_gate_proj = nn.Linear(hidden, heads)
+            self.router = HAMRouter(config, layer_idx)
+            self.threshold = nn.Parameter(torch.empty(kv_heads))
+            self.register_buffer("score_quantiles", torch.zeros(kv_heads, NUM_QUANTILES))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: "TokenLayout",
+        past_key_values: HAMCache | None = None,
+        threshold: torch.Tensor | None = None,
+        kv_budget: int | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Mixes tokens.
+
+        Args:
+            hidden_states: `[B, T, D]` normalised input.
+            position_embeddings: cosines and sines `[B or 1, T, K]` of RoPE, or `None`.
+            tokens: which tokens are real, their positions and documents.
+            past_key_values: the cache to read and fill.
+            threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
+            kv_budget: kept tokens a head may hold, or `None`.
+            output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
+
+        Returns:
+            `[B, T, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and, while
+            the threshold is learned, `[2, Hk]`: a zero that carries the threshold's gradient, and the fraction kept.
+        """
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if past_key_values is not None and past_key_values.offload_layers:
+            cache.prefetch()
+        step = LayerStep(positions=tokens.positions, real=tokens.real)
+        raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
+        convolved = raw
+        if self.has_conv:
+            step.conv_inputs = raw
+            state = None if cache is None else cache.conv_state
+            convolved, step.conv_state = self.conv(raw, state, tokens.real, tokens.seq_idx)
+
+        o_rnn = o_kv = weights = scores = None
+        q, k, v = self._heads(convolved)
+        if self.has_rnn:
+            o_rnn, prediction, beta = self._recall(hidden_states, q, k, v, tokens, cache, step)
+        if self.layer_type == "hybrid":
+            scores = self.router(hidden_states, v, prediction, beta, tokens.positions)
+        if self.has_attention:
+            q, k, v = self._heads(convolved if self.config.attention_conv else raw)
+            if scores is not None and self.config.router in LEARNED_ROUTERS:
+                v = v * scores[..., None].to(v.dtype)
+            q, k = self._attention_view(q, k, position_embeddings)
+            self._route(scores, k, v, threshold, tokens, step)
+            if output_attentions:
+                weights = attention_weights(q, k, step.keep, tokens, cache)
+            o_kv = self._attend(q, k, v, tokens, cache, step, kv_budget)
+        if cache is not None:
+            cache.update(step, kv_budget)
+            if past_key_values.offload_layers:
+                cache.offload()
+        control = None
+        if self.training and self.layer_type == "hybrid" and threshold is None:
+            control = self._control(step)
+        return self._mix(hidden_states, o_rnn, o_kv), weights, scores, control
+
+    def _heads(self, qkv):
+        """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
+        key_dim, value_dim = self.config.head_dim, self.config.value_head_dim
+        q, k, v = qkv.split(self.sizes, -1)
+        return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
+
+    def _recall(self, hidden_states, q, k, v, tokens, cache, step):
+        """Runs the RNN: its output `[B, T, H, V]`, its prediction of each value and its write strengths."""
+        beta = self.b_proj(hidden_states).float().sigmoid()
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
+        if tokens.real is not None:
+            beta, g = beta * tokens.real[..., None], g * tokens.real[..., None]
+        k = l2norm(k)
+        step.rnn = (k, v, g, beta)
+        state = None if cache is None else cache.recurrent_state
+        o_rnn, prediction, step.recurrent_state = gated_delta_rule_with_prediction(
+            l2norm(q), k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx
+        )
+        return o_rnn.to(hidden_states.dtype), prediction, beta
+
+    def _attention_view(self, q, k, position_embeddings):
+        q, k = self.q_norm(q), self.k_norm(k)
+        if position_embeddings is None:
+            return q, k
+        return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+
+    def _route(self, scores, k, v, threshold, tokens, step):
+        """Decides which tokens are kept."""
+        step.keys, step.values = k, v
+        if scores is None:
+            step.scores = torch.ones(k.shape[:3], device=k.device)
+            keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        else:
+            threshold = self.threshold.detach().float()[None] if threshold is None else threshold.to(scores.device)
+            step.scores = scores.detach()
+            keep = step.scores >= threshold[:, None]
+        step.keep = keep if tokens.real is None else keep & tokens.real[..., None]
+
+    def _control(self, step):
+        """What the control loop needs; formed here because a sharded parameter is whole only inside its module's forward."""
+        kept = step.keep.sum((0, 1)).float()
+        seen = step.keep.shape[0] * step.keep.shape[1] if step.real is None else step.real.sum().clamp(min=1)
+        threshold = self.threshold.float()
+        return torch.stack([threshold - threshold.detach(), kept / seen])
+
+    def _attend(self, q, k, v, tokens, cache, step, kv_budget):
+        if self.layer_type == "full_attention":
+            kv_budget = None
+        if cache is None:
+            return attend_new(q, k, v, step.keep, step.scores, kv_budget, seq_idx=tokens.seq_idx)
+        if kv_budget is not None:
+            cache.enforce_budget(kv_budget)
+        return cache.attend(q, k, v, step.keep, step.scores, kv_budget)
+
+    def _mix(self, hidden_states, o_rnn, o_kv):
+        """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""
+        if self.layer_type == "hybrid":
+            mixed = self.rnn_gate_proj(hidden_states).sigmoid()[..., None] * self.rnn_norm(o_rnn)
+            mixed = mixed + self.kv_gate_proj(hidden_states).sigmoid()[..., None] * self.kv_norm(o_kv)
+        else:
+            mixed = self.rnn_norm(o_rnn) if self.has_rnn else self.kv_norm(o_kv)
+        mixed = mixed.flatten(2)
+        if self.config.output_gate:
+            mixed = mixed * F.silu(self.z_proj(hidden_states))
+        return self.o_proj(mixed)
+
+
+class HAMDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block: mixer, then MLP."""
+
+    def __init__(self, config: HAMConfig, layer_idx: int):
+        super().__init__()
+        self.mixer = HAMMixer(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **mixer_arguments) -> torch.Tensor:
+        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **mixer_arguments)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class HAMPreTrainedModel(PreTrainedModel):
+    config: HAMConfig
+    config_class = HAMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HAMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_attention_backend = True
+    # bfloat16 would move a threshold by up to 0.002, and with it the set of kept tokens.
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "threshold", "score_quantiles"]
+    _can_record_outputs = {
+        "hidden_states": HAMDecoderLayer,
+        "attentions": OutputRecorder(HAMMixer, index=1),
+        "routing_scores": OutputRecorder(HAMMixer, index=2),
+        "threshold_control": OutputRecorder(HAMMixer, index=3),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, HAMShortConvolution):
+            bound = module.weight.shape[1] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, HAMRouter) and module.kind == "learned_error":
+            init.ones_(module.error_weight)
+        elif isinstance(module, HAMMixer):
+            self._init_mixer(module)
+
+    def _init_mixer(self, mixer: HAMMixer):
+        """Decays as in Mamba-2 and Gated DeltaNet: `A` uniform in (1, 16), time steps log-uniform in (0.001, 0.1)."""
+        if mixer.has_rnn:
+            init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(1, 16).log())
+            dt = torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        if mixer.layer_type == "hybrid":
+            init.constant_(mixer.threshold, INITIAL_THRESHOLD)
+            init.zeros_(mixer.score_quantiles)
+
+
+class HAMModel(HAMPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: HAMConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([HAMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = None if config.rope_parameters is None else LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HAMCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        threshold: float | list[float] | torch.Tensor | None = None,
+        kv_usage: float | None = None,
+        kv_budget: int | None = None,
+        **kwargs,
+    ) -> HAMModelOutputWithPast:
+        """Runs the decoder.
+
+        Args:
+            input_ids: `[B, T]` int64, or `inputs_embeds` `[B, T, D]`.
+            attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if every token is real.
+            position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins.
+            past_key_values: a `HAMCache` to continue from.
+            use_cache: whether to fill and return a cache. Packed rows have none.
+            threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a tensor
+                `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults to
+                `config.threshold`, then to the learned thresholds.
+            kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
+            kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
+            kwargs: `output_attentions`, `output_hidden_states`, `output_routing_scores` (bool); for packed rows
+                `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, as Transformers' collators give them.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit; the cache is unchanged then.
+        """
+        output_attentions = _checked_flags(kwargs, self.config)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        _check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
+        thresholds = self._thresholds(threshold, kv_usage, batch)
+        kv_budget = check_kv_budget(kv_budget)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        device = inputs_embeds.device
+        seq_idx = _packed_documents(kwargs, batch, length, device)
+        tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
+        past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
+
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            if position_ids is None:
+                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+                position_ids = torch.arange(seen, seen + length, device=device).unsqueeze(0)
+            position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                tokens=tokens,
+                past_key_values=past_key_values,
+                threshold=layer_threshold,
+                kv_budget=kv_budget,
+                output_attentions=output_attentions,
+            )
+        return HAMModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _thresholds(self, threshold, kv_usage, batch) -> list[torch.Tensor | None]:
+        """What each layer compares its scores with: `[B or 1, Hk or 1]`, or `None` for the learned threshold."""
+        config = self.config
+        kv_usage = check_kv_usage(kv_usage)
+        if threshold is not None and kv_usage is not None:
+            raise ValueError("Give at most one of `threshold` and `kv_usage`: both decide what is kept.")
+        if threshold is None and kv_usage is None:
+            threshold = config.threshold
+        tensor = check_threshold(threshold, config.num_hybrid_layers, batch, config.num_key_value_heads)
+        per_layer: list[torch.Tensor | None] = [None] * config.num_hidden_layers
+        hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
+        for n, i in enumerate(hybrid):
+            if kv_usage is not None:
+                per_layer[i] = usage_threshold(self.layers[i].mixer.score_quantiles, kv_usage)[None]
+            elif tensor is not None:
+                per_layer[i] = tensor[min(n, len(tensor) - 1)]
+        return per_layer
+
+    def _prepare_cache(self, cache, use_cache, tokens, kv_budget) -> HAMCache | None:
+        if tokens.seq_idx is not None:
+            if cache is not None:
+                raise ValueError(
+                    "`past_key_values` cannot be filled from packed rows (`position_ids` that restart, `cu_seq_lens_q` or "
+                    "`seq_idx`): a cache holds one document per row. Give one document per row, padded."
+                )
+            if kv_budget is not None:
+                raise ValueError("`kv_budget` cannot be combined with packed rows: give one document per row, padded.")
+            return None
+        if cache is None:
+            return HAMCache(self.config) if use_cache else None
+        if kv_budget is not None and cache.layers[0].record_past:
+            raise ValueError(
+                "`kv_budget` cannot be combined with assisted generation or `activate_past_recording()`: a token that left "
+                "the cache cannot be brought back."
+            )
+        return cache
+
+
+def _checked_flags(kwargs, config) -> bool:
+    """Refuses unknown keyword arguments; returns whether attention weights are wanted."""
+    known = {"output_attentions", "output_hidden_states", "output_routing_scores", "output_threshold_control"}
+    known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise TypeError(f"HAMModel.forward() got unexpected keyword arguments {unknown}.")
+    output_attentions = kwargs.get("output_attentions")
+    return bool(config.output_attentions if output_attentions is None else output_attentions)
+
+
+def _check_inputs(batch, length, attention_mask, position_ids, past_key_values, config):
+    """Refuses inputs whose type or shape does not fit."""
+    if length == 0:
+        raise ValueError("`input_ids` (or `inputs_embeds`) must hold at least one token per row.")
+    if past_key_values is not None and not isinstance(past_key_values, HAMCache):
+        raise TypeError(f"`past_key_values` must be a HAMCache, got {type(past_key_values).__name__}: HAMCache(model.config).")
+    if past_key_values is not None and len(past_key_values.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"`past_key_values` has {len(past_key_values.layers)} layers, the model {config.num_hidden_layers}: make the cache "
+            "with this model's config."
+        )
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if seen and past_key_values.batch_size != batch:
+        raise ValueError(f"`past_key_values` holds {past_key_values.batch_size} rows, the input {batch}.")
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor):
+            raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
+        if tuple(attention_mask.shape) != (batch, seen + length):
+            raise ValueError(
+                f"`attention_mask` must be [{batch}, {seen + length}] (rows, tokens in the cache and new ones), got "
+                f"{list(attention_mask.shape)}."
+            )
+    if position_ids is not None and (position_ids.ndim != 2 or tuple(position_ids.shape) not in ((batch, length), (1, length))):
+        raise ValueError(f"`position_ids` must be [{batch} or 1, {length}], got {list(position_ids.shape)}.")
+
+
+def _packed_documents(kwargs, batch, length, device) -> torch.Tensor | None:
+    """`[B, T]` document of each token from `seq_idx` or `cu_seq_lens_q`, checked; `None` without them."""
+    seq_idx, lengths = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (batch, length) or bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+            raise ValueError(f"`seq_idx` must be [{batch}, {length}] and must not fall, got {list(seq_idx.shape)}.")
+        return seq_idx.long()
+    if lengths is None:
+        return None
+    if batch != 1 or lengths.ndim != 1 or int(lengths[0]) != 0 or int(lengths[-1]) != length:
+        raise ValueError(f"`cu_seq_lens_q` must run from 0 to {length} and needs a single row, got {lengths} for {batch} rows.")
+    columns = torch.arange(length, device=device)
+    return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
+
+
+class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: HAMConfig):
+        super().__init__(config)
+        self.model = HAMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HAMCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        threshold: float | list[float] | torch.Tensor | None = None,
+        kv_usage: float | None = None,
+        kv_budget: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_routing_scores: bool | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        cu_seq_lens_k: torch.LongTensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        **loss_kwargs,
+    ) -> HAMCausalLMOutputWithPast:
+        """Predicts the next token at every position; see `HAMModel.forward` for the arguments that are not listed.
+
+        Args:
+            labels: `[B, T]` int64, -100 where no loss is wanted. In training the loss carries the thresholds' control
+                loop as a term of value zero.
+            logits_to_keep: form logits for the last so many positions only (0: all), or for the positions in a tensor.
+            loss_kwargs: handed to the loss function, such as `shift_labels` and `num_items_in_batch`.
+        """
+        if loss_kwargs and labels is None and loss_kwargs.get("shift_labels") is None:
+            raise TypeError(f"HAMForCausalLM.forward() got unexpected keyword arguments {sorted(loss_kwargs)}.")
+        optional = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "output_routing_scores": output_routing_scores,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_q": max_length_q,
+            "max_length_k": max_length_k,
+            "seq_idx": seq_idx,
+        }
+        has_loss = labels is not None or loss_kwargs.get("shift_labels") is not None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            threshold=threshold,
+            kv_usage=kv_usage,
+            kv_budget=kv_budget,
+            output_threshold_control=self.training and has_loss,
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if has_loss:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            if outputs.threshold_control:
+                loss = loss + self._threshold_control(outputs.threshold_control)
+        return HAMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            routing_scores=outputs.routing_scores,
+        )
+
+    def _threshold_control(self, controls: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        # Layers may sit on several devices.
+        levers, usage = torch.stack([x.to(self.lm_head.weight.device) for x in controls]).unbind(1)
+        return threshold_control(levers, usage, self.config.target_kv_usage, self.config.threshold_scope)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Makes a HAMCache, which `generate` then fills; Transformers' own caches would store what HAM drops."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "offloaded"):
+            raise ValueError(
+                f"`cache_implementation` must be None, 'dynamic' or 'offloaded' for a HAM model, got {implementation!r}."
+            )
+        cache = HAMCache(self.config, offloading=implementation == "offloaded")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats rows for beams and several return sequences; of a full threshold tensor rows are the second dimension."""
+        threshold = model_kwargs.get("threshold")
+        if isinstance(threshold, torch.Tensor) and threshold.ndim != 1:
+            del model_kwargs["threshold"]
+        else:
+            threshold = None
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if threshold is not None:
+            if threshold.ndim == 3 and threshold.shape[1] > 1:
+                threshold = threshold.repeat_interleave(expand_size, dim=1)
+            model_kwargs["threshold"] = threshold
+        return input_ids, model_kwargs
+
+
+class HAMForSequenceClassification(GenericForSequenceClassification, HAMPreTrainedModel):
+    """The decoder with a classifier of the last real token."""
+
+
+class HAMForTokenClassification(GenericForTokenClassification, HAMPreTrainedModel):
+    """The decoder with a classifier of every token."""
+
+
+class HAMForQuestionAnswering(GenericForQuestionAnswering, HAMPreTrainedModel):
+    """The decoder with a span head."""
+
+
+__all__ = [
+    "HAMForCausalLM",
+    "HAMForQuestionAnswering",
+    "HAMForSequenceClassification",
+    "HAMForTokenClassification",
+    "HAMModel",
+    "HAMPreTrainedModel",
+]

@@ -1,0 +1,386 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The operations of a HAM layer, each linear in memory; `reference_ham` defines what they compute."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# The logits of one attention block are held at once: 256 queries keep them small beside the keys they read.
+QUERY_BLOCK = 256
+# Streams whose kept counts lie within this ratio share one padded batch, which bounds what padding costs.
+GROUP_RATIO = 0.75
+
+
+def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """L2-normalises the last dimension of `x` in float32 or wider; a zero vector stays zero."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def short_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal depthwise convolution followed by SiLU, over the real tokens of each row.
+
+    Args:
+        x: `[B, T, C]` inputs.
+        weight: `[C, W]`; `weight[:, W - 1]` multiplies the current token.
+        initial_state: `[B, W - 1, C]` last real inputs before this call, oldest first; zeros if `None`.
+        real: `[B, T]` bool, false for padding; `None` if every token is real.
+        seq_idx: `[B, T]` int, the document of each token; `None` if each row is one document.
+
+    Returns:
+        `[B, T, C]` outputs (unspecified for padding) and `[B, W - 1, C]` final state.
+    """
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    if initial_state is None:
+        initial_state = x.new_zeros(batch, width - 1, channels)
+    final_state = convolution_state(x, initial_state, real)
+    x = torch.cat([initial_state, x], dim=1)
+    if real is None and seq_idx is None:
+        out = x[:, :length] * weight[:, 0]
+        for i in range(1, width):
+            out = torch.addcmul(out, x[:, i : i + length], weight[:, i])
+        return F.silu(out), final_state
+
+    # Entry `r + i` of `order` is the i-th oldest input that the r-th real token reads: the state counts as real.
+    real = x.new_ones(batch, length, dtype=torch.bool) if real is None else real
+    order = _real_first(real, width - 1)
+    rank = (real.cumsum(1) - 1).clamp(min=0)
+    out = torch.zeros_like(x[:, :length])
+    for i in range(width):
+        source = order.gather(1, rank + i)
+        tap = x.gather(1, source[..., None].expand(-1, -1, channels))
+        if seq_idx is not None:
+            document = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], dim=1).gather(1, source)
+            tap = tap * (document == seq_idx)[..., None]
+        out = torch.addcmul(out, tap, weight[:, i])
+    return F.silu(out), final_state
+
+
+def convolution_state(x: torch.Tensor, initial_state: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """The last `W - 1` real inputs `[B, W - 1, C]` after `x` `[B, T, C]` has followed `initial_state` `[B, W - 1, C]`."""
+    width = initial_state.shape[1]
+    extended = torch.cat([initial_state, x[:, -width:] if real is None else x], dim=1)
+    if real is None:
+        return extended[:, extended.shape[1] - width :].clone()
+    last = real.sum(1, keepdim=True) + torch.arange(width, device=x.device)
+    source = _real_first(real, width).gather(1, last)
+    return extended.gather(1, source[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _real_first(real, width):
+    """Indices `[B, width + T]` into state and tokens, real ones first and in order; all `width` of the state are real."""
+    padding = ~F.pad(real, (width, 0), value=True)
+    return padding.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def gated_delta_rule_with_prediction(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with what the state predicted for each token.
+
+    Within a chunk the pseudo-values `u_t = beta_t (v_t - vhat_t)` solve `(I + diag(beta) A) U = diag(beta) (V - V0)`, where
+    `A` holds the decayed products of keys below the diagonal and `V0` what the chunk's initial state predicts. The
+    prediction is then `A U + V0`, a product without cancellation: it is exactly zero where nothing was stored.
+
+    Args:
+        q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
+        k: `[B, T, Hk, K]`, L2-normalised by the caller.
+        v: `[B, T, Hk, V]`.
+        g: `[B, T, Hk]` decay in log space, at most 0; 0 for padding.
+        beta: `[B, T, Hk]` write strength in (0, 1); 0 for padding.
+        scale: factor of the output; `K ** -0.5` if `None`.
+        initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
+        seq_idx: `[B, T]` int, the document of each token, constant over padding; the state is cleared where it changes.
+        chunk_size: tokens solved at once.
+
+    Returns:
+        `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider.
+    """
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype)
+    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    if q.shape[1] == 1:
+        return _delta_rule_step(q * scale, k, v, g, beta, initial_state)
+    return _delta_rule_chunks(q * scale, k, v, g, beta, initial_state, seq_idx, min(chunk_size, q.shape[1]))
+
+
+def _delta_rule_step(q, k, v, g, beta, state):
+    """One token of the gated delta rule: the recurrence itself."""
+    q, k, v, g, beta = (x.squeeze(1) for x in (q, k, v, g, beta))
+    state = state * g.exp()[..., None, None]
+    prediction = (k.unsqueeze(-2) @ state).squeeze(-2)
+    update = beta[..., None] * (v - prediction)
+    state = torch.addcmul(state, k.unsqueeze(-1), update.unsqueeze(-2))
+    out = q.unflatten(1, (k.shape[1], -1)) @ state
+    return out.flatten(1, 2).unsqueeze(1), prediction.unsqueeze(1), state
+
+
+def _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, chunk):
+    """The gated delta rule over chunks: everything but the state's own recurrence is one batched product."""
+    length, kv_heads = k.shape[1:3]
+    groups = q.shape[2] // kv_heads
+    q, k, v, g, beta = (_split_chunks(x, chunk) for x in (q, k, v, g, beta))
+    q = q.unflatten(3, (kv_heads, groups)).permute(0, 3, 1, 4, 2, 5)  # [B, Hk, N, G, C, K]
+    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k, v))  # [B, Hk, N, C, D]
+    g, beta = (x.permute(0, 3, 1, 2) for x in (g, beta))  # [B, Hk, N, C]
+
+    g = g.cumsum(-1)
+    within = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(_later(chunk, seq_idx, k.device), -torch.inf).exp()
+    from_start, to_end, across = g.exp(), (g[..., -1:] - g).exp(), g[..., -1].exp()
+    if seq_idx is not None:
+        carried, ending, continues = _document_borders(seq_idx, chunk)
+        from_start, to_end, across = from_start * carried, to_end * ending, across * continues
+
+    products = (k @ k.mT * within).tril(-1)
+    k_in, k_out = k * from_start[..., None], k * to_end[..., None]
+    solved = torch.linalg.solve_triangular(
+        products * beta[..., None], torch.cat([v, k_in], -1) * beta[..., None], upper=False, unitriangular=True
+    )
+    from_values, from_state = solved.split([v.shape[-1], k.shape[-1]], -1)
+    states, updates = [], []
+    for n in range(k.shape[2]):
+        states.append(state)
+        updates.append(from_values[:, :, n] - from_state[:, :, n] @ state)
+        state = state * across[:, :, n, None, None] + k_out[:, :, n].mT @ updates[-1]
+    states, updates = torch.stack(states, 2), torch.stack(updates, 2)
+
+    prediction = products @ updates + k_in @ states
+    weights = (q.flatten(3, 4) @ k.mT).unflatten(3, (groups, chunk)) * within.unsqueeze(3)
+    q_in = q * from_start[:, :, :, None, :, None]
+    out = weights.flatten(3, 4) @ updates + q_in.flatten(3, 4) @ states
+    out = out.unflatten(3, (groups, chunk)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2, 3)
+    return out[:, :length], prediction.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length], state
+
+
+def _split_chunks(x, chunk):
+    """`[B, T, ...]` to `[B, N, C, ...]`, padded with zeros to whole chunks."""
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % chunk))
+    return x.unflatten(1, (-1, chunk))
+
+
+def _split_documents(seq_idx, chunk):
+    """`[B, T]` documents to `[B, N, C]`; what pads the last chunk belongs to the last document."""
+    missing = -seq_idx.shape[1] % chunk
+    return torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, chunk))
+
+
+def _later(chunk, seq_idx, device):
+    """Which tokens of a chunk must not see which: later ones and those of other documents, `[C, C]` or `[B, 1, N, C, C]`."""
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
+    if seq_idx is None:
+        return later
+    documents = _split_documents(seq_idx, chunk)
+    return later | (documents.unsqueeze(-1) != documents.unsqueeze(-2)).unsqueeze(1)
+
+
+def _document_borders(seq_idx, chunk):
+    """Per chunk: tokens that read the state before it and that reach the state after it, and whether the state crosses it."""
+    documents = _split_documents(seq_idx, chunk)
+    before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], dim=1)
+    after = documents[:, :, -1]
+    carried, ending = documents == before[..., None], documents == after[..., None]
+    return carried.unsqueeze(1), ending.unsqueeze(1), (before == after).unsqueeze(1)
+
+
+def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Gathers the kept tokens of each row and head, in order, to the front.
+
+    Args:
+        keep: `[B, T, Hk]` bool.
+        tensors: each `[B, T, Hk, D]`.
+
+    Returns:
+        each tensor as `[B, Hk, M, D]`, `M` the largest number kept (what lies past a head's own number is unspecified), and
+        `[B, T, Hk]` int64, the number of tokens kept before each.
+    """
+    counts = keep.cumsum(1)
+    largest = int(counts[:, -1].max()) if keep.numel() else 0
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :largest].transpose(1, 2)
+    compacted = [x.transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in tensors]
+    return compacted, counts - keep.long()
+
+
+def sparse_prefix_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_kept: torch.Tensor,
+    v_kept: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    until: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of each query over a span of compacted kept tokens and itself.
+
+    Work is proportional to the spans; backward recomputes the weights, so memory is linear in `T`.
+
+    Args:
+        q: `[B, T, H, K]` queries; `H` is a multiple of `Hk`.
+        k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`, each query's own key and value, which it always sees.
+        k_kept, v_kept: `[B, Hk, M, K]` and `[B, Hk, M, V]` compacted keys and values.
+        begin, end: `[B, T, Hk]` int, query `t` sees columns `begin <= c < end`; both must not fall along `T`.
+        until: `[B, Hk, M]` int, column `c` is seen by queries `t < until` only; `None` if nothing is ever evicted.
+        scale: factor of the logits; `K ** -0.5` if `None`.
+
+    Returns:
+        `[B, T, H, V]` in the dtype of `v`.
+    """
+    batch, length, kv_heads, key_dim = k.shape
+    scale = key_dim**-0.5 if scale is None else scale
+    q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B * Hk, G, T, K]
+    k, v, begin, end = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, begin, end))
+    k_kept, v_kept = k_kept.flatten(0, 1), v_kept.flatten(0, 1)
+    until = None if until is None else until.flatten(0, 1)
+    out = _SparsePrefixAttention.apply(q, k, v, k_kept, v_kept, begin, end, until, scale)
+    return out.unflatten(0, (batch, kv_heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class _SparsePrefixAttention(torch.autograd.Function):
+    """`sparse_prefix_attention` over streams, one per row and key/value head, in blocks of queries."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_kept, v_kept, begin, end, until, scale):
+        ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until)
+        ctx.scale = scale
+        out = v.new_empty(*q.shape[:3], v.shape[-1])
+        for streams, rows, columns in _blocks(begin, end):
+            values, value = v_kept[streams, columns], v[streams, None, rows]
+            weights = _block_weights(
+                q[streams, :, rows], k[streams, rows], k_kept[streams, columns], begin, end, until, streams, rows, columns, scale
+            )
+            block = weights[..., -1:] * value
+            block += (weights[..., :-1].flatten(1, 2) @ values).view_as(block)
+            out[streams, :, rows] = block
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, k_kept, v_kept, begin, end, until = ctx.saved_tensors
+        scale = ctx.scale
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dk_kept, dv_kept = torch.zeros_like(k_kept), torch.zeros_like(v_kept)
+        for streams, rows, columns in _blocks(begin, end):
+            queries, key, value = q[streams, :, rows], k[streams, rows], v[streams, rows]
+            keys, values, dout = k_kept[streams, columns], v_kept[streams, columns], grad[streams, :, rows]
+            weights = _block_weights(queries, key, keys, begin, end, until, streams, rows, columns, scale)
+            dweights = torch.cat(
+                [(dout.flatten(1, 2) @ values.mT).view(*dout.shape[:3], -1), (dout * value[:, None]).sum(-1, keepdim=True)], -1
+            )
+            dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
+            to_kept, to_self = dlogits[..., :-1].flatten(1, 2), dlogits[..., -1:]
+            dq[streams, :, rows] = (to_kept @ keys).view_as(queries) + to_self * key[:, None]
+            dk[streams, rows] = (to_self * queries).sum(1)
+            dv[streams, rows] = (weights[..., -1:] * dout).sum(1)
+            dk_kept[streams, columns] += to_kept.mT @ queries.flatten(1, 2)
+            dv_kept[streams, columns] += weights[..., :-1].flatten(1, 2).mT @ dout.flatten(1, 2)
+        return dq, dk, dv, dk_kept, dv_kept, None, None, None, None
+
+
+def _block_weights(q, k, k_kept, begin, end, until, streams, rows, columns, scale):
+    """Attention weights `[n, G, t, C + 1]` of a block of queries over `C` kept columns and, last, over themselves."""
+    column = torch.arange(columns.start, columns.stop, device=q.device)
+    hidden = (column < begin[streams, rows, None]) | (column >= end[streams, rows, None])
+    if until is not None:
+        query = torch.arange(rows.start, rows.stop, device=q.device)
+        hidden |= query[:, None] >= until[streams, None, columns]
+    logits = (q.flatten(1, 2) @ k_kept.mT).view(*q.shape[:3], -1)
+    logits = logits.masked_fill_(hidden[:, None], -torch.inf)
+    logits = torch.cat([logits, (q * k[:, None]).sum(-1, keepdim=True)], -1) * scale
+    return logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+
+
+def _blocks(begin, end):
+    """Yields `(streams, rows, columns)`: streams that see alike numbers of columns, a block of queries, what they may see."""
+    length = end.shape[1]
+    starts = list(range(0, length, QUERY_BLOCK))
+    lasts = [min(start + QUERY_BLOCK, length) - 1 for start in starts]
+    lows, highs = begin[:, starts].tolist(), end[:, lasts].tolist()
+    for group in _group_alike([high[-1] - low[0] for low, high in zip(lows, highs, strict=True)]):
+        streams = slice(None) if len(group) == len(highs) else torch.tensor(group, device=end.device)
+        for i, start in enumerate(starts):
+            columns = slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group))
+            yield streams, slice(start, lasts[i] + 1), columns
+
+
+def _group_alike(counts):
+    """Partitions the indices of `counts` so that within a part every count is at least `GROUP_RATIO` of the largest."""
+    groups, largest = [], None
+    for n in sorted(range(len(counts)), key=lambda n: -counts[n]):
+        if largest is None or counts[n] < GROUP_RATIO * largest:
+            groups.append([])
+            largest = counts[n]
+        groups[-1].append(n)
+    return [sorted(group) for group in groups]
+
+
+def ragged_decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of one query per head over paged keys of any number per head, and over itself; copies no keys.
+
+    Args:
+        q: `[N, G, K]`, the `G` queries of each of `N` streams (a row and key/value head).
+        k, v: `[N, K]` and `[N, V]`, the current token's own key and value.
+        pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
+        tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
+        scale: factor of the logits; `K ** -0.5` if `None`.
+
+    Returns:
+        `[N, G, V]` in the dtype of `v`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    streams, groups = q.shape[:2]
+    tail_k, tail_v, fill = tail
+    unused = torch.arange(tail_k.shape[1], device=q.device) >= fill[:, None]
+    near = torch.cat([q @ tail_k.mT, q @ k.unsqueeze(-1)], -1).to(dtype) * scale
+    near[..., :-1].masked_fill_(unused[:, None], -torch.inf)
+    peak = near.amax(-1)
+    paged = [(q[owner] @ keys.mT).to(dtype).mul_(scale) for keys, _, owner in pages]
+    if pages:
+        owner = torch.cat([owner for _, _, owner in pages])
+        index = owner.long()[:, None].expand(-1, groups)
+        peak = peak.scatter_reduce(0, index, torch.cat([logits.amax(-1) for logits in paged]), "amax")
+    near = (near - peak[..., None]).exp()
+    total = near.sum(-1)
+    out = (near[..., :-1].to(v.dtype) @ tail_v).to(dtype) + near[..., -1:] * v.unsqueeze(1)
+    for logits, (_, values, owner) in zip(paged, pages, strict=True):
+        weights = (logits - peak[owner, :, None]).exp()
+        total.index_add_(0, owner, weights.sum(-1))
+        out.index_add_(0, owner, (weights.to(v.dtype) @ values).to(dtype))
+    return (out / total[..., None]).to(v.dtype)
+
+
+__all__ = [
+    "compact_kept",
+    "convolution_state",
+    "gated_delta_rule_with_prediction",
+    "l2norm",
+    "ragged_decode_attention",
+    "short_convolution",
+    "sparse_prefix_attention",
+]

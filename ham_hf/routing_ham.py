@@ -1,0 +1,235 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Which tokens are kept: routing scores, the thresholds a caller may ask for, and the control loop that learns them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_ham import LEARNED_ROUTERS, HAMConfig
+
+# Below this product of norms a direction is rounding noise, so the cosine counts as 0.
+COSINE_EPS = 1e-8
+NUM_QUANTILES = 65
+
+
+def cosine_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """Prediction error `(1 - cos(vhat, v)) / 2` in `[0, 1]` of `[..., V]` values; 0.5 where either vector is zero."""
+    dot = (v * prediction).sum(-1)
+    norms = v.norm(dim=-1) * prediction.norm(dim=-1)
+    return ((1 - dot / norms.clamp(min=COSINE_EPS)) / 2).clamp(0, 1)
+
+
+def l2_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """Prediction error with magnitude, `|v - vhat|^2 / (|v| + |vhat|)^2` in `[0, 1]`; 0 where both vectors are zero."""
+    total = v.norm(dim=-1) + prediction.norm(dim=-1)
+    return ((v - prediction).norm(dim=-1) / total.clamp(min=COSINE_EPS)).square().clamp(0, 1)
+
+
+def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """What is committed to the state, `r / (1 + r)` with `r = beta |v - vhat| / |v|` (after HOLA, arXiv 2607.02303)."""
+    residual = beta * (v - prediction).norm(dim=-1)
+    return residual / (residual + v.norm(dim=-1).clamp(min=COSINE_EPS))
+
+
+def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> torch.Tensor:
+    """A hash of (position, layer, head) in `[0, 1)`: the control that no content explains.
+
+    Args:
+        positions: `[B, T]` int64, each token's index among the real tokens of its document.
+        layer_idx: the layer, so that layers do not keep the same tokens.
+        num_heads: number of key/value heads.
+
+    Returns:
+        `[B, T, num_heads]` float32.
+    """
+    head = torch.arange(num_heads, device=positions.device) + layer_idx * num_heads
+    x = positions.long()[..., None] * 0x9E3779B1 + head * 0x85EBCA77 + 1
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):
+        x = (x & 0xFFFFFFFF) ^ ((x & 0xFFFFFFFF) >> 15)
+        x = x * multiplier
+    x = (x & 0xFFFFFFFF) >> 8
+    return x.float() / 2**24
+
+
+class HAMRouter(nn.Module):
+    """Routing scores `[B, T, Hk]` in `[0, 1]`, float32, of one layer; a token is kept where its score reaches the threshold."""
+
+    def __init__(self, config: HAMConfig, layer_idx: int):
+        super().__init__()
+        self.kind = config.router
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_key_value_heads
+        if self.kind in LEARNED_ROUTERS:
+            self.up_proj = nn.Linear(config.hidden_size, config.router_hidden_size)
+            self.down_proj = nn.Linear(config.router_hidden_size, self.num_heads)
+        if self.kind == "learned_error":
+            self.error_weight = nn.Parameter(torch.ones(self.num_heads))
+
+    def forward(self, hidden_states, v, prediction, beta, positions) -> torch.Tensor:
+        """Scores of tokens.
+
+        Args:
+            hidden_states: `[B, T, D]` normalised input of the layer.
+            v: `[B, T, Hk, V]` values the RNN stores.
+            prediction: `[B, T, Hk, V]` what the RNN's state held under each key before.
+            beta: `[B, T, Hk]` write strengths.
+            positions: `[B, T]` int64 index among real tokens.
+        """
+        # A hard decision passes no gradient, so an error router's scores are cut from the graph.
+        v, prediction, beta = v.detach().float(), prediction.detach().float(), beta.detach().float()
+        if self.kind == "cosine":
+            return cosine_score(v, prediction)
+        if self.kind == "l2":
+            return l2_score(v, prediction)
+        if self.kind == "residual":
+            return residual_score(v, prediction, beta)
+        if self.kind == "random":
+            return random_score(positions, self.layer_idx, self.num_heads).expand(v.shape[:-1])
+        logits = self.down_proj(F.silu(self.up_proj(hidden_states))).float()
+        if self.kind == "learned_error":
+            logits = logits + self.error_weight.float() * cosine_score(v, prediction)
+        return logits.sigmoid()
+
+
+def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int) -> torch.Tensor | None:
+    """Brings every accepted form of `threshold` to one float32 tensor `[layers or 1, batch or 1, heads or 1]`.
+
+    Args:
+        threshold: `None` (learned thresholds), a number for every layer, a list or tuple with one number per hybrid layer, a
+            tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`.
+        num_layers: number of hybrid layers.
+        batch_size: number of rows.
+        num_heads: number of key/value heads.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if it holds NaN or its shape does not fit.
+    """
+    expected = (
+        f"a number, a list of {num_layers} numbers (one per hybrid layer), a tensor [{batch_size}] (one per row) or a tensor "
+        f"[{num_layers} or 1, {batch_size} or 1, {num_heads} or 1] (layers, rows, key/value heads)"
+    )
+    if threshold is None:
+        return None
+    if isinstance(threshold, torch.Tensor):
+        if not threshold.is_floating_point():
+            raise TypeError(f"`threshold` must be a floating-point tensor, got {threshold.dtype}; expected {expected}.")
+        tensor = threshold.detach().float()
+        tensor = tensor[None, :, None] if tensor.ndim == 1 else tensor.reshape(1, 1, 1) if tensor.ndim == 0 else tensor
+    elif _is_number(threshold):
+        tensor = torch.tensor(float(threshold)).view(1, 1, 1)
+    elif isinstance(threshold, (list, tuple)) and all(_is_number(x) for x in threshold):
+        if len(threshold) != num_layers:
+            raise ValueError(f"`threshold` has {len(threshold)} entries; expected {expected}.")
+        tensor = torch.tensor([float(x) for x in threshold]).view(-1, 1, 1)
+    else:
+        raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
+    sizes = (num_layers, batch_size, num_heads)
+    if tensor.ndim != 3 or any(n not in (1, size) for n, size in zip(tensor.shape, sizes, strict=True)):
+        raise ValueError(f"`threshold` has shape {list(threshold.shape)}; expected {expected}.")
+    if torch.isnan(tensor).any():
+        raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
+    return tensor
+
+
+def check_kv_usage(kv_usage) -> float | None:
+    """Returns `kv_usage` as a float in `[0, 1]` or `None`; raises `TypeError` or `ValueError` for anything else."""
+    if kv_usage is None:
+        return None
+    if not _is_number(kv_usage):
+        raise TypeError(f"`kv_usage` must be a number between 0 and 1, got {_describe(kv_usage)}.")
+    if not 0 <= kv_usage <= 1:
+        raise ValueError(f"`kv_usage` must be a number between 0 and 1, got {kv_usage}.")
+    return float(kv_usage)
+
+
+def check_kv_budget(kv_budget) -> int | None:
+    """Returns `kv_budget`, a positive int or `None`; raises `TypeError` or `ValueError` for anything else."""
+    if kv_budget is None:
+        return None
+    if isinstance(kv_budget, bool) or not isinstance(kv_budget, int):
+        raise TypeError(f"`kv_budget` must be a positive int (kept tokens per head), got {_describe(kv_budget)}.")
+    if kv_budget < 1:
+        raise ValueError(f"`kv_budget` must be a positive int (kept tokens per head), got {kv_budget}.")
+    return kv_budget
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _describe(x) -> str:
+    return f"{x!r} of type {type(x).__name__}" if not isinstance(x, torch.Tensor) else f"a tensor {list(x.shape)}"
+
+
+def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
+    """The threshold that keeps a fraction `kv_usage` of calibrated scores.
+
+    Args:
+        quantiles: `[..., Q]` score quantiles at `Q` equally spaced levels from 0 to 1, all zero if never calibrated.
+        kv_usage: fraction to keep.
+
+    Returns:
+        `[...]` thresholds, interpolated between quantiles; above 1 for a usage of 0, 0 for a usage of 1.
+
+    Raises:
+        ValueError: if the quantiles were never calibrated.
+    """
+    if not bool((quantiles.amax(-1) > 0).all()):
+        raise ValueError(
+            "`kv_usage` needs score quantiles, and this checkpoint has none: run "
+            "`ham_hf.evaluation.calibrate(model, batches)` and save it, or give `threshold` instead."
+        )
+    if kv_usage <= 0:
+        return torch.full_like(quantiles[..., 0], 2.0)
+    if kv_usage >= 1:
+        return torch.zeros_like(quantiles[..., 0])
+    level = (1 - kv_usage) * (quantiles.shape[-1] - 1)
+    low = math.floor(level)
+    return torch.lerp(quantiles[..., low], quantiles[..., low + 1], level - low)
+
+
+def usage_errors(usage: torch.Tensor, target: float, scope: str) -> torch.Tensor:
+    """`actual - target` usage of what `scope` holds to the target, per head.
+
+    Args:
+        usage: `[L, Hk]` measured fraction kept.
+        target: fraction to keep.
+        scope: `"head"`, `"layer"` (the mean of a layer's heads) or `"model"` (the mean of all).
+    """
+    if scope == "layer":
+        usage = usage.mean(1, keepdim=True).expand_as(usage)
+    elif scope == "model":
+        usage = usage.mean().expand_as(usage)
+    return usage - target
+
+
+def threshold_control(levers: torch.Tensor, usage: torch.Tensor, target: float, scope: str) -> torch.Tensor:
+    """A scalar that is zero and gives each threshold the gradient `target - usage`, so that any optimiser closes the loop.
+
+    Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept.
+
+    Args:
+        levers: `[L, Hk]` zeros whose gradient reaches the thresholds unchanged.
+        usage: `[L, Hk]` fraction of this batch that each head kept.
+        target: fraction to keep.
+        scope: whose usage is to meet the target, see `usage_errors`.
+    """
+    return -(levers * usage_errors(usage.detach(), target, scope)).sum()
+
+
+__all__ = [
+    "HAMRouter",
+    "check_kv_budget",
+    "check_kv_usage",
+    "check_threshold",
+    "cosine_score",
+    "l2_score",
+    "random_score",
+    "residual_score",
+    "threshold_control",
+    "usage_errors",
+    "usage_threshold",
+]
