@@ -34,7 +34,7 @@ def short_convolution(
         seq_idx: `[B, T]` int, the document of each token; `None` if each row is one document.
 
     Returns:
-        `[B, T, C]` outputs (unspecified for padding) and `[B, W - 1, C]` final state.
+        `[B, T, C]` outputs (unspecified for padding) and `[B, W - 1, C]` final state (unspecified for packed rows).
     """
     batch, length, channels = x.shape
     width = weight.shape[1]
