@@ -1,0 +1,441 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Pins what routing scores and thresholds mean, what is refused, and that the control loop meets its target."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ham_hf import HAMForCausalLM, HAMModel
+from ham_hf.configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, ROUTERS
+from ham_hf.routing_ham import (
+    HAMRouter,
+    check_kv_budget,
+    check_kv_usage,
+    check_threshold,
+    cosine_score,
+    l2_score,
+    random_score,
+    residual_score,
+    threshold_control,
+    usage_errors,
+    usage_threshold,
+)
+
+
+def norm(x):
+    return math.sqrt(sum(a * a for a in x))
+
+
+def scalar_cosine(v, p, beta):
+    if norm(v) * norm(p) == 0:
+        return 0.5
+    return (1 - sum(a * b for a, b in zip(v, p, strict=True)) / (norm(v) * norm(p))) / 2
+
+
+def scalar_l2(v, p, beta):
+    difference = norm([a - b for a, b in zip(v, p, strict=True)])
+    return difference**2 / (norm(v) + norm(p)) ** 2 if norm(v) + norm(p) else 0.0
+
+
+def scalar_residual(v, p, beta):
+    r = beta * norm([a - b for a, b in zip(v, p, strict=True)]) / norm(v)
+    return r / (1 + r)
+
+
+FORMULAS = {
+    "cosine": (lambda v, p, beta: cosine_score(v, p), scalar_cosine),
+    "l2": (lambda v, p, beta: l2_score(v, p), scalar_l2),
+    "residual": (residual_score, scalar_residual),
+}
+
+# --------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("router", ERROR_ROUTERS)
+def test_error_scores_equal_their_scalar_formulas(router):
+    function, formula = FORMULAS[router]
+    v, p, beta = torch.randn(60, 5), torch.randn(60, 5), torch.rand(60)
+    v, p = v * 10 ** torch.linspace(-2, 2, 60)[:, None], p * 10 ** torch.linspace(2, -2, 60)[:, None]
+    p[:10] = v[:10] * torch.linspace(-2, 2, 10)[:, None]  # parallel and opposite
+    p[10] = 0
+    if router != "residual":
+        v[11] = 0
+    expected = [formula(*x) for x in zip(v.tolist(), p.tolist(), beta.tolist(), strict=True)]
+    actual = function(v, p, beta)
+    assert (actual - torch.tensor(expected)).abs().max() < 2e-6
+    assert max(expected) - min(expected) > 0.5, "the cases must spread over the range"
+
+
+def test_scores_have_their_meaning_at_the_extremes():
+    v, zero, one = torch.tensor([3.0, 4.0]), torch.zeros(2), torch.tensor(1.0)
+    assert cosine_score(v, 2 * v).item() == pytest.approx(0, abs=1e-6)
+    assert cosine_score(v, -v).item() == pytest.approx(1, abs=1e-6)
+    for a, b in [(v, zero), (zero, v), (zero, zero)]:
+        assert cosine_score(a, b).item() == 0.5
+    assert l2_score(v, v).item() == 0
+    assert l2_score(v, -v).item() == pytest.approx(1, abs=1e-6)
+    assert l2_score(v, zero).item() == pytest.approx(1, abs=1e-6)
+    assert l2_score(zero, zero).item() == 0
+    assert residual_score(v, v, one).item() == 0
+    assert residual_score(v, zero, one).item() == pytest.approx(0.5, abs=1e-6)
+    assert residual_score(v, -9 * v, one).item() == pytest.approx(10 / 11, abs=1e-6)
+    assert residual_score(v, zero, 0 * one).item() == 0, "what is not written to the state is not a residual"
+
+
+def router_inputs(batch=3, length=40, heads=2, hidden=32, value_dim=6, scale=1.0, dtype=torch.float32):
+    return {
+        "hidden_states": (scale * torch.randn(batch, length, hidden)).to(dtype).requires_grad_(),
+        "v": (scale * torch.randn(batch, length, heads, value_dim)).to(dtype).requires_grad_(),
+        "prediction": (scale * torch.randn(batch, length, heads, value_dim)).to(dtype).requires_grad_(),
+        "beta": torch.rand(batch, length, heads).to(dtype).requires_grad_(),
+        "positions": torch.arange(length).expand(batch, -1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_scores_are_float32_in_the_unit_interval(router, dtype, tiny_config):
+    module = HAMRouter(tiny_config(router=router), layer_idx=1).to(dtype)
+    for scale in (0.0, 1e-6, 1.0, 1e6):
+        scores = module(**router_inputs(scale=scale, dtype=dtype))
+        assert scores.shape == (3, 40, 2)
+        assert scores.dtype == torch.float32
+        assert ((scores >= 0) & (scores <= 1)).all()
+        assert scale != 1.0 or scores.std() > 0.01
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_only_learned_routers_have_gradients(router, tiny_config):
+    module, inputs = HAMRouter(tiny_config(router=router), layer_idx=0), router_inputs()
+    scores = module(**inputs)
+    assert scores.requires_grad == (router in LEARNED_ROUTERS)
+    assert bool(list(module.parameters())) == (router in LEARNED_ROUTERS)
+    if not scores.requires_grad:
+        return
+    scores.sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert inputs["hidden_states"].grad.abs().max() > 0
+    assert inputs["v"].grad is None, "no gradient reaches the memory through a score"
+    assert inputs["prediction"].grad is None
+    assert inputs["beta"].grad is None
+
+
+def test_learned_scores_equal_their_formulas(tiny_config):
+    inputs = router_inputs()
+    module = HAMRouter(tiny_config(router="learned_error"), layer_idx=0)
+    module.error_weight.data = torch.tensor([2.0, -3.0])
+    hidden = torch.nn.functional.silu(inputs["hidden_states"] @ module.up_proj.weight.T + module.up_proj.bias)
+    logits = hidden @ module.down_proj.weight.T + module.down_proj.bias
+    errors = cosine_score(inputs["v"], inputs["prediction"])
+    expected = torch.sigmoid(logits + torch.tensor([2.0, -3.0]) * errors)
+    assert torch.allclose(module(**inputs), expected, atol=1e-6)
+    module.kind = "learned"
+    assert torch.allclose(module(**inputs), logits.sigmoid(), atol=1e-6)
+
+
+@pytest.mark.parametrize("router", LEARNED_ROUTERS)
+def test_a_learned_router_learns_through_the_values_that_attention_reads(router, tiny_config):
+    model = HAMModel(tiny_config(router=router, num_hidden_layers=1)).train()
+    mixer = model.layers[0].mixer
+    for threshold in (0.0, 1.1):  # also when nothing is kept: a token reads its own scaled value
+        model.zero_grad()
+        output = model(torch.randint(1, 97, (2, 20)), threshold=threshold, use_cache=False)
+        output.last_hidden_state.square().sum().backward()
+        assert mixer.router.up_proj.weight.grad.abs().max() > 0
+        assert mixer.threshold.grad is None
+
+
+# --------------------------------------------------------------------------- the random router
+
+
+def test_random_scores_are_uniform():
+    scores = random_score(torch.arange(20000)[None], layer_idx=3, num_heads=4)[0]
+    assert scores.dtype == torch.float32
+    for head in range(4):
+        x = scores[:, head].sort().values
+        assert x[0] >= 0
+        assert x[-1] < 1
+        assert abs(x.mean() - 0.5) < 0.01
+        distance = (x - torch.linspace(0, 1, len(x))).abs().max()  # Kolmogorov-Smirnov
+        assert distance < 1.95 / len(x) ** 0.5, f"not uniform at p = 0.001: {distance:.4f}"
+        assert len(x.unique()) > 0.99 * len(x)
+
+
+def test_random_scores_of_layers_heads_and_neighbours_are_unrelated():
+    scores = torch.stack([random_score(torch.arange(8000)[None], layer, 4)[0] for layer in range(6)])
+    streams = scores.permute(0, 2, 1).flatten(0, 1)
+    streams = torch.cat([streams[:, :-1], streams[:1, 1:]])  # the last: the first, one position on
+    correlation = torch.corrcoef(streams) - torch.eye(len(streams))
+    assert correlation.abs().max() < 5 / 8000**0.5
+    kept = (streams < 0.1).float()
+    both = (kept @ kept.T / kept.shape[1])[~torch.eye(len(kept), dtype=torch.bool)]
+    assert (both - 0.01).abs().max() < 0.006, "tails must be unrelated too: thresholds keep tails"
+
+
+def test_random_scores_depend_on_position_layer_and_head_only(tiny_config):
+    ids, other = torch.randint(1, 97, (2, 30)), torch.randint(1, 97, (1, 30))
+    models = [HAMModel(tiny_config(router="random")).eval() for _ in range(2)]
+    scores = [m(ids, output_routing_scores=True).routing_scores for m in models]
+    content = models[0](other, output_routing_scores=True, threshold=2.0).routing_scores
+    for layer in range(2):
+        expected = random_score(torch.arange(30)[None], layer, 2)
+        assert torch.equal(scores[0][layer], expected.expand(2, -1, -1))
+        assert torch.equal(scores[1][layer], scores[0][layer]), "weights must not matter"
+        assert torch.equal(content[layer], expected), "neither tokens nor batch nor threshold may matter"
+    assert not torch.equal(scores[0][0], scores[0][1])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_random_scores_do_not_see_padding(side, tiny_config):
+    model = HAMModel(tiny_config(router="random")).eval()
+    mask = torch.ones(1, 15, dtype=torch.long)
+    mask[0, {"left": slice(0, 5), "right": slice(10, 15), "middle": slice(4, 9)}[side]] = 0
+    output = model(torch.randint(1, 97, (1, 15)), attention_mask=mask, output_routing_scores=True)
+    for layer, scores in enumerate(output.routing_scores):
+        assert torch.equal(scores[mask.bool()], random_score(torch.arange(10)[None], layer, 2)[0])
+
+
+def test_random_scores_restart_with_each_document(tiny_config):
+    model = HAMModel(tiny_config(router="random")).eval()
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    output = model(torch.randint(1, 97, (1, 12)), position_ids=positions, output_routing_scores=True)
+    assert torch.equal(output.routing_scores[0], random_score(positions, 0, 2))
+
+
+# --------------------------------------------------------------------------- thresholds
+
+
+@pytest.mark.parametrize(
+    ("threshold", "shape"),
+    [
+        (0.25, (1, 1, 1)),
+        (1, (1, 1, 1)),
+        (float("inf"), (1, 1, 1)),
+        ([0.1, 0.2, 3], (3, 1, 1)),
+        ((0.1, 0.2, 0.3), (3, 1, 1)),
+        (torch.tensor(0.5), (1, 1, 1)),
+        (torch.tensor([0.1, 0.9], dtype=torch.float64), (1, 2, 1)),
+        (torch.rand(3, 2, 4), (3, 2, 4)),
+        (torch.rand(1, 2, 1), (1, 2, 1)),
+        (torch.rand(3, 1, 4).bfloat16(), (3, 1, 4)),
+        (torch.nn.Parameter(torch.rand(3, 1, 1)), (3, 1, 1)),
+    ],
+    ids=lambda x: str(x)[:24].replace("\n", ""),
+)
+def test_every_form_of_a_threshold_becomes_one(threshold, shape):
+    tensor = check_threshold(threshold, num_layers=3, batch_size=2, num_heads=4)
+    assert tensor.shape == shape
+    assert tensor.dtype == torch.float32
+    assert not tensor.requires_grad
+    assert torch.equal(tensor.flatten(), torch.as_tensor(threshold).detach().float().flatten())
+
+
+def test_no_threshold_stays_none():
+    assert check_threshold(None, 3, 2, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("threshold", "error"),
+    [
+        (float("nan"), ValueError),
+        ([0.1, float("nan"), 0.2], ValueError),
+        (torch.tensor([0.1, torch.nan]), ValueError),
+        ([0.1, 0.2], ValueError),
+        ([], ValueError),
+        ((0.1,) * 4, ValueError),
+        (torch.rand(3), ValueError),  # one per layer is a list; a vector is one per row
+        (torch.rand(3, 2), ValueError),
+        (torch.rand(2, 2, 4), ValueError),
+        (torch.rand(3, 3, 4), ValueError),
+        (torch.rand(3, 2, 3), ValueError),
+        (torch.rand(1, 3, 2, 4), ValueError),
+        (torch.rand(0), ValueError),
+        (True, TypeError),
+        ([0.1, True, 0.2], TypeError),
+        ("0.5", TypeError),
+        (["0.1", "0.2", "0.3"], TypeError),
+        ([[0.1, 0.2, 0.3]], TypeError),
+        (torch.tensor([0, 1]), TypeError),
+        (torch.tensor([True, False]), TypeError),
+        ({"a": 1.0}, TypeError),
+        (0.5j, TypeError),
+    ],
+    ids=lambda x: str(x)[:30].replace("\n", ""),
+)
+def test_a_threshold_that_does_not_fit_is_refused_with_what_is_expected(threshold, error, tiny_config):
+    with pytest.raises(
+        error, match=r"`threshold`.*expected a number.*list of 3.*tensor \[2\].*\[3 or 1, 2 or 1, 4 or 1\]"
+    ):
+        check_threshold(threshold, num_layers=3, batch_size=2, num_heads=4)
+    model = HAMForCausalLM(tiny_config(num_hidden_layers=3, num_key_value_heads=4)).eval()
+    with pytest.raises(error, match="`threshold`"):
+        model(torch.ones(2, 4, dtype=torch.long), threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "types", "values"),
+    [
+        (check_kv_usage, [None, 0, 0.5, 1], [True, "0.5", [0.5], torch.tensor(0.5)], [-0.1, 1.1, float("nan")]),
+        (check_kv_budget, [None, 1, 4096], [True, 1.0, "4", torch.tensor(4)], [0, -1]),
+    ],
+    ids=["kv_usage", "kv_budget"],
+)
+def test_usage_and_budget_are_checked(check, good, types, values):
+    assert [check(x) for x in good] == good
+    for bad, error in [(x, TypeError) for x in types] + [(x, ValueError) for x in values]:
+        with pytest.raises(error, match=check.__name__.removeprefix("check_")):
+            check(bad)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_thresholds_beyond_the_scores_keep_all_or_nothing(router, tiny_config):
+    model = HAMModel(tiny_config(router=router)).eval()
+    ids = torch.randint(1, 97, (2, 20))
+    for threshold, expected in [(0.0, 1.0), (-3, 1.0), (float("-inf"), 1.0), (1.001, 0.0), (float("inf"), 0.0)]:
+        usage = model(ids, threshold=threshold).past_key_values.kv_usage()
+        assert torch.equal(usage, torch.full((2, 2, 2), expected)), threshold
+
+
+def test_a_token_is_kept_iff_its_score_reaches_the_threshold(tiny_config):
+    model = HAMModel(tiny_config(num_hidden_layers=3, layer_types=["hybrid", "linear_attention", "hybrid"])).eval()
+    ids = torch.randint(1, 97, (2, 40))
+    per_head = torch.tensor([[[0.47, 0.5], [0.49, 0.52]], [[0.3, 0.51], [0.5, 0.45]]])
+    forms = {
+        "number": (0.5, torch.full((2, 2, 2), 0.5)),
+        "list": ([0.48, 0.51], torch.tensor([0.48, 0.51])[:, None, None].expand(2, 2, 2)),
+        "rows": (torch.tensor([0.47, 0.52]), torch.tensor([0.47, 0.52])[None, :, None].expand(2, 2, 2)),
+        "all": (per_head, per_head),
+    }
+    for name, (threshold, limits) in forms.items():
+        output = model(ids, threshold=threshold, output_routing_scores=True)
+        assert len(output.routing_scores) == 2
+        for n, layer in enumerate([0, 2]):
+            positions = output.past_key_values.kept_positions(layer)
+            for row, head in itertools.product(range(2), range(2)):
+                kept = (output.routing_scores[n][row, :, head] >= limits[n, row, head]).nonzero()[:, 0]
+                assert positions[row][head].tolist() == kept.tolist(), (name, layer, row, head)
+        kept = output.past_key_values.kept_tokens()[[0, 2]]
+        assert 0 < kept.sum() < 2 * 2 * 2 * 40, "the thresholds must divide the tokens"
+
+
+def test_first_scores_of_a_sequence_are_exactly_half(tiny_config):
+    scores = HAMModel(tiny_config())(torch.randint(1, 97, (3, 9)), output_routing_scores=True).routing_scores
+    assert all(torch.equal(x[:, 0], torch.full((3, 2), 0.5)) for x in scores)
+
+
+# --------------------------------------------------------------------------- usage and calibration
+
+
+def test_usage_threshold_reads_known_quantiles():
+    levels = torch.linspace(0, 1, 65)
+    quantiles = torch.stack([levels, levels**2, 0.5 + levels / 4])
+    for usage in (0.25, 0.5, 0.123, 0.9):
+        t = usage_threshold(quantiles, usage)
+        assert t[0].item() == pytest.approx(1 - usage, abs=1e-6)
+        assert t[1].item() == pytest.approx((1 - usage) ** 2, abs=1e-4)  # interpolated
+        assert t[2].item() == pytest.approx(0.5 + (1 - usage) / 4, abs=1e-6)
+    assert (usage_threshold(quantiles, 0.0) > 1).all()
+    assert (usage_threshold(quantiles, 1.0) <= 0).all()
+
+
+def test_usage_threshold_falls_as_usage_grows_and_keeps_the_fraction():
+    scores = torch.rand(3, 5000).square()
+    quantiles = torch.quantile(scores, torch.linspace(0, 1, 65), dim=1).T
+    previous = None
+    for usage in torch.linspace(0, 1, 23).tolist():
+        threshold = usage_threshold(quantiles, usage)
+        kept = (scores >= threshold[:, None]).float().mean(1)
+        assert (kept - usage).abs().max() < 0.01
+        assert previous is None or (threshold < previous).all()
+        previous = threshold
+
+
+def test_usage_without_calibration_is_refused(tiny_config):
+    with pytest.raises(ValueError, match="calibrate"):
+        usage_threshold(torch.zeros(2, 65), 0.5)
+    with pytest.raises(ValueError, match="calibrate"):
+        HAMModel(tiny_config())(torch.ones(1, 3, dtype=torch.long), kv_usage=0.5)
+
+
+# --------------------------------------------------------------------------- the control loop
+
+USAGE = torch.tensor([[0.1, 0.5], [0.9, 0.3]])
+
+
+@pytest.mark.parametrize(
+    ("scope", "measured"),
+    [
+        ("head", USAGE),
+        ("layer", torch.tensor([[0.3, 0.3], [0.6, 0.6]])),
+        ("model", torch.full((2, 2), 0.45)),
+    ],
+)
+def test_control_is_zero_and_its_gradient_is_target_minus_usage(scope, measured):
+    levers = torch.zeros(2, 2, requires_grad=True)
+    term = threshold_control(levers, USAGE, 0.4, scope)
+    assert term.item() == 0
+    term.backward()
+    assert torch.allclose(levers.grad, 0.4 - measured, atol=1e-7)
+    assert torch.allclose(usage_errors(USAGE, 0.4, scope), measured - 0.4, atol=1e-7)
+
+
+def test_control_adds_nothing_to_the_loss_and_touches_only_thresholds(tiny_config):
+    model = HAMForCausalLM(tiny_config(target_kv_usage=0.25))
+    ids = torch.randint(1, 97, (2, 30))
+    losses, grads = [], []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({name: x.grad for name, x in model.named_parameters() if "threshold" not in name})
+        kept = model.eval()(ids).past_key_values.kv_usage().mean(1)
+        for layer, usage in zip(model.model.layers, kept, strict=True):
+            grad = layer.mixer.threshold.grad
+            assert training == (grad is not None)
+            assert grad is None or torch.allclose(grad, 0.25 - usage, atol=1e-6)
+    assert torch.equal(*losses)
+    assert all(
+        x is None if y is None else torch.equal(x, y)
+        for x, y in zip(grads[0].values(), grads[1].values(), strict=True)
+    )
+
+
+def test_control_counts_real_tokens_only(tiny_config):
+    model = HAMForCausalLM(tiny_config(target_kv_usage=0.0)).train()
+    ids = torch.randint(1, 97, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    cache = model.eval()(ids, attention_mask=mask).past_key_values
+    for layer, kept in zip(model.model.layers, cache.kept_tokens(), strict=True):
+        assert 0 < kept.sum() < 80
+        assert torch.allclose(-layer.mixer.threshold.grad, kept.sum(0) / 40, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "model"])
+@pytest.mark.parametrize("router", ["cosine", "learned"])
+def test_sgd_drives_usage_to_the_target(router, scope, tiny_config):
+    config = tiny_config(router=router, target_kv_usage=0.3, threshold_scope=scope)
+    model = HAMForCausalLM(config).train()
+    if router == "learned":
+        # A fresh router scores every token 0.5 within 0.01, too close for steps of 0.01 to end between: spread them.
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.mixer.router.up_proj.weight, std=0.3)
+            torch.nn.init.normal_(layer.mixer.router.down_proj.weight, std=0.3)
+    thresholds = [p for name, p in model.named_parameters() if name.endswith("mixer.threshold")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("mixer.threshold")]
+    rates = [0.05] * 80 + [0.01] * 60
+    optimizer = torch.optim.SGD([{"params": thresholds, "lr": 0.05}, {"params": others, "lr": 0.05}])
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        ids = torch.randint(1, 97, (4, 32))
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    usage = model.eval()(torch.randint(1, 97, (16, 64))).past_key_values.kv_usage().mean(1)
+    assert usage_errors(usage, 0.3, scope).abs().max() < 0.05, usage
