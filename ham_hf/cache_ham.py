@@ -1,12 +1,15 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """HAMCache: per layer the RNN's state and, in pages of real memory, only the tokens that each head kept."""
 
+import contextlib
 import heapq
+import json
 import os
+import pathlib
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -20,6 +23,17 @@ PAGE_SIZE = 16
 # New slabs are this fraction of what is stored: unused memory stays small and the number of slabs logarithmic.
 SLAB_GROWTH = 1 / 16
 MIN_SLAB_PAGES = 4
+FILE_FORMAT = "ham_cache"
+# The fields of a configuration that decide the shapes of a cache.
+SHAPE_FIELDS = (
+    "layer_types",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "value_head_dim",
+    "conv_kernel_size",
+    "attention_conv",
+)
 
 
 @dataclass
@@ -108,34 +122,40 @@ class PagedStore:
             return
         # Full pages are laid out stream by stream; each stream's first one begins with what its open page held.
         start = pages.cumsum(0) - pages
-        slab, offset = self._reserve(total)
         complete = slot < pages[tokens.streams] * PAGE_SIZE
+        sealed, rest = tokens.select(complete), tokens.select(~complete)
+        page, column = start[sealed.streams] + slot[complete] // PAGE_SIZE, slot[complete] % PAGE_SIZE
         opened = torch.arange(PAGE_SIZE, device=self.device) < self_fill[:, None]
-        stream, column = (opened & (pages > 0)[:, None]).nonzero(as_tuple=True)
-        for name in self.FIELDS:
-            slab[name][offset + start[stream], column] = self.tail[name][stream, column]
-        sealed = tokens.select(complete)
-        page = offset + start[sealed.streams] + slot[complete] // PAGE_SIZE
-        self._write(slab, sealed, page, slot[complete] % PAGE_SIZE)
-        slab["owner"][offset : offset + total] = torch.repeat_interleave(
-            torch.arange(self.num_streams, device=self.device), pages, output_size=total
-        ).int()
-        rest = tokens.select(~complete)
+        stream, opened_column = (opened & (pages > 0)[:, None]).nonzero(as_tuple=True)
+        opened = KeptTokens(*(self.tail[name][stream, opened_column] for name in self.FIELDS), streams=stream)
+        owner = torch.repeat_interleave(pages, output_size=total).int()
+        for slab, offset, first, last in self._reserve(total):
+            slab["owner"][offset : offset + last - first] = owner[first:last]
+            for part, part_page, part_column in ((opened, start[stream], opened_column), (sealed, page, column)):
+                if last - first < total:
+                    here = (part_page >= first) & (part_page < last)
+                    part, part_page, part_column = part.select(here), part_page[here], part_column[here]
+                self._write(slab, part, offset + part_page - first, part_column)
         self._write(self.tail, rest, rest.streams, slot[~complete] % PAGE_SIZE)
 
     def _write(self, pages, tokens, page, slot):
         for name in self.FIELDS:
             pages[name][page, slot] = getattr(tokens, name)
 
-    def _reserve(self, pages: int) -> tuple[dict[str, torch.Tensor], int]:
-        """A slab with room for `pages` more full pages, and where they begin in it."""
-        if not self.slabs or self.used[-1] + pages > len(self.slabs[-1]["owner"]):
+    def _reserve(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
+        """Room for `pages` more full pages: `(slab, offset, first, last)` takes pages `first` to `last` of them."""
+        room = len(self.slabs[-1]["owner"]) - self.used[-1] if self.slabs else 0
+        spans = []
+        # What is left of the last slab is used up first: room left behind would never be filled.
+        if room:
+            spans.append((self.slabs[-1], self.used[-1], 0, min(room, pages)))
+            self.used[-1] += min(room, pages)
+        if pages > room:
             growth = max(MIN_SLAB_PAGES, int(sum(self.used) * SLAB_GROWTH))
-            self.slabs.append(self._new_pages(max(pages, growth), self.device))
-            self.used.append(0)
-        offset = self.used[-1]
-        self.used[-1] += pages
-        return self.slabs[-1], offset
+            self.slabs.append(self._new_pages(max(pages - room, growth), self.device))
+            self.used.append(pages - room)
+            spans.append((self.slabs[-1], 0, room, pages))
+        return spans
 
     def pages(self) -> list[dict[str, torch.Tensor]]:
         """The full pages of every slab, as views."""
@@ -550,6 +570,7 @@ class HAMCacheLayer(CacheLayerMixin):
         """Keeps the rows at `indices` `[n]` (int, repeats allowed, or a bool mask); earlier tokens become final."""
         if not self.is_initialized:
             return
+        _check_rows(indices, self.batch_size)
         self._base, self._steps = None, []
         everyone = torch.arange(self.batch_size, device=self.device)
         rows = everyone[indices.to(self.device)]
@@ -573,6 +594,10 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies side by side."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int):
+            raise TypeError(f"`repeats` must be a positive int, got {repeats!r} of type {type(repeats).__name__}.")
+        if repeats < 1:
+            raise ValueError(f"`repeats` must be a positive int, got {repeats}.")
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
@@ -606,10 +631,9 @@ class HAMCacheLayer(CacheLayerMixin):
         """Moves everything to `device`."""
         if not self.is_initialized:
             return
-        self._base, self._steps = None, []
-        self.real_tokens = self.real_tokens.to(device)
-        self.conv_state = None if self.conv_state is None else self.conv_state.to(device)
-        self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state.to(device)
+        own = _to(device, [self.conv_state, self.recurrent_state, self.real_tokens, self._base])
+        self.conv_state, self.recurrent_state, self.real_tokens, self._base = own
+        self._steps = [LayerStep(**_to(device, vars(step))) for step in self._steps]
         if self.store is not None:
             self.store.to(device)
 
@@ -647,12 +671,35 @@ class HAMCacheLayer(CacheLayerMixin):
             self.to(self.device)
 
 
+def _to(device, x):
+    """Nested tensors on another device; everything else as it is."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(_to(device, y) for y in x)
+    if isinstance(x, dict):
+        return {name: _to(device, y) for name, y in x.items()}
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
 def _check_crop(tokens_to_remove) -> int:
     if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
         raise TypeError(f"`tokens_to_remove` must be 0 or a negative int, got {tokens_to_remove!r}.")
     if tokens_to_remove > 0:
         raise ValueError(f"`tokens_to_remove` must be 0 or negative (`crop(-n)` takes back n tokens), got {tokens_to_remove}.")
     return -tokens_to_remove
+
+
+def _check_rows(indices, batch: int) -> None:
+    expected = f"a tensor of row numbers below {batch}, or {batch} bools"
+    if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.is_complex():
+        found = indices.dtype if isinstance(indices, torch.Tensor) else type(indices).__name__
+        raise TypeError(f"`indices` must be {expected}, got {found}.")
+    fits = indices.ndim == 1
+    if fits and indices.dtype == torch.bool:
+        fits = len(indices) == batch and bool(indices.any())
+    elif fits:
+        fits = indices.numel() > 0 and bool(((indices >= -batch) & (indices < batch)).all())
+    if not fits:
+        raise ValueError(f"`indices` must be {expected}, at least one; got {indices.tolist()}.")
 
 
 class HAMCache(Cache):
@@ -677,6 +724,8 @@ class HAMCache(Cache):
     def __init__(self, config: HAMConfig, offloading: bool = False):
         if not isinstance(config, HAMConfig):
             raise TypeError(f"`config` must be a HAMConfig, got {type(config).__name__}.")
+        if not isinstance(offloading, bool):
+            raise TypeError(f"`offloading` must be True or False, got {offloading!r}.")
         super().__init__(layers=[HAMCacheLayer() for _ in range(config.num_hidden_layers)])
         self.config = config
         self.offload_layers = offloading
@@ -703,7 +752,12 @@ class HAMCache(Cache):
 
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
         """Of one layer, for each row and head, the sorted positions (among real tokens) that are kept, int32."""
-        store = self._stores()[layer_idx]
+        stores = self._stores()
+        if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
+            raise TypeError(f"`layer_idx` must be an int, got {layer_idx!r}.")
+        if not 0 <= layer_idx < len(stores):
+            raise ValueError(f"`layer_idx` must be between 0 and {len(stores) - 1}, got {layer_idx}.")
+        store = stores[layer_idx]
         if store is None:
             raise ValueError(f"`layer_idx` {layer_idx} is a linear layer, which keeps no tokens.")
         parts = store.tokens().positions.cpu().split(store.counts.tolist())
@@ -728,10 +782,10 @@ class HAMCache(Cache):
 
     def full_kv_bytes(self) -> int:
         """Bytes of keys and values if every token seen were kept in every layer that has attention."""
-        config, store = self.config, next(s for s in self._stores() if s is not None)
-        per_token = config.num_key_value_heads * (config.head_dim + config.value_head_dim) * store.dtype.itemsize
-        layers = sum(store is not None for store in self._stores())
-        return self.get_seq_length() * self.batch_size * layers * per_token
+        config = self.config
+        per_token = config.num_key_value_heads * (config.head_dim + config.value_head_dim)
+        itemsizes = sum(store.dtype.itemsize for store in self._stores() if store is not None)
+        return self.get_seq_length() * self.batch_size * per_token * itemsizes
 
     def prune(self, threshold) -> None:
         """Forgets, after the fact, what lies below a threshold: what remains is what it would have kept at the same scores.
@@ -753,25 +807,51 @@ class HAMCache(Cache):
         tensors = {}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in layer.state_dict().items()}
-        metadata = {"format": "ham_cache", "seen_tokens": str(self.get_seq_length())}
+        metadata = {"format": FILE_FORMAT, "seen_tokens": str(self.get_seq_length()), "shape": json.dumps(cache_shape(self.config))}
         temporary = f"{os.fspath(path)}.partial"
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        with contextlib.ExitStack() as stack:
+            stack.callback(pathlib.Path(temporary).unlink, missing_ok=True)
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: HAMConfig, device: torch.device | str = "cpu") -> "HAMCache":
-        """Reads a cache written by `save`; `config` must be the one of the model that filled it."""
+        """Reads a cache written by `save`; `config` must be the one of the model that filled it.
+
+        Raises:
+            OSError: if there is no such file.
+            ValueError: if it is damaged, not a cache, or of a model of another shape.
+        """
         cache = cls(config)
-        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+        name = os.fspath(path)
+        try:
+            file = safe_open(name, framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"`path` {name!r} is not a cache written by `HAMCache.save`, whole: {error}.") from error
+        with file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "ham_cache":
-                raise ValueError(f"`path` {os.fspath(path)!r} is not a cache written by `HAMCache.save`.")
+            if metadata.get("format") != FILE_FORMAT:
+                raise ValueError(f"`path` {name!r} is not a cache written by `HAMCache.save`.")
+            check_same_shape("path", json.loads(metadata["shape"]), config)
             names = list(file.keys())
             for i, layer in enumerate(cache.layers):
                 prefix = f"{i}."
                 state = {name[len(prefix) :]: file.get_tensor(name) for name in names if name.startswith(prefix)}
                 layer.load_state_dict(state, config, int(metadata["seen_tokens"]))
         return cache
+
+
+def cache_shape(config: HAMConfig) -> dict:
+    """What two models must share for one to read the other's cache."""
+    return {name: getattr(config, name) for name in SHAPE_FIELDS}
+
+
+def check_same_shape(argument: str, shape: dict, config: HAMConfig) -> None:
+    """`ValueError` if the cache that `argument` gives, of a model of `shape`, does not fit a model of `config`."""
+    expected = cache_shape(config)
+    wrong = [f"`{name}` {shape[name]} instead of {expected[name]}" for name in SHAPE_FIELDS if shape[name] != expected[name]]
+    if wrong:
+        raise ValueError(f"`{argument}` gives the cache of a model of another shape: {', '.join(wrong)}.")
 
 
 __all__ = ["HAMCache"]

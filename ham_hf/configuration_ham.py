@@ -2,10 +2,12 @@
 """HAMConfig: the shape, router and thresholds of a Hybrid Associative Memory model, checked when it is built."""
 
 import math
+from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
 ERROR_ROUTERS = ("cosine", "l2", "residual")
@@ -36,7 +38,7 @@ class HAMConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): Whether the model returns a cache.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head reuses the embedding matrix.
         rope_parameters (`dict`, *optional*): RoPE of the attention view, such as `{"rope_type": "default",
-            "rope_theta": 10000.0}`; `None` leaves positions out (NoPE).
+            "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE).
         attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have biases.
         mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.
         layer_types (`list[str]`, *optional*): One of `"hybrid"` (HAM), `"linear_attention"` (Gated DeltaNet only) and
@@ -94,7 +96,7 @@ class HAMConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: RopeParameters | dict | None = field(default_factory=dict)
     attention_bias: bool = False
     mlp_bias: bool = False
     layer_types: list[str] | None = None
@@ -108,7 +110,7 @@ class HAMConfig(PreTrainedConfig):
     router_hidden_size: int | None = None
     target_kv_usage: float | int = 0.5
     threshold_scope: str = "head"
-    threshold: float | int | list[float] | None = None
+    threshold: float | int | list[float | int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -126,6 +128,12 @@ class HAMConfig(PreTrainedConfig):
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
+        if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
+            return kwargs
+        return super().convert_rope_params_to_dict(**kwargs)
+
     @property
     def num_hybrid_layers(self) -> int:
         """Number of layers that route tokens: those a list of thresholds has an entry for."""
@@ -135,6 +143,7 @@ class HAMConfig(PreTrainedConfig):
         """Refuses shapes and switches that no model can be built from; called by `@strict` and again before saving."""
         self._validate_sizes()
         self._validate_layers()
+        self._validate_rope()
         self._validate_routing()
 
     def _validate_sizes(self):
@@ -153,13 +162,29 @@ class HAMConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads}), so that every key/value head serves the same number of query heads."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be None or between 0 and {self.vocab_size - 1}, as `vocab_size` is "
+                f"{self.vocab_size}; got {self.pad_token_id}."
+            )
 
     def _validate_layers(self):
         for layer_type in self.layer_types:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"`layer_types` entries must be one of {LAYER_TYPES}, got {layer_type!r}.")
+
+    def _validate_rope(self):
         if self.rope_parameters is None:
             return
+        rope_type, theta = self.rope_parameters.get("rope_type"), self.rope_parameters.get("rope_theta")
+        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope_type not in rope_types:
+            raise ValueError(f"`rope_parameters['rope_type']` must be one of {rope_types}, got {rope_type!r}.")
+        for name, value in (("rope_theta", theta), ("factor", self.rope_parameters.get("factor", 1))):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+                raise ValueError(f"`rope_parameters['{name}']` must be a finite number of at least 1, got {value!r}.")
         if self.head_dim % 2:
             raise ValueError(f"RoPE needs an even `head_dim`, got {self.head_dim}; or set `rope_parameters=None`.")
         if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:

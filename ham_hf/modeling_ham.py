@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_ham import HAMCache, LayerStep, attend_new
+from .cache_ham import HAMCache, LayerStep, attend_new, cache_shape, check_same_shape
 from .configuration_ham import LEARNED_ROUTERS, HAMConfig
 from .ops_ham import gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
@@ -36,6 +36,8 @@ from .routing_ham import (
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
+# What the loss function reads; anything else would be dropped in silence.
+LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
 
 @dataclass
@@ -106,10 +108,10 @@ def token_layout(batch, length, device, attention_mask, position_ids, past_key_v
         if length > 1 and bool(real.all()):
             real = None
     positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
-    if seen:
-        return TokenLayout(positions + past_key_values.real_tokens.to(device)[:, None], real, None, past_real)
     if seq_idx is None and position_ids is not None and length > 1:
         seq_idx = restarts(position_ids.expand(batch, -1), real)
+    if seen:
+        return TokenLayout(positions + past_key_values.real_tokens.to(device)[:, None], real, seq_idx, past_real)
     if seq_idx is not None:
         first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
         positions = positions - positions.gather(1, first)
@@ -254,7 +256,7 @@ class HAMMixer(nn.Module):
                 weights = attention_weights(q, k, step.keep, tokens, cache)
             o_kv = self._attend(q, k, v, tokens, cache, step, kv_budget)
         if cache is not None:
-            cache.update(step, kv_budget)
+            cache.update(step, kv_budget if self.layer_type == "hybrid" else None)
             if past_key_values.offload_layers:
                 cache.offload()
         control = None
@@ -432,9 +434,7 @@ class HAMModel(HAMPreTrainedModel):
             TypeError, ValueError: for arguments that do not fit; the cache is unchanged then.
         """
         output_attentions = _checked_flags(kwargs, self.config)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        batch, length = _check_tokens(input_ids, inputs_embeds, self.config)
         _check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
         thresholds = self._thresholds(threshold, kv_usage, batch)
         kv_budget = check_kv_budget(kv_budget)
@@ -513,20 +513,50 @@ def _checked_flags(kwargs, config) -> bool:
     return bool(config.output_attentions if output_attentions is None else output_attentions)
 
 
+def _check_integers(name, x, shapes, lowest=None, below=None, ignored=None):
+    """Refuses all but an integer tensor of one of `shapes` (`None`: any size), and on the CPU values out of range.
+
+    On a GPU the values are not looked at, because reading them would stall it.
+    """
+    sizes = " or ".join("[" + ", ".join("any" if n is None else str(n) for n in shape) + "]" for shape in shapes)
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {type(x).__name__}.")
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {x.dtype}.")
+    if not any(x.ndim == len(s) and all(n in (None, size) for n, size in zip(s, x.shape, strict=True)) for s in shapes):
+        raise ValueError(f"`{name}` must be {sizes}, got {list(x.shape)}.")
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return
+    x = x if ignored is None else x[x != ignored]
+    if lowest is not None and bool((x < lowest).any()) or below is not None and bool((x >= below).any()):
+        accepted = f"at least {lowest}" if below is None else f"between {lowest} and {below - 1}"
+        raise ValueError(f"`{name}` must be {accepted}, got {int(x.min())} to {int(x.max())}.")
+
+
+def _check_tokens(input_ids, inputs_embeds, config) -> tuple[int, int]:
+    """Refuses anything but one of `input_ids` and `inputs_embeds`, of the right type and shape; returns rows and tokens."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    if inputs_embeds is None:
+        _check_integers("input_ids", input_ids, [(None, None)], 0, config.vocab_size)
+        return tuple(input_ids.shape)
+    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
+        found = inputs_embeds.dtype if isinstance(inputs_embeds, torch.Tensor) else type(inputs_embeds).__name__
+        raise TypeError(f"`inputs_embeds` must be a floating-point tensor [rows, tokens, {config.hidden_size}], got {found}.")
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must be [rows, tokens, {config.hidden_size}], got {list(inputs_embeds.shape)}."
+        )
+    return tuple(inputs_embeds.shape[:2])
+
+
 def _check_inputs(batch, length, attention_mask, position_ids, past_key_values, config):
     """Refuses inputs whose type or shape does not fit."""
-    if length == 0:
-        raise ValueError("`input_ids` (or `inputs_embeds`) must hold at least one token per row.")
-    if past_key_values is not None and not isinstance(past_key_values, HAMCache):
-        raise TypeError(f"`past_key_values` must be a HAMCache, got {type(past_key_values).__name__}: HAMCache(model.config).")
-    if past_key_values is not None and len(past_key_values.layers) != config.num_hidden_layers:
-        raise ValueError(
-            f"`past_key_values` has {len(past_key_values.layers)} layers, the model {config.num_hidden_layers}: make the cache "
-            "with this model's config."
-        )
+    if batch == 0 or length == 0:
+        raise ValueError("`input_ids` (or `inputs_embeds`) must hold at least one row and one token per row.")
+    if past_key_values is not None:
+        _check_cache(batch, past_key_values, config)
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if seen and past_key_values.batch_size != batch:
-        raise ValueError(f"`past_key_values` holds {past_key_values.batch_size} rows, the input {batch}.")
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor):
             raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
@@ -535,23 +565,57 @@ def _check_inputs(batch, length, attention_mask, position_ids, past_key_values, 
                 f"`attention_mask` must be [{batch}, {seen + length}] (rows, tokens in the cache and new ones), got "
                 f"{list(attention_mask.shape)}."
             )
-    if position_ids is not None and (position_ids.ndim != 2 or tuple(position_ids.shape) not in ((batch, length), (1, length))):
-        raise ValueError(f"`position_ids` must be [{batch} or 1, {length}], got {list(position_ids.shape)}.")
+        readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            raise ValueError("`attention_mask` must be 1 for real tokens and 0 for padding, got other values.")
+    if position_ids is not None:
+        _check_integers("position_ids", position_ids, [(batch, length), (1, length)], 0)
+
+
+def _check_cache(batch, cache, config):
+    if not isinstance(cache, HAMCache):
+        raise TypeError(f"`past_key_values` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
+    if cache.config is not config:
+        check_same_shape("past_key_values", cache_shape(cache.config), config)
+    if cache.is_initialized and cache.batch_size != batch:
+        raise ValueError(f"`past_key_values` holds {cache.batch_size} rows, the input {batch}.")
 
 
 def _packed_documents(kwargs, batch, length, device) -> torch.Tensor | None:
     """`[B, T]` document of each token from `seq_idx` or `cu_seq_lens_q`, checked; `None` without them."""
-    seq_idx, lengths = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
+    seq_idx, lengths, key_lengths = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
     if seq_idx is not None:
-        if tuple(seq_idx.shape) != (batch, length) or bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
-            raise ValueError(f"`seq_idx` must be [{batch}, {length}] and must not fall, got {list(seq_idx.shape)}.")
+        _check_integers("seq_idx", seq_idx, [(batch, length)])
+        if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+            raise ValueError("`seq_idx` must not fall along a row: it numbers the documents in order.")
         return seq_idx.long()
-    if lengths is None:
+    if lengths is None and key_lengths is None:
         return None
-    if batch != 1 or lengths.ndim != 1 or int(lengths[0]) != 0 or int(lengths[-1]) != length:
-        raise ValueError(f"`cu_seq_lens_q` must run from 0 to {length} and needs a single row, got {lengths} for {batch} rows.")
+    _check_integers("cu_seq_lens_q", lengths, [(None,)])
+    if key_lengths is not None and not torch.equal(torch.as_tensor(key_lengths), lengths):
+        raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: queries and keys are the same tokens.")
+    ends = [0, *lengths.tolist(), length]
+    if batch != 1 or len(ends) < 4 or ends[1] != 0 or ends[-2] != length or ends != sorted(ends):
+        raise ValueError(
+            f"`cu_seq_lens_q` must rise from 0 to {length} and needs a single row, got {lengths.tolist()} for {batch} rows."
+        )
     columns = torch.arange(length, device=device)
     return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
+
+
+def _check_outputs_wanted(input_ids, inputs_embeds, labels, logits_to_keep, loss_kwargs, config):
+    """Refuses labels and `logits_to_keep` that do not fit, before anything is computed."""
+    batch, length = _check_tokens(input_ids, inputs_embeds, config)
+    ignored = loss_kwargs.get("ignore_index", -100)
+    for name, x in (("labels", labels), ("shift_labels", loss_kwargs.get("shift_labels"))):
+        if x is not None:
+            _check_integers(name, x, [(batch, length)], 0, config.vocab_size, ignored)
+    if isinstance(logits_to_keep, torch.Tensor):
+        _check_integers("logits_to_keep", logits_to_keep, [(None,)], -length, length)
+    elif isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+        raise TypeError(f"`logits_to_keep` must be an int or an integer tensor, got {logits_to_keep!r}.")
+    elif logits_to_keep < 0:
+        raise ValueError(f"`logits_to_keep` must be 0 (all) or positive (the last so many), got {logits_to_keep}.")
 
 
 class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
@@ -600,8 +664,11 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             logits_to_keep: form logits for the last so many positions only (0: all), or for the positions in a tensor.
             loss_kwargs: handed to the loss function, such as `shift_labels` and `num_items_in_batch`.
         """
-        if loss_kwargs and labels is None and loss_kwargs.get("shift_labels") is None:
-            raise TypeError(f"HAMForCausalLM.forward() got unexpected keyword arguments {sorted(loss_kwargs)}.")
+        has_loss = labels is not None or loss_kwargs.get("shift_labels") is not None
+        unknown = sorted(set(loss_kwargs) - (LOSS_ARGUMENTS if has_loss else set()))
+        if unknown:
+            raise TypeError(f"HAMForCausalLM.forward() got unexpected keyword arguments {unknown}.")
+        _check_outputs_wanted(input_ids, inputs_embeds, labels, logits_to_keep, loss_kwargs, self.config)
         optional = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -612,7 +679,6 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             "max_length_k": max_length_k,
             "seq_idx": seq_idx,
         }
-        has_loss = labels is not None or loss_kwargs.get("shift_labels") is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
