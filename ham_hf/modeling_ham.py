@@ -31,6 +31,7 @@ from .routing_ham import (
     check_kv_usage,
     check_threshold,
     threshold_control,
+    usage_errors,
     usage_threshold,
 )
 
@@ -114,7 +115,9 @@ def token_layout(batch, length, device, attention_mask, position_ids, past_key_v
         return TokenLayout(positions + past_key_values.real_tokens.to(device)[:, None], real, seq_idx, past_real)
     if seq_idx is not None:
         first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
-        positions = positions - positions.gather(1, first)
+        # How many real tokens come before each; a document may begin with padding.
+        before = positions if real is None else positions + ~real
+        positions = positions - before.gather(1, first)
     return TokenLayout(positions.clamp(min=0), real, seq_idx, past_real)
 
 
@@ -148,6 +151,19 @@ def attention_weights(q, k, keep, tokens: TokenLayout, cache) -> torch.Tensor:
     q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
     logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
     return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
+
+
+class AddGradient(torch.autograd.Function):
+    """Hands `x` on as it is and gives `lever` the gradient `gradient` whenever a loss reaches `x`."""
+
+    @staticmethod
+    def forward(ctx, x, lever, gradient):
+        ctx.save_for_backward(gradient)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *ctx.saved_tensors, None
 
 
 class HAMShortConvolution(nn.Module):
@@ -341,9 +357,14 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **mixer_arguments) -> torch.Tensor:
-        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **mixer_arguments)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(
+        self, hidden_states: torch.Tensor, **mixer_arguments
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        mixed, _, _, control = self.mixer(self.input_layernorm(hidden_states), **mixer_arguments)
+        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        # Returned rather than recorded by a hook: out of a re-entrant checkpoint only what is returned has a gradient.
+        return hidden_states if control is None else (hidden_states, control)
 
 
 class HAMPreTrainedModel(PreTrainedModel):
@@ -360,7 +381,6 @@ class HAMPreTrainedModel(PreTrainedModel):
         "hidden_states": HAMDecoderLayer,
         "attentions": OutputRecorder(HAMMixer, index=1),
         "routing_scores": OutputRecorder(HAMMixer, index=2),
-        "threshold_control": OutputRecorder(HAMMixer, index=3),
     }
 
     @torch.no_grad()
@@ -398,6 +418,11 @@ class HAMModel(HAMPreTrainedModel):
         self.rotary_emb = None if config.rope_parameters is None else LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+        if self.dtype in (torch.float16, torch.bfloat16):
+            # An FSDP group has one dtype, and a mixer's own parameters stay float32: its modules get groups of their own.
+            children = (child for layer in self.layers for child in layer.mixer.named_children())
+            names = {name for name, module in children if any(True for _ in module.parameters())}
+            self._fsdp_plan |= {f"layers.*.mixer.{name}": "free_full_weight" for name in sorted(names)}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -452,8 +477,9 @@ class HAMModel(HAMPreTrainedModel):
                 position_ids = torch.arange(seen, seen + length, device=device).unsqueeze(0)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
+        controls = []
         for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
-            hidden_states = layer(
+            output = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 tokens=tokens,
@@ -462,7 +488,20 @@ class HAMModel(HAMPreTrainedModel):
                 kv_budget=kv_budget,
                 output_attentions=output_attentions,
             )
-        return HAMModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            controls.extend(output[1:] if isinstance(output, tuple) else ())
+        hidden_states = self.norm(hidden_states)
+        if controls and not kwargs.get("output_threshold_control"):
+            hidden_states, controls = self._steer(hidden_states, controls), []
+        return HAMModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values, threshold_control=tuple(controls) or None
+        )
+
+    def _steer(self, hidden_states, controls):
+        """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits."""
+        levers, usage = torch.stack([x.to(hidden_states.device) for x in controls]).unbind(1)
+        errors = usage_errors(usage.detach(), self.config.target_kv_usage, self.config.threshold_scope)
+        return AddGradient.apply(hidden_states, levers, -errors)
 
     def _thresholds(self, threshold, kv_usage, batch) -> list[torch.Tensor | None]:
         """What each layer compares its scores with: `[B or 1, Hk or 1]`, or `None` for the learned threshold."""
@@ -624,6 +663,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HAMConfig):
         super().__init__(config)
