@@ -116,9 +116,11 @@ def gated_delta_rule_with_prediction(
     if initial_state is None:
         initial_state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype)
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-    if q.shape[1] == 1:
-        return _delta_rule_step(q * scale, k, v, g, beta, initial_state)
-    return _delta_rule_chunks(q * scale, k, v, g, beta, initial_state, seq_idx, min(chunk_size, q.shape[1]))
+    # Scores decide what is kept, so autocast must not lower the precision of the state they come from.
+    with torch.autocast(q.device.type, enabled=False):
+        if q.shape[1] == 1:
+            return _delta_rule_step(q * scale, k, v, g, beta, initial_state)
+        return _delta_rule_chunks(q * scale, k, v, g, beta, initial_state, seq_idx, min(chunk_size, q.shape[1]))
 
 
 def _delta_rule_step(q, k, v, g, beta, state):
@@ -245,6 +247,9 @@ def sparse_prefix_attention(
     """
     batch, length, kv_heads, key_dim = k.shape
     scale = key_dim**-0.5 if scale is None else scale
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v, k_kept, v_kept = (x.to(dtype) for x in (q, k, v, k_kept, v_kept))
     q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B * Hk, G, T, K]
     k, v, begin, end = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, begin, end))
     k_kept, v_kept = k_kept.flatten(0, 1), v_kept.flatten(0, 1)

@@ -1,0 +1,48 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Calibration: score quantiles per head, stored with the checkpoint, that turn a wanted usage into thresholds."""
+
+from collections.abc import Iterable
+
+import torch
+
+from ..modeling_ham import HAMForCausalLM
+
+
+@torch.no_grad()
+def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor]) -> None:
+    """Sets every `score_quantiles` buffer from the routing scores of sample text.
+
+    Quantiles are taken at equally spaced levels from 0 to 1 for every key/value head. They are measured at the thresholds
+    in force, because what a layer keeps changes the inputs of the layers above it.
+
+    Args:
+        model: the model; its buffers change, so save it afterwards.
+        batches: `[B, T]` token ids without padding, of the kind and length the model will be used on.
+
+    Raises:
+        ValueError: if there is no batch, or the model has no hybrid layer.
+    """
+    mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
+    if not mixers:
+        raise ValueError("`model` has no hybrid layer, so there are no routing scores to calibrate.")
+    scores: list[list[torch.Tensor]] = [[] for _ in mixers]
+    training = model.training
+    model.eval()
+    for batch in batches:
+        outputs = model.model(input_ids=batch.to(model.device), use_cache=False, output_routing_scores=True)
+        for collected, layer_scores in zip(scores, outputs.routing_scores, strict=True):
+            collected.append(layer_scores.flatten(0, 1).float().cpu())
+    model.train(training)
+    if not scores[0]:
+        raise ValueError("`batches` is empty: calibration needs at least one batch of token ids.")
+    for mixer, collected in zip(mixers, scores, strict=True):
+        mixer.score_quantiles.copy_(score_quantiles(torch.cat(collected), mixer.score_quantiles.shape[-1]))
+
+
+def score_quantiles(scores: torch.Tensor, levels: int) -> torch.Tensor:
+    """`[Hk, levels]` quantiles at equally spaced levels from 0 to 1 of `[n, Hk]` scores."""
+    ordered = scores.sort(dim=0).values
+    position = torch.linspace(0, len(scores) - 1, levels)
+    low = position.floor().long()
+    high = (low + 1).clamp(max=len(scores) - 1)
+    return torch.lerp(ordered[low], ordered[high], (position - low)[:, None]).T

@@ -1,0 +1,260 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Trains ham-tiny, the embedded checkpoint, on public-domain English; can be interrupted and resumed.
+
+Usage: ``python -m ham_hf.training.ham_tiny --corpus DIR --tokenizer DIR --output DIR``
+
+Every second step keeps what the learned thresholds keep, which the control loop drives to half of the tokens; the others
+keep a fraction drawn anew from (0, 1) through the score quantiles measured so far, so that one checkpoint serves every
+usage.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf.evaluation import calibrate
+from ham_hf.training.corpus import SPLIT_FILES, read_documents
+
+CALIBRATE_EVERY = 50
+EVALUATE_EVERY = 250
+SAVE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, written into the log."""
+
+    seed: int = 0
+    steps: int = 3000
+    warmup: int = 50
+    decay_from: float = 0.6
+    tokens_per_step: int = 4096
+    context: int = 512
+    late_context: int = 1024
+    late_from: float = 0.8
+    book_weight: float = 2.0
+    matrix_lr: float = 0.01
+    other_lr: float = 3e-3
+    threshold_lr: float = 2e-3
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+
+    def learning_rate(self, step: int) -> float:
+        """Factor of every learning rate: linear warm-up, constant, linear decay to 5%."""
+        rest = (self.steps - step) / (self.steps * (1 - self.decay_from))
+        return min(1.0, (step + 1) / self.warmup, max(0.05, rest))
+
+    def context_at(self, step: int) -> int:
+        """Tokens in a row: short ones first, which are cheaper, long ones for the last part."""
+        return self.late_context if step >= self.late_from * self.steps else self.context
+
+
+def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
+    """The shape of ham-tiny: 5 million parameters, and an RNN state small enough that the kept tokens matter."""
+    return HAMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        target_kv_usage=0.5,
+        threshold_scope="layer",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+class TokenSampler:
+    """Windows of training text: a pure function of the step, so that a resumed run sees what an unbroken one would."""
+
+    def __init__(self, corpus: Path, split: str, tokenizer: PreTrainedTokenizerBase, book_weight: float = 1.0):
+        documents = read_documents(corpus / SPLIT_FILES[split])
+        encode = tokenizer.backend_tokenizer.encode
+        ends = [tokenizer.eos_token_id]
+        self.documents = [np.array(ends + encode(d.text).ids + ends, dtype=np.int64) for d in documents]
+        weights = [len(x) * (1.0 if "sotu" in d.source else book_weight) for x, d in zip(self.documents, documents, strict=True)]
+        self.probabilities = np.array(weights) / sum(weights)
+
+    def batch(self, seed: int, rows: int, length: int) -> torch.Tensor:
+        """`[rows, length]` token ids, each row a window of one document."""
+        random = np.random.default_rng(seed)
+        windows = []
+        for document in random.choice(len(self.documents), size=rows, p=self.probabilities):
+            tokens = self.documents[document]
+            start = random.integers(0, max(1, len(tokens) - length + 1))
+            windows.append(np.resize(tokens[start:], length) if len(tokens) < length else tokens[start : start + length])
+        return torch.from_numpy(np.stack(windows))
+
+
+def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the rest, and thresholds without weight decay at a rate of their own."""
+    matrices, thresholds, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith("threshold"):
+            thresholds.append(parameter)
+        elif parameter.ndim == 2 and ".mlp." in name or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            matrices.append(parameter)
+        elif name.endswith(("o_proj.weight", "z_proj.weight")):
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, momentum=0.95)
+    groups = [{"params": others, "lr": recipe.other_lr}, {"params": thresholds, "lr": recipe.threshold_lr}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def train_step(model: HAMForCausalLM, optimizers: list, tokens: torch.Tensor, recipe: Recipe, step: int) -> float:
+    """One update; returns the loss. Odd steps, once scores are calibrated, keep a random fraction of the tokens."""
+    usage = None
+    if step % 2 and step > CALIBRATE_EVERY:
+        usage = float(np.random.default_rng([recipe.seed, step]).uniform())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * recipe.learning_rate(step)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False, kv_usage=usage).loss
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"The loss is {loss.item()} at step {step}; nothing was saved since step {step - step % SAVE_EVERY}.")
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+@torch.no_grad()
+def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, float]:
+    """Held-out loss (nats per token) at the learned thresholds and at usages 0, 0.25 and 1, and the usage they gave."""
+    model.eval()
+    result = {}
+    for name, arguments in {"learned": {}, "0": {"kv_usage": 0.0}, "0.25": {"kv_usage": 0.25}, "1": {"kv_usage": 1.0}}.items():
+        losses, usages = [], []
+        for batch in batches:
+            outputs = model(input_ids=batch, labels=batch, use_cache=True, **arguments)
+            losses.append(outputs.loss.item())
+            usages.append(outputs.past_key_values.kv_usage().mean().item())
+        result[f"loss_{name}"], result[f"usage_{name}"] = float(np.mean(losses)), float(np.mean(usages))
+    model.train()
+    return result
+
+
+def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list) -> None:
+    """Writes parameters, buffers and optimiser moments to one safetensors file, whole or not at all."""
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    for i, optimizer in enumerate(optimizers):
+        for n, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{n}.{name}": torch.as_tensor(x).clone() for name, x in moments.items()}
+    save_file({name: x.contiguous() for name, x in tensors.items()}, f"{path}.partial", metadata={"step": str(step)})
+    os.replace(f"{path}.partial", path)
+
+
+def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> None:
+    """Takes over what `save_state` wrote."""
+    tensors = load_file(path)
+    model.load_state_dict({k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}, strict=False)
+    for i, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for key, x in tensors.items():
+            if key.startswith(f"optimizer.{i}."):
+                _, _, n, name = key.split(".", 3)
+                state["state"].setdefault(int(n), {})[name] = x
+        optimizer.load_state_dict(state)
+
+
+def read_log(path: Path, before: int) -> list[dict]:
+    """The entries of a JSON Lines log from before a step, so that a resumed run rewrites what came after its last save."""
+    if not path.exists():
+        return []
+    return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["step"] < before]
+
+
+def train(corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe) -> HAMForCausalLM:
+    """Trains from scratch or from the last saved step in `output`, and returns the calibrated model."""
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    sampler = TokenSampler(corpus, "train", tokenizer, recipe.book_weight)
+    held_out = TokenSampler(corpus, "held_out", tokenizer)
+    evaluation = [held_out.batch(i, 4, recipe.late_context) for i in range(4)]
+    torch.manual_seed(recipe.seed)
+    model = HAMForCausalLM(ham_tiny_config(tokenizer)).train()
+    optimizers = build_optimizers(model, recipe)
+
+    state, log_path, first = output / "state.safetensors", output / "log.jsonl", 0
+    if state.exists():
+        load_state(state, model, optimizers)
+        first = 1 + json.loads((output / "step.json").read_text())["step"]
+        print(f"Resuming at step {first}")
+    log = read_log(log_path, first)
+    started = time.monotonic()
+    with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step", mininterval=10) as progress:
+        for step in progress:
+            length = recipe.context_at(step)
+            tokens = sampler.batch(recipe.seed * 1_000_003 + step, recipe.tokens_per_step // length, length)
+            entry = {"step": step, "loss": train_step(model, optimizers, tokens, recipe, step)}
+            progress.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
+            if step % CALIBRATE_EVERY == CALIBRATE_EVERY - 1:
+                calibrate(model, [tokens])
+            if step % EVALUATE_EVERY == EVALUATE_EVERY - 1 or step == recipe.steps - 1:
+                entry |= evaluate(model, evaluation)
+                tqdm.write(json.dumps(entry))
+            log.append(entry | {"seconds": round(time.monotonic() - started, 1)})
+            if step % SAVE_EVERY == SAVE_EVERY - 1 or step == recipe.steps - 1:
+                save_state(state, step, model, optimizers)
+                write_whole(output / "step.json", json.dumps({"step": step}))
+                write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
+    calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
+    return model.eval()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Trains and writes the checkpoint, its tokenizer, log and recipe to `--output`."""
+    parser = argparse.ArgumentParser(description="Trains ham-tiny; run again to resume.")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by ham_hf.training.tokenizer")
+    parser.add_argument("--output", type=Path, required=True, help="where state, log and the checkpoint go")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="updates in all (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    recipe = Recipe(steps=arguments.steps)
+    model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe)
+    checkpoint = arguments.output / "ham-tiny"
+    model.to(torch.bfloat16).save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(checkpoint)
+    write_whole(checkpoint / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
+    print(f"Wrote {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()
