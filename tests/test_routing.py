@@ -199,11 +199,17 @@ def test_random_scores_do_not_see_padding(side, tiny_config):
         assert torch.equal(scores[mask.bool()], random_score(torch.arange(10)[None], layer, 2)[0])
 
 
-def test_random_scores_restart_with_each_document(tiny_config):
+@pytest.mark.parametrize("padding", [0, 4], ids=["unpadded", "left-padded"])
+def test_random_scores_restart_with_each_document(padding, tiny_config):
     model = HAMModel(tiny_config(router="random")).eval()
-    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
-    output = model(torch.randint(1, 97, (1, 12)), position_ids=positions, output_routing_scores=True)
-    assert torch.equal(output.routing_scores[0], random_score(positions, 0, 2))
+    documents = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    arguments = {
+        "position_ids": torch.nn.functional.pad(documents, (padding, 0)),
+        "attention_mask": torch.nn.functional.pad(torch.ones(1, 12, dtype=torch.long), (padding, 0)),
+    }
+    output = model(torch.randint(1, 97, (1, padding + 12)), output_routing_scores=True, **arguments)
+    assert output.past_key_values is None, "the row must count as packed"
+    assert torch.equal(output.routing_scores[0][:, padding:], random_score(documents, 0, 2))
 
 
 # --------------------------------------------------------------------------- thresholds
