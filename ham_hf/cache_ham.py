@@ -746,9 +746,10 @@ class HAMCache(Cache):
 
     def kept_tokens(self) -> torch.Tensor:
         """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""
+        stores = self._stores()
         heads, batch = self.config.num_key_value_heads, self.batch_size
         empty = torch.zeros(batch, heads, dtype=torch.long)
-        return torch.stack([empty if s is None else s.counts.view(batch, heads).cpu() for s in self._stores()])
+        return torch.stack([empty if s is None else s.counts.view(batch, heads).cpu() for s in stores])
 
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
         """Of one layer, for each row and head, the sorted positions (among real tokens) that are kept, int32."""
