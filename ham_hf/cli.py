@@ -1,0 +1,354 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The command `ham-hf`: reads and checks its arguments, loads a checkpoint, and has it continue a prompt."""
+
+import argparse
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from ham_hf import __version__
+
+if TYPE_CHECKING:
+    from ham_hf.inspection.runs import Setting
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "ham-tiny"
+DEMO_USAGES = (1.0, 0.5, 0.25, 0.1, 0.0)
+DEMO_THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 2.0)
+
+GENERATE_EXAMPLES = """\
+examples:
+  ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
+  ham-hf generate --prompt-file letter.txt --kv-usage 1 0.25 0 --score
+  cat letter.txt | ham-hf generate --prompt-file - --kv-budget 64 --temperature 0.8
+
+A token is kept where its routing score (0 to 1) reaches the threshold: 0 keeps every token, more than 1 keeps none.
+Put PROMPT before --threshold and --kv-usage, which take every number that follows them.
+"""
+MAIN_DESCRIPTION = """\
+Hybrid Associative Memories: language models whose KV cache
+keeps only the tokens that their RNN predicts badly.
+"""
+MAIN_EXAMPLES = """\
+examples:
+  ham-hf demo
+  ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
+"""
+
+
+class CommandError(Exception):
+    """What the user is told in one line when a command cannot be carried out."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that explains an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error for `main` to print."""
+        raise CommandError(message)
+
+
+def number(expected: str, low: float, high: float, convert: type = float) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` to `high`; anything else is answered with what was `expected`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+            valid = low <= value <= high  # false for NaN
+        except ValueError:
+            valid = False
+        if not valid:
+            shown = textwrap.shorten(text, 40, placeholder=" ...")
+            raise argparse.ArgumentTypeError(f"got {shown!r}, takes {expected}")
+        return value
+
+    return parse
+
+
+def build_parser() -> Parser:
+    """The parser of every command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="ham-hf",
+        description=MAIN_DESCRIPTION,
+        epilog=MAIN_EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
+    commands = parser.add_subparsers(metavar="generate|demo", title="commands", dest="command", required=True)
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt, once for each threshold",
+        description="Continues a prompt, once for each threshold, and compares what the cache kept.",
+        epilog=GENERATE_EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    add_generate_arguments(generate)
+    demo = commands.add_parser(
+        "demo",
+        help="continue a built-in story while the cache shrinks",
+        description="Continues a built-in story at five cache sizes, from every token kept to none.",
+        allow_abbrev=False,
+    )
+    add_model_arguments(demo, max_new_tokens=24)
+    demo.set_defaults(execute=demo_command)
+    return parser
+
+
+def add_generate_arguments(parser: Parser) -> None:
+    """Adds the arguments of `generate`."""
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue")
+    parser.add_argument(
+        "--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file, or from stdin if '-'"
+    )
+    threshold = number("numbers such as 0 0.5 2 (PROMPT goes before them)", -math.inf, math.inf)
+    usage = number("fractions from 0 to 1 (PROMPT goes before them)", 0, 1)
+    help_text = "keep the tokens whose score reaches X (default: the checkpoint's own thresholds)"
+    parser.add_argument("--threshold", metavar="X", nargs="+", type=threshold, help=help_text)
+    help_text = "keep about this fraction of the tokens instead, on a calibrated checkpoint"
+    parser.add_argument("--kv-usage", metavar="U", nargs="+", type=usage, help=help_text)
+    budget = number("a whole number from 1", 1, 2**31, int)
+    help_text = "keep at most N tokens a head: when it is full, the lowest score leaves"
+    parser.add_argument("--kv-budget", metavar="N", type=budget, help=help_text)
+    help_text = "also measure the loss (nats a token) on the second half of the prompt"
+    parser.add_argument("--score", action="store_true", help=help_text)
+    add_model_arguments(parser, max_new_tokens=60)
+    parser.set_defaults(execute=generate_command)
+
+
+def add_model_arguments(parser: Parser, max_new_tokens: int) -> None:
+    """Adds the arguments that every command shares."""
+    whole = number("a whole number from 1", 1, 2**31, int)
+    help_text = "folder of a HAM checkpoint, or its name on the Hub (default: the one in this package)"
+    parser.add_argument("--model", metavar="PATH_OR_ID", default=str(EMBEDDED_CHECKPOINT), help=help_text)
+    help_text = "length of the continuation (default: %(default)s)"
+    parser.add_argument("--max-new-tokens", metavar="N", type=whole, default=max_new_tokens, help=help_text)
+    temperature = number("a number from 0 to 1000", 0, 1000)
+    help_text = "sample at this temperature (default: 0, the likeliest token)"
+    parser.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help=help_text)
+    seed = number("a whole number from 0 to 2^64 - 1", 0, 2**64 - 1, int)
+    parser.add_argument(
+        "--seed", metavar="S", type=seed, default=0, help="seed of the sampling (default: %(default)s)"
+    )
+    help_text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)"
+    parser.add_argument("--device", default="auto", help=help_text)
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    help_text = "type of the weights: %(choices)s (default: auto, the checkpoint's)"
+    parser.add_argument("--dtype", metavar="DTYPE", choices=dtypes, default="auto", help=help_text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 (out of memory), 2 (a wrong call) or 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?", not a traceback
+    try:
+        arguments = build_parser().parse_args(argv)
+        arguments.execute(arguments)
+    except CommandError as error:
+        print(f"ham-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        # On a terminal the text stops amid a line.
+        print("\n" * sys.stdout.isatty() + "ham-hf: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "ham-hf: error: out of memory; a shorter prompt, --kv-budget or --dtype bfloat16 needs less",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def generate_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf generate`."""
+    prompt = read_prompt(arguments)
+    settings = settings_of(arguments)
+    model, tokenizer = load(arguments)
+    if settings[0].name == "kv_usage" and not calibrated(model):
+        raise CommandError(
+            f"argument --kv-usage: the checkpoint {arguments.model} has no score quantiles to choose thresholds by; "
+            "takes a checkpoint saved after ham_hf.evaluation.calibrate, or give --threshold instead"
+        )
+    compare(arguments, model, tokenizer, prompt, settings, arguments.score)
+
+
+def demo_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf demo`."""
+    from ham_hf.inspection.demo_prompt import DEMO_INTRODUCTION, DEMO_PROMPT
+    from ham_hf.inspection.runs import Setting
+
+    model, tokenizer = load(arguments)
+    settings = [Setting("threshold", x) for x in DEMO_THRESHOLDS]
+    if calibrated(model):
+        settings = [Setting("kv_usage", x) for x in DEMO_USAGES]
+    print(f"{DEMO_INTRODUCTION}\n")
+    compare(arguments, model, tokenizer, DEMO_PROMPT, settings, score=True)
+
+
+def compare(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, settings: list["Setting"], score: bool
+) -> None:
+    """Runs the prompt at every setting, showing the text as it comes, then what the runs kept."""
+    from ham_hf.inspection.comparison import Comparison
+    from ham_hf.inspection.runs import run
+
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    if ids.shape[1] == 0:
+        raise CommandError("argument PROMPT: the model's tokenizer finds no token in it, takes other text")
+    if score and ids.shape[1] < 2:
+        raise CommandError("argument --score: got a prompt of 1 token, takes 2 or more")
+    generation: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if arguments.temperature > 0:
+        generation["temperature"] = arguments.temperature
+    comparison = Comparison(tokenizer, prompt)
+    for setting in settings:
+        streamer = comparison.start(setting)
+        comparison.end(run(model, ids, setting, score, arguments.seed, streamer, **generation))
+    comparison.conclude(model.config)
+
+
+def settings_of(arguments: argparse.Namespace) -> list["Setting"]:
+    """The settings that a call of `generate` asks for, one a run."""
+    from ham_hf.inspection.runs import Setting
+
+    if arguments.threshold and arguments.kv_usage:
+        raise CommandError("argument --kv-usage: got it beside --threshold, takes its place: give one of the two")
+    if arguments.threshold:
+        return [Setting("threshold", x, arguments.kv_budget) for x in arguments.threshold]
+    if arguments.kv_usage:
+        return [Setting("kv_usage", x, arguments.kv_budget) for x in arguments.kv_usage]
+    return [Setting(kv_budget=arguments.kv_budget)]
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt from the command line, a file or stdin."""
+    prompt, source = arguments.prompt, arguments.prompt_file
+    if prompt is None and source is None:
+        raise CommandError("argument PROMPT: got none, takes the text to continue; or give --prompt-file FILE")
+    if prompt is not None and source is not None:
+        raise CommandError("argument --prompt-file: got it beside PROMPT, takes its place: give one of the two")
+    if source is not None:
+        try:
+            prompt = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise CommandError(
+                f"argument --prompt-file: cannot read {source!r}: {reason}; takes a UTF-8 file or -"
+            ) from error
+        prompt = prompt.removesuffix("\n")
+    name = "PROMPT" if source is None else "--prompt-file"
+    if not prompt.strip():
+        raise CommandError(f"argument {name}: got an empty prompt, takes some text")
+    if not prompt.isascii() and re.search("[\ud800-\udfff]", prompt):
+        raise CommandError(f"argument {name}: got bytes that are not UTF-8, takes UTF-8 text")
+    return prompt
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, ready on its device, and its tokenizer."""
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = pick_device(arguments.device)
+    name = arguments.model
+    check_model_name(name)
+    with Console(stderr=True).status("Loading the model"):
+        with failing_as(f"argument --model: cannot load a model from {name}"):
+            model = load_model(name, arguments.dtype)
+        with failing_as(f"argument --model: cannot load a tokenizer from {name}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) > model.config.vocab_size:
+            sizes = f"{len(tokenizer)} tokens in its tokenizer and {model.config.vocab_size} embeddings"
+            raise CommandError(f"argument --model: {name} has {sizes}, takes a checkpoint where they agree")
+        return model.to(device), tokenizer
+
+
+@contextmanager
+def failing_as(message: str) -> Iterator[None]:
+    """Turns any failure into a `CommandError`: a broken checkpoint fails in as many ways as libraries read it."""
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+        raise CommandError(f"{message}: {reason}") from error
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """The model of a checkpoint; refuses one that is not HAM, and one that lacks weights."""
+    import torch
+    from transformers import PreTrainedConfig
+
+    from ham_hf import HAMForCausalLM
+
+    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if kind != "ham":
+        raise CommandError(f"argument --model: {name} holds a model of type {kind!r}, takes a HAM model ('ham')")
+    # Told to go on, `from_pretrained` says which shapes differ; by itself it would print a table.
+    loaded: Any = HAMForCausalLM.from_pretrained(
+        name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    model, report = loaded
+    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if wrong:
+        raise CommandError(
+            f"argument --model: {name} lacks {len(wrong)} of the weights that its config.json asks for, "
+            f"or has them in another shape, such as {wrong[0]}"
+        )
+    if not all(bool(torch.isfinite(x).all()) for x in model.parameters()):
+        raise CommandError(f"argument --model: {name} holds weights that are not finite numbers")
+    if model.config.num_hybrid_layers == 0:
+        raise CommandError(f"argument --model: {name} has no layer of type 'hybrid', takes a model with at least one")
+    return model
+
+
+def check_model_name(name: str) -> None:
+    """Refuses what can be neither a folder nor a name on the Hub, before anything is looked for online."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise CommandError(f"argument --model: the folder {name} holds no config.json, takes a HAM checkpoint")
+    elif name == str(EMBEDDED_CHECKPOINT):
+        raise CommandError(f"argument --model: this installation lacks its checkpoint {name}; give --model PATH_OR_ID")
+    elif Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise CommandError(
+            f"argument --model: {name!r} is no folder, takes the folder of a HAM checkpoint or OWNER/NAME"
+        )
+
+
+def pick_device(name: str) -> Any:
+    """The device to run on, tried out."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"argument --device: {name!r} is not to be had here, takes auto, cpu, cuda, ...") from error
+    return torch.device(name)
+
+
+def calibrated(model: Any) -> bool:
+    """Whether the checkpoint holds the score quantiles that `kv_usage` needs."""
+    mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
+    return all(bool((mixer.score_quantiles.amax(-1) > 0).all()) for mixer in mixers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

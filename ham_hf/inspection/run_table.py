@@ -1,0 +1,68 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Lays out runs as one table, a row a run: what was kept, what it cost, how well the model still predicts."""
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ham_hf.cache_ham import PAGE_SIZE
+from ham_hf.inspection.runs import Run
+
+BARS = "▁▂▃▄▅▆▇█"
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+# From this many columns on there is room for two spaces between the table's columns.
+WIDE = 92
+
+
+def runs_table(runs: list[Run], width: int) -> Table:
+    """The table of `runs` for a console of `width` columns."""
+    unit, size = unit_of(max(run.full_kv_bytes for run in runs))
+    setting = "kv-\nusage" if runs[0].setting.name == "kv_usage" else "thres-\nhold"
+    headers = [setting, "tokens\nseen", "kept/\nhead", "total\nusage", "usage by\nlayer"]
+    headers += [f"KV held\n{unit}", f"KV full\n{unit}", "held/\nfull", f"state\n{unit}", "tokens\n/s"]
+    if any(run.loss is not None for run in runs):
+        headers.append("loss on\n2nd half")
+    padding = (0, 1 if width >= WIDE else 0, 0, 0)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=padding, pad_edge=False, header_style="bold")
+    for header in headers:
+        left = header.startswith("usage by")
+        table.add_column(header, justify="left" if left else "right", vertical="bottom", overflow="fold")
+    for run in runs:
+        table.add_row(*cells(run, size))
+    return table
+
+
+def cells(run: Run, unit_size: int) -> list[str | Text]:
+    """One row; bytes are divided by `unit_size`."""
+    row: list[str | Text] = [
+        run.setting.label,
+        f"{run.tokens_seen:,}",
+        f"{run.kept_per_head:,.1f}",
+        f"{run.usage:.1%}",
+        Text(bars(run.usage_by_layer), style="cyan"),
+        f"{run.kv_bytes / unit_size:,.1f}",
+        f"{run.full_kv_bytes / unit_size:,.1f}",
+        f"{run.kv_bytes / run.full_kv_bytes:.0%}",
+        f"{run.state_bytes / unit_size:,.1f}",
+        f"{run.tokens_per_second:,.0f}" if run.tokens_per_second >= 10 else f"{run.tokens_per_second:.2g}",
+    ]
+    return row if run.loss is None else [*row, f"{run.loss:.3f}"]
+
+
+def footnote(scored: bool) -> str:
+    """What the table's numbers mean."""
+    loss = "; loss: nats a token on the second half of the prompt" if scored else ""
+    return (
+        f"KV held: bytes allocated, in pages of {PAGE_SIZE} tokens a head; KV full: keys and values of every token "
+        f"seen; state: convolution and RNN, the same at any length{loss}."
+    )
+
+
+def bars(fractions: list[float]) -> str:
+    """A bar one character wide for each fraction."""
+    return "".join(BARS[round(min(1.0, fraction) * (len(BARS) - 1))] for fraction in fractions)
+
+
+def unit_of(size: int) -> tuple[str, int]:
+    """The largest unit of which `size` bytes hold at least one, and its bytes."""
+    return next(((name, unit) for name, unit in UNITS if size >= unit), ("bytes", 1))

@@ -1,0 +1,434 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The command `ham-hf`: what it prints, what it refuses, and that its numbers are the cache's own."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import ham_hf.cli as cli
+from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, __version__
+from ham_hf.inspection import comparison
+from ham_hf.inspection.kept_tokens import Piece, numbered_text, pieces_of, printable, shaded_text, wrapped
+from ham_hf.inspection.run_table import bars, runs_table
+from ham_hf.inspection.runs import Setting, heads_that_kept, measure, prefill
+
+PROMPT = "It was a dark night, and the captain — “Ahab” — had gone below.\nNobody spoke; the wind rose, and rose."
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet])}
+    for pair in ("th", "Ġw"):
+        vocabulary[pair] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("Ġ", "w")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def tiny_model(vocab_size, **changes):
+    torch.manual_seed(0)
+    config = HAMConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **changes,
+    )
+    return HAMForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def save(folder, tokenizer, model):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    return save(tmp_path_factory.mktemp("plain"), tokenizer, tiny_model(len(tokenizer)))
+
+
+@pytest.fixture(scope="module")
+def calibrated_checkpoint(tmp_path_factory, tokenizer):
+    model = tiny_model(len(tokenizer))
+    for layer in model.model.layers:
+        layer.mixer.score_quantiles.copy_(torch.linspace(0.2, 0.8, layer.mixer.score_quantiles.shape[1]))
+    return save(tmp_path_factory.mktemp("calibrated"), tokenizer, model)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """No colour forced from outside, and Transformers' logging left as it was found."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+def rows(output):
+    """The cells of the table of runs, one list a row."""
+    table = output.split("what the cache kept")[1].split("KV held:")[0]
+    return [line.split() for line in table.splitlines() if re.match(r" *(learned|-?inf|-?\d)", line)]
+
+
+def generate(capsys, *arguments):
+    """Runs `ham-hf generate`, which must succeed without a word on stderr; returns what it printed."""
+    assert cli.main(["generate", *map(str, arguments)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def refusal(capsys, *arguments):
+    """Runs a call that must be refused before anything is printed; returns its one line on stderr."""
+    assert cli.main([str(x) for x in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ham-hf: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_and_version(capsys):
+    for arguments, expected in (
+        (["--version"], f"ham-hf {__version__}\n"),
+        (["--help"], "ham-hf demo"),
+        (["generate", "--help"], "--threshold 0 0.5 2"),
+        (["demo", "--help"], "--max-new-tokens"),
+    ):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main(arguments)
+        assert expected in capsys.readouterr().out
+
+
+def test_pipe_gets_the_whole_text_without_escape_codes(checkpoint):
+    command = [sys.executable, "-m", "ham_hf.cli", "generate", PROMPT, "--model", checkpoint, "--max-new-tokens", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    output = done.stdout.decode()
+    assert PROMPT in output
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", output)
+
+
+def test_table_shows_the_numbers_of_the_cache(capsys, checkpoint, tokenizer):
+    thresholds = (0, 0.5, 2)
+    output = generate(
+        capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 6, "--score", "--threshold", *thresholds
+    )
+    model = HAMForCausalLM.from_pretrained(checkpoint)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for threshold, row in zip(thresholds, rows(output), strict=True):
+        cache = HAMCache(model.config)
+        text = model.generate(ids, past_key_values=cache, threshold=threshold, max_new_tokens=6, do_sample=False)
+        with torch.no_grad():
+            logits = model(ids, threshold=threshold).logits[0]
+        half = ids.shape[1] // 2
+        loss = torch.nn.functional.cross_entropy(logits[half - 1 : -1], ids[0, half:]).item()
+        held = cache.memory_bytes() - cache.state_bytes()
+        assert row[:3] == [
+            f"{threshold:g}",
+            f"{cache.get_seq_length()}",
+            f"{cache.kept_tokens().float().mean():.1f}",
+        ]
+        assert row[3:5] == [f"{cache.kv_usage().mean():.1%}", bars(cache.kv_usage().mean((1, 2)).tolist())]
+        assert row[5:7] == [f"{held / 1024:.1f}", f"{cache.full_kv_bytes() / 1024:.1f}"]
+        assert row[7:9] == [f"{held / cache.full_kv_bytes():.0%}", f"{cache.state_bytes() / 1024:.1f}"]
+        assert float(row[10]) == pytest.approx(loss, abs=1e-3)
+        continuation = tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True)
+        section = output.split(f"threshold {threshold:g} ")[1]
+        assert PROMPT + printable(continuation) in section
+
+
+def test_higher_thresholds_keep_fewer_tokens(capsys, checkpoint):
+    arguments = ("--model", checkpoint, "--max-new-tokens", 3, "--threshold", 0, 0.45, 0.5, 0.55, 2)
+    kept = [float(row[2]) for row in rows(generate(capsys, PROMPT, *arguments))]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[2] > kept[4] == 0
+
+
+def test_learned_thresholds_by_default(capsys, checkpoint):
+    output = generate(capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 3)
+    at_half = generate(capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 3, "--threshold", 0.5)
+    assert "learned thresholds" in output
+    assert rows(output)[0][1:4] == rows(at_half)[0][1:4]  # a fresh model's thresholds are 0.5
+
+
+def test_kv_usage(capsys, calibrated_checkpoint):
+    arguments = ("--model", calibrated_checkpoint, "--max-new-tokens", 3)
+    table = rows(generate(capsys, PROMPT, *arguments, "--kv-usage", 1, 0.5, 0))
+    assert [row[0] for row in table] == ["1", "0.5", "0"]
+    by_threshold = rows(generate(capsys, PROMPT, *arguments, "--threshold", 0, 0.5, 2))
+    assert [row[2:5] for row in table] == [row[2:5] for row in by_threshold]
+
+
+def test_kv_budget_bounds_what_a_head_keeps(capsys, checkpoint):
+    arguments = ("--model", checkpoint, "--max-new-tokens", 3, "--threshold", 0, "--kv-budget", 7)
+    output = generate(capsys, PROMPT, *arguments)
+    assert "threshold 0, kv-budget 7" in output
+    assert rows(output)[0][2] == "7.0"
+
+
+def test_sampling_follows_the_seed(capsys, checkpoint):
+    def text(*arguments):
+        return generate(capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 12, *arguments).split("what the")[0]
+
+    assert text("--temperature", 2, "--seed", 3) == text("--temperature", 2, "--seed", 3)
+    assert text("--temperature", 2, "--seed", 3) != text("--temperature", 2, "--seed", 4)
+    assert text("--temperature", 0, "--seed", 3) == text("--seed", 4)
+
+
+def test_dtype_and_device(capsys, checkpoint):
+    arguments = ("--model", checkpoint, "--max-new-tokens", 2, "--threshold", 0, "--device", "cpu")
+    full = rows(generate(capsys, PROMPT, *arguments, "--dtype", "float32"))[0]
+    half = rows(generate(capsys, PROMPT, *arguments, "--dtype", "bfloat16"))[0]
+    assert float(half[6]) == pytest.approx(float(full[6]) / 2, abs=0.1)
+
+
+def test_prompt_from_file_and_stdin(capsys, checkpoint, tmp_path, monkeypatch):
+    def body(*arguments):
+        output = generate(capsys, *arguments, "--model", checkpoint, "--max-new-tokens", 3, "--threshold", 0)
+        return output.split("what the cache kept")[0]
+
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    assert body(PROMPT) == body("--prompt-file", file) == body("--prompt-file", "-")
+
+
+def test_one_token_prompt(capsys, checkpoint):
+    assert rows(generate(capsys, "a", "--model", checkpoint, "--max-new-tokens", 1))[0][1] == "1"
+
+
+def test_demo_runs_from_all_tokens_to_none(capsys, monkeypatch, checkpoint, calibrated_checkpoint):
+    for path, settings in ((checkpoint, cli.DEMO_THRESHOLDS), (calibrated_checkpoint, cli.DEMO_USAGES)):
+        monkeypatch.setattr(cli, "EMBEDDED_CHECKPOINT", path)
+        assert cli.main(["demo", "--max-new-tokens", "1"]) == 0
+        table = rows(capsys.readouterr().out)
+        assert [row[0] for row in table] == [f"{x:g}" for x in settings]
+        assert (table[0][3], table[-1][3]) == ("100.0%", "0.0%")
+        assert all(len(row) == 11 for row in table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--threshold", "nan"], ["--threshold", "'nan'"]),
+        (["--threshold", "half"], ["--threshold", "'half'"]),
+        (["--threshold"], ["--threshold"]),
+        (["--kv-usage", "1.5"], ["--kv-usage", "'1.5'", "0 to 1"]),
+        (["--kv-usage", "nan"], ["--kv-usage", "'nan'"]),
+        (["--kv-usage", "0.5"], ["--kv-usage", "calibrate", "--threshold"]),
+        (["--kv-usage", "0.5", "--threshold", "0.5"], ["--kv-usage", "--threshold"]),
+        (["--kv-budget", "0"], ["--kv-budget", "'0'", "whole number"]),
+        (["--kv-budget", "2.5"], ["--kv-budget", "'2.5'"]),
+        (["--max-new-tokens", "-3"], ["--max-new-tokens", "'-3'", "whole number"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens", "'0'"]),
+        (["--max-new-tokens", "many"], ["--max-new-tokens", "'many'"]),
+        (["--temperature", "-1"], ["--temperature", "'-1'"]),
+        (["--temperature", "inf"], ["--temperature", "'inf'"]),
+        (["--seed", "-1"], ["--seed", "'-1'"]),
+        (["--device", "abacus"], ["--device", "'abacus'", "cpu"]),
+        (["--device", "meta"], ["--device", "'meta'"]),
+        (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
+        (["--prompt-file", "-"], ["--prompt-file", "PROMPT"]),
+        (["--thresh", "0.5"], ["--thresh"]),
+    ],
+)
+def test_refused_arguments(capsys, checkpoint, arguments, expected):
+    message = refusal(capsys, "generate", PROMPT, "--model", checkpoint, *arguments)
+    assert all(part in message for part in expected), message
+
+
+def test_refused_prompts(capsys, checkpoint, tmp_path, monkeypatch):
+    def message(*arguments):
+        return refusal(capsys, "generate", "--model", checkpoint, *arguments)
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").write_bytes(b"\n")
+    assert "PROMPT" in message()
+    assert "empty" in message(" ")
+    assert "empty" in message("--prompt-file", "-")
+    assert "empty" in message("--prompt-file", tmp_path / "empty")
+    assert "UTF-8" in message("--prompt-file", tmp_path / "latin")
+    assert "No such file" in message("--prompt-file", tmp_path / "missing")
+    assert "cannot read" in message("--prompt-file", tmp_path)
+    assert "UTF-8" in message("caf\udce9")
+    assert "--score" in message("a", "--score")
+    assert "'a'" in message("--threshold", "0.5", "a")  # PROMPT behind --threshold: the message says where it goes
+    assert "generate|demo" in refusal(capsys)
+
+
+def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatch):
+    def message(folder):
+        return refusal(capsys, "generate", PROMPT, "--model", folder)
+
+    def copy(name):
+        return shutil.copytree(checkpoint, tmp_path / name)
+
+    (tmp_path / "nothing").mkdir()
+    assert "config.json" in message(tmp_path / "nothing")
+    assert "no folder" in message(tmp_path / "missing")
+    monkeypatch.setattr(cli, "EMBEDDED_CHECKPOINT", tmp_path / "missing")
+    assert "lacks its checkpoint" in refusal(capsys, "demo")
+
+    other = copy("other")
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    assert "'bert'" in message(other)
+    (other / "config.json").write_text("{")
+    assert "cannot load a model" in message(other)
+
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    assert "cannot load a model" in message(cut)
+
+    wordless = copy("wordless")
+    for file in wordless.glob("tokenizer*"):
+        file.unlink()
+    assert "cannot load a tokenizer" in message(wordless)
+
+    reshaped = copy("reshaped")
+    config = (reshaped / "config.json").read_text()
+    (reshaped / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 64'))
+    assert "another shape" in message(reshaped)
+
+    model = tiny_model(len(tokenizer))
+    model.model.norm.weight.data[0] = torch.nan
+    assert "not finite" in message(save(tmp_path / "nan", tokenizer, model))
+    assert "tokenizer" in message(save(tmp_path / "small", tokenizer, tiny_model(100)))
+    linear = tiny_model(len(tokenizer), layer_types=["linear_attention"] * 3)
+    assert "hybrid" in message(save(tmp_path / "linear", tokenizer, linear))
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
+def test_interruption_and_lack_of_memory_end_in_one_line(capsys, monkeypatch, error, status):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "load", fail)
+    assert cli.main(["demo"]) == status
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def test_mixed_layers_are_measured_where_they_have_attention(tokenizer):
+    model = tiny_model(len(tokenizer), layer_types=["linear_attention", "hybrid", "full_attention"])
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    cache = HAMCache(model.config)
+    prefill(model, ids, cache, Setting("threshold", 2.0))
+    run = measure(cache, Setting("threshold", 2.0), ids.shape[1], speed=1.0, loss=None)
+    assert run.usage_by_layer == [0.0, 1.0]
+    assert run.usage == 0.5
+    assert run.kept_per_head == (ids.shape[1] - 1) / 2
+    assert set(run.prompt_heads) == {0}
+
+
+def test_prompts_are_read_in_pieces(tokenizer, monkeypatch):
+    model = tiny_model(len(tokenizer))
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    setting = Setting("threshold", 0.5)
+    whole, pieces = HAMCache(model.config), HAMCache(model.config)
+    loss = prefill(model, ids, whole, setting, score=True)
+    monkeypatch.setattr("ham_hf.inspection.runs.PREFILL_TOKENS", 7)
+    assert prefill(model, ids, pieces, setting, score=True) == pytest.approx(loss, rel=1e-5)
+    assert heads_that_kept(pieces, ids.shape[1]) == heads_that_kept(whole, ids.shape[1])
+
+
+def test_heads_that_kept_counts_every_position(tokenizer):
+    model = tiny_model(len(tokenizer))
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    cache = HAMCache(model.config)
+    scores = model(ids, past_key_values=cache, threshold=0.5, output_routing_scores=True).routing_scores
+    expected = sum((layer[0] >= 0.5).sum(-1) for layer in scores)
+    assert heads_that_kept(cache, ids.shape[1]) == expected.tolist()
+
+
+def test_pieces_join_to_the_text_and_never_cut_a_character(tokenizer):
+    text = "a — “é” 🙂\n\nthe  war"
+    offsets = tokenizer(text, return_offsets_mapping=True).offset_mapping
+    pieces = pieces_of(text, offsets, list(range(len(offsets))))
+    assert "".join(piece.text for piece in pieces) == text
+    dash = next(piece for piece in pieces if "—" in piece.text)
+    assert dash.heads == max(i for i, (start, end) in enumerate(offsets) if text[start:end] == "—")
+
+
+def test_numbers_stand_under_the_first_letter_of_their_token():
+    pieces = [Piece("The", 4), Piece(" whale", 0), Piece("\n", 1), Piece("鯨", 2), Piece(" x", 4)]
+    assert numbered_text(pieces, num_heads=4, width=40).plain.split("\n") == [
+        "The whale⏎",
+        "9   ·    3",
+        "鯨 x",
+        "5  9",
+    ]
+
+
+def test_wrapping_loses_nothing_and_fits():
+    text = "one two  three\nfour-five-six-seven eight \n\nnine"
+    lines = wrapped(text, 10)
+    assert "".join(text[start:end] for start, end in lines) == text
+    assert all(len(text[start:end].rstrip("\n")) <= 10 for start, end in lines)
+    assert text[slice(*lines[0])] == "one two  "
+
+
+def test_colours_only_on_a_terminal_that_has_them():
+    pieces = [Piece("kept", 4), Piece(" dropped", 0)]
+    terminal, plain = io.StringIO(), io.StringIO()
+    Console(file=terminal, force_terminal=True, color_system="truecolor").print(shaded_text(pieces, 4))
+    Console(file=plain).print(shaded_text(pieces, 4))
+    assert "\x1b[" in terminal.getvalue()
+    assert plain.getvalue() == "kept dropped\n"
+
+
+def test_text_on_a_terminal_breaks_between_words():
+    output = io.StringIO()
+    writer = comparison.ProseWriter(Console(file=output, force_terminal=True, width=12, color_system=None))
+    for part in ("one two three ", "four five ", "six\nseven"):
+        writer.write(part, "")
+    lines = output.getvalue().split("\n")
+    assert [line.strip() for line in lines] == ["one two", "three four", "five six", "seven"]
+    assert all(len(line) <= 12 for line in lines)
+
+
+def test_control_characters_are_shown_instead_of_obeyed():
+    assert printable("a\x1b[31m\x07\tb\r\nc\x9b") == "a␛[31m␇ b\nc�"
+
+
+def test_long_prompts_are_cut_where_they_are_drawn(capsys, checkpoint, monkeypatch):
+    monkeypatch.setattr(comparison, "DRAWN_TOKENS", 10)
+    monkeypatch.setattr(comparison, "SHOWN_CHARACTERS", 20)
+    output = generate(capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 1, "--threshold", 0.5)
+    assert "… rose, and rose." in output
+    assert "earlier tokens are not drawn" in output
+    assert output.rstrip().splitlines()[-2].endswith("and rose.")
+
+
+def test_table_fits_eighty_columns(tokenizer):
+    model = tiny_model(len(tokenizer))
+    cache = HAMCache(model.config)
+    prefill(model, tokenizer(PROMPT, return_tensors="pt").input_ids, cache, Setting("threshold", 0.0))
+    run = measure(cache, Setting("threshold", 0.0), 5, speed=12345.0, loss=9.876)
+    output = io.StringIO()
+    Console(file=output, width=80).print(runs_table([run], 80))
+    assert max(map(len, output.getvalue().splitlines())) <= 80
+    assert len(rows(f"what the cache kept\n{output.getvalue()}KV held:")[0]) == 11
