@@ -1,12 +1,15 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The operations of a HAM layer, each linear in memory; `reference_ham` defines what they compute."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# The logits of one attention block are held at once: 256 queries keep them small beside the keys they read.
-QUERY_BLOCK = 256
+# The logits of one attention block are held at once: 128 queries keep them small beside the keys they read.
+QUERY_BLOCK = 128
 # Streams whose kept counts lie within this ratio share one padded batch, which bounds what padding costs.
 GROUP_RATIO = 0.75
 
@@ -43,9 +46,10 @@ def short_convolution(
     final_state = convolution_state(x, initial_state, real)
     x = torch.cat([initial_state, x], dim=1)
     if real is None and seq_idx is None:
-        out = x[:, :length] * weight[:, 0]
+        taps = weight.T.contiguous()
+        out = x[:, :length] * taps[0]
         for i in range(1, width):
-            out = torch.addcmul(out, x[:, i : i + length], weight[:, i])
+            out = torch.addcmul(out, x[:, i : i + length], taps[i])
         return F.silu(out), final_state
 
     # Entry `r + i` of `order` is the i-th oldest input that the r-th real token reads: the state counts as real.
@@ -173,7 +177,9 @@ def _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, chunk):
 
 def _split_chunks(x, chunk):
     """`[B, T, ...]` to `[B, N, C, ...]`, padded with zeros to whole chunks."""
-    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % chunk))
+    missing = -x.shape[1] % chunk
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
     return x.unflatten(1, (-1, chunk))
 
 
@@ -232,7 +238,7 @@ def sparse_prefix_attention(
 ) -> torch.Tensor:
     """Softmax attention of each query over a span of compacted kept tokens and itself.
 
-    Work is proportional to the spans; backward recomputes the weights, so memory is linear in `T`.
+    Column `end[t]` holds token `t` itself if that is kept. Work is proportional to the spans; backward recomputes the weights, so memory is linear in `T`.
 
     Args:
         q: `[B, T, H, K]` queries; `H` is a multiple of `Hk`.
@@ -259,71 +265,102 @@ def sparse_prefix_attention(
 
 
 class _SparsePrefixAttention(torch.autograd.Function):
-    """`sparse_prefix_attention` over streams, one per row and key/value head, in blocks of queries."""
+    """`sparse_prefix_attention` over streams, one per row and key/value head, in blocks of queries.
+
+    The keys of a block are the kept ones from before it and, behind them, all of its own, of which a mask shows each query
+    the kept ones before it and itself.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, k_kept, v_kept, begin, end, until, scale):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_kept: torch.Tensor,
+        v_kept: torch.Tensor,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        until: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until)
         ctx.scale = scale
         out = v.new_empty(*q.shape[:3], v.shape[-1])
+        groups = q.shape[1]
         for streams, rows, columns in _blocks(begin, end):
-            values, value = v_kept[streams, columns], v[streams, None, rows]
-            weights = _block_weights(
-                q[streams, :, rows], k[streams, rows], k_kept[streams, columns], begin, end, until, streams, rows, columns, scale
+            keys = torch.cat([k_kept[streams, columns], k[streams, rows]], 1)
+            values = torch.cat([v_kept[streams, columns], v[streams, rows]], 1)
+            out[streams, :, rows] = F.scaled_dot_product_attention(
+                q[streams, :, rows],
+                keys[:, None].expand(-1, groups, -1, -1),
+                values[:, None].expand(-1, groups, -1, -1),
+                attn_mask=_block_mask(q, begin, end, until, streams, rows, columns),
+                scale=scale,
             )
-            block = weights[..., -1:] * value
-            block += (weights[..., :-1].flatten(1, 2) @ values).view_as(block)
-            out[streams, :, rows] = block
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, k_kept, v_kept, begin, end, until = ctx.saved_tensors
-        scale = ctx.scale
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dk_kept, dv_kept = torch.zeros_like(k_kept), torch.zeros_like(v_kept)
         for streams, rows, columns in _blocks(begin, end):
-            queries, key, value = q[streams, :, rows], k[streams, rows], v[streams, rows]
-            keys, values, dout = k_kept[streams, columns], v_kept[streams, columns], grad[streams, :, rows]
-            weights = _block_weights(queries, key, keys, begin, end, until, streams, rows, columns, scale)
-            dweights = torch.cat(
-                [(dout.flatten(1, 2) @ values.mT).view(*dout.shape[:3], -1), (dout * value[:, None]).sum(-1, keepdim=True)], -1
-            )
-            dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
-            to_kept, to_self = dlogits[..., :-1].flatten(1, 2), dlogits[..., -1:]
-            dq[streams, :, rows] = (to_kept @ keys).view_as(queries) + to_self * key[:, None]
-            dk[streams, rows] = (to_self * queries).sum(1)
-            dv[streams, rows] = (weights[..., -1:] * dout).sum(1)
-            dk_kept[streams, columns] += to_kept.mT @ queries.flatten(1, 2)
-            dv_kept[streams, columns] += weights[..., :-1].flatten(1, 2).mT @ dout.flatten(1, 2)
+            keys = torch.cat([k_kept[streams, columns], k[streams, rows]], 1)
+            values = torch.cat([v_kept[streams, columns], v[streams, rows]], 1)
+            queries, dout = q[streams, :, rows] * ctx.scale, grad[streams, :, rows]
+            shape = (*queries.shape[:3], keys.shape[1])
+            mask = _block_mask(q, begin, end, until, streams, rows, columns)
+            queries, dout = queries.flatten(1, 2), dout.flatten(1, 2)
+            weights = ((queries @ keys.mT).view(shape) + mask).softmax(-1).flatten(1, 2)
+            dlogits = dout @ values.mT
+            dlogits = weights * (dlogits - (weights * dlogits).sum(-1, keepdim=True))
+            dq[streams, :, rows] = (dlogits @ keys).view(*shape[:3], -1) * ctx.scale
+            before = columns.stop - columns.start
+            dkeys, dvalues = dlogits.mT @ queries, weights.mT @ dout
+            dk[streams, rows], dv[streams, rows] = dkeys[:, before:], dvalues[:, before:]
+            dk_kept[streams, columns] += dkeys[:, :before]
+            dv_kept[streams, columns] += dvalues[:, :before]
         return dq, dk, dv, dk_kept, dv_kept, None, None, None, None
 
 
-def _block_weights(q, k, k_kept, begin, end, until, streams, rows, columns, scale):
-    """Attention weights `[n, G, t, C + 1]` of a block of queries over `C` kept columns and, last, over themselves."""
+def _block_mask(
+    q: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    until: torch.Tensor | None,
+    streams: torch.Tensor | slice,
+    rows: slice,
+    columns: slice,
+) -> torch.Tensor:
+    """0 where a query may look and -inf elsewhere: `[n, 1, t, C + t]` over the kept columns before the block and the block."""
+    begin, end = begin[streams, rows], end[streams, rows]
     column = torch.arange(columns.start, columns.stop, device=q.device)
-    hidden = (column < begin[streams, rows, None]) | (column >= end[streams, rows, None])
+    query = torch.arange(rows.start, rows.stop, device=q.device)
+    before = (column >= begin[..., None]) & (column < end[:, :1, None])
+    # A token of the block is kept if the next one counts one more, and then stands in the column of its own count.
+    kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
+    inside = (query[:, None] > query) & kept[:, None] & (end[:, None] >= begin[..., None])
     if until is not None:
-        query = torch.arange(rows.start, rows.stop, device=q.device)
-        hidden |= query[:, None] >= until[streams, None, columns]
-    logits = (q.flatten(1, 2) @ k_kept.mT).view(*q.shape[:3], -1)
-    logits = logits.masked_fill_(hidden[:, None], -torch.inf)
-    logits = torch.cat([logits, (q * k[:, None]).sum(-1, keepdim=True)], -1) * scale
-    return logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        before &= query[:, None] < until[streams, None, columns]
+        last = until[streams].gather(1, end.clamp(max=until.shape[1] - 1))
+        inside &= query[:, None] < last[:, None]
+    visible = torch.cat([before, inside | (query[:, None] == query)], -1)
+    return torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
 
 
-def _blocks(begin, end):
-    """Yields `(streams, rows, columns)`: streams that see alike numbers of columns, a block of queries, what they may see."""
+def _blocks(begin: torch.Tensor, end: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, slice, slice]]:
+    """Yields `(streams, rows, columns)`: streams that see alike numbers of columns, a block of queries, the columns before."""
     length = end.shape[1]
     starts = list(range(0, length, QUERY_BLOCK))
-    lasts = [min(start + QUERY_BLOCK, length) - 1 for start in starts]
-    lows, highs = begin[:, starts].tolist(), end[:, lasts].tolist()
-    for group in _group_alike([high[-1] - low[0] for low, high in zip(lows, highs, strict=True)]):
-        streams = slice(None) if len(group) == len(highs) else torch.tensor(group, device=end.device)
+    lows, highs = begin[:, starts].tolist(), end[:, starts].tolist()
+    totals = (end[:, -1] - begin[:, 0]).tolist()
+    for group in _group_alike(totals):
+        streams = slice(None) if len(group) == len(totals) else torch.tensor(group, device=end.device)
         for i, start in enumerate(starts):
             columns = slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group))
-            yield streams, slice(start, lasts[i] + 1), columns
+            yield streams, slice(start, min(start + QUERY_BLOCK, length)), columns
 
 
 def _group_alike(counts):

@@ -1,0 +1,173 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Speed and memory of HAM against Transformers' own models of the same shape, alternating in one run.
+
+Usage: ``python -m ham_hf.evaluation.bench`` (or ``make bench``); ``--output DIR`` also writes the tables.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+
+from .. import HAMCache, HAMConfig, HAMForCausalLM
+from .calibration import calibrate
+
+SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 4096}
+HEADS, HEAD_DIM = 8, 64
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def build_ham() -> HAMForCausalLM:
+    """A HAM with random weights, whose thresholds for a wanted usage come from calibration on random tokens."""
+    config = HAMConfig(**SHAPE, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=ROPE)
+    model = HAMForCausalLM(config).eval()
+    calibrate(model, [random_tokens(2048)])
+    return model
+
+
+def build_llama() -> LlamaForCausalLM:
+    """Transformers' Llama of the same shape."""
+    config = LlamaConfig(**SHAPE, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=ROPE)
+    return LlamaForCausalLM(config).eval()
+
+
+def build_qwen3_next() -> Qwen3NextForCausalLM:
+    """Transformers' Qwen3-Next of the same shape: Gated DeltaNet and attention 3:1, dense MLPs, PyTorch path."""
+    config = Qwen3NextConfig(
+        **SHAPE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_DIM,
+        linear_num_key_heads=HEADS,
+        linear_num_value_heads=HEADS,
+        linear_key_head_dim=HEAD_DIM,
+        linear_value_head_dim=HEAD_DIM,
+        mlp_only_layers=list(range(SHAPE["num_hidden_layers"])),
+    )
+    return Qwen3NextForCausalLM(config).eval()
+
+
+def random_tokens(length: int) -> torch.Tensor:
+    """`[1, length]` token ids."""
+    return torch.randint(SHAPE["vocab_size"], (1, length))
+
+
+def alternate(first: Callable[[], None], second: Callable[[], None], runs: int) -> list[tuple[float, float]]:
+    """Seconds of both, run in turn after one warm-up, so that drifts of the machine meet both alike."""
+    first(), second()
+    pairs = []
+    for _ in range(runs):
+        times = []
+        for function in (first, second):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        pairs.append((times[0], times[1]))
+    return pairs
+
+
+def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Median seconds of both and the median, smallest and largest ratio of second to first, pair by pair."""
+    ratios = [second / first for first, second in pairs]
+    return {
+        "ham_seconds": statistics.median(x for x, _ in pairs),
+        "other_seconds": statistics.median(x for _, x in pairs),
+        "speedup": statistics.median(ratios),
+        "speedup_min": min(ratios),
+        "speedup_max": max(ratios),
+    }
+
+
+@torch.no_grad()
+def bench_prefill(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int) -> dict:
+    """Prefill of one prompt, HAM against Qwen3-Next."""
+    other, tokens = build_qwen3_next(), random_tokens(length)
+    pairs = alternate(
+        lambda: ham(tokens, kv_usage=kv_usage, logits_to_keep=1), lambda: other(tokens, logits_to_keep=1), runs
+    )
+    cache = ham(tokens, kv_usage=kv_usage, logits_to_keep=1).past_key_values
+    name = f"prefill of {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
+    return {"what": name, "usage": cache.kv_usage().mean().item(), **summarise(pairs)}
+
+
+@torch.no_grad()
+def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, steps: int = 8) -> dict:
+    """Decoding `steps` tokens at a time after a long prompt, HAM against Llama with DynamicCache."""
+    other, tokens = build_llama(), random_tokens(length)
+    ham_cache, other_cache = HAMCache(ham.config), DynamicCache(config=other.config)
+    ham(tokens, kv_usage=kv_usage, past_key_values=ham_cache, logits_to_keep=1)
+    other(tokens, past_key_values=other_cache, logits_to_keep=1)
+
+    def decode_ham():
+        for _ in range(steps):
+            ham(tokens[:, :1], past_key_values=ham_cache, kv_usage=kv_usage)
+
+    def decode_other():
+        for _ in range(steps):
+            other(tokens[:, :1], past_key_values=other_cache)
+
+    pairs = alternate(decode_ham, decode_other, runs)
+    result = {"what": f"decoding after {length} tokens at {kv_usage:.0%} usage, against Llama", **summarise(pairs)}
+    dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in other_cache.layers)
+    return result | {
+        "usage": ham_cache.kv_usage().mean().item(),
+        "ham_cache_bytes": ham_cache.memory_bytes(),
+        "other_cache_bytes": dense,
+    }
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures were measured with."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def to_markdown(results: list[dict], made_with: dict) -> str:
+    """The results as a table."""
+    lines = ["| what | times as fast (median) | smallest | largest | usage |", "|---|---|---|---|---|"]
+    for x in results:
+        figures = f"{x['speedup']:.2f} | {x['speedup_min']:.2f} | {x['speedup_max']:.2f} | {x['usage']:.0%}"
+        lines.append(f"| {x['what']} | {figures} |")
+    versions = ", ".join(f"{name} {value}" for name, value in made_with.items())
+    shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
+    return "\n".join([*lines, "", f"Shape: {shape}, {HEADS} heads of {HEAD_DIM}; float32. Made with {versions}."]) + "\n"
+
+
+def main() -> None:
+    """Runs both comparisons and prints, and with `--output` writes, the table."""
+    parser = argparse.ArgumentParser(description="Speed and memory of HAM against Transformers' own models.")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
+    parser.add_argument("--runs", type=int, default=7, help="timed pairs of each comparison (default %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder for bench.json and bench.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    ham = build_ham()
+    results = [
+        bench_prefill(ham, 4096, 0.5, arguments.runs),
+        bench_decode(ham, 8192, 0.25, arguments.runs),
+    ]
+    made_with = environment()
+    table = to_markdown(results, made_with)
+    print(table)
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        payload = json.dumps({"environment": made_with, "shape": SHAPE, "results": results}, indent=2)
+        (arguments.output / "bench.json").write_text(payload + "\n")
+        (arguments.output / "bench.md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()
