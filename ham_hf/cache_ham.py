@@ -824,7 +824,7 @@ class HAMCache(Cache):
             ValueError: if it is damaged, not a cache, or of a model of another shape.
         """
         cache = cls(config)
-        name = os.fspath(path)
+        name, device = os.fspath(path), torch.device(device)
         try:
             file = safe_open(name, framework="pt", device=str(device))
         except SafetensorError as error:

@@ -409,6 +409,8 @@ class HAMModel(HAMPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: HAMConfig):
+        # `from_pretrained(path, threshold=...)` sets fields one by one, after the configuration was checked as a whole.
+        config.validate_architecture()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -203,7 +203,10 @@ def contents(cache):
     """Everything that a cache holds, in an order that does not depend on where it is stored."""
     held = {"seen": torch.tensor(cache.get_seq_length()), "real": cache.real_tokens}
     for i, layer in enumerate(cache.layers):
-        held |= {f"{i}.{name}": x for name, x in layer.state_dict().items()}
+        own = {"conv": layer.conv_state, "rnn": layer.recurrent_state, "real": layer.real_tokens}
+        if layer.store is not None:
+            own |= vars(layer.store.tokens()) | {"counts": layer.store.counts}
+        held |= {f"{i}.{name}": x for name, x in own.items() if x is not None}
     return {name: x.clone() for name, x in held.items()}
 
 

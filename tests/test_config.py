@@ -1,0 +1,186 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""HAMConfig keeps every field through JSON, derives what is left out, and is known to Transformers' Auto classes."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ham_hf import HAMConfig, HAMForCausalLM
+
+# A value other than the default for every field of our own.
+OTHER_VALUES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "value_head_dim": 12,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "initializer_range": 0.01,
+    "rms_norm_eps": 1e-5,
+    "use_cache": False,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+    "attention_bias": True,
+    "mlp_bias": True,
+    "layer_types": ["hybrid", "linear_attention", "hybrid"],
+    "conv_kernel_size": 3,
+    "attention_conv": False,
+    "qk_norm": False,
+    "rnn_output_norm": False,
+    "kv_output_norm": False,
+    "output_gate": False,
+    "router": "learned_error",
+    "router_hidden_size": 7,
+    "target_kv_usage": 0.25,
+    "threshold_scope": "model",
+    "threshold": [0.3, 1.0],
+    "pad_token_id": 5,
+    "bos_token_id": 6,
+    "eos_token_id": [7, 8],
+}
+ALTERNATIVES = [
+    {},
+    {"threshold": 0.3},
+    {"threshold": 1},
+    {"threshold": math.inf},
+    {"rope_parameters": None},
+    {"eos_token_id": 3},
+    {"target_kv_usage": 1},
+]
+
+
+def own_fields():
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} - set(HAMConfig.__annotations__)
+    return [field for field in dataclasses.fields(HAMConfig) if field.name not in inherited]
+
+
+def test_every_field_is_covered():
+    assert {field.name for field in own_fields()} == set(OTHER_VALUES)
+
+
+@pytest.mark.parametrize("overrides", [OTHER_VALUES, *ALTERNATIVES], ids=lambda x: "all" if len(x) > 1 else str(x))
+def test_json_keeps_every_field(tiny_config, tmp_path, overrides):
+    """Through a dictionary and a folder on disk, where the file is plain JSON; infinity included."""
+    config = tiny_config(**overrides)
+    for name, value in overrides.items():
+        assert getattr(config, name) == value
+    config.save_pretrained(tmp_path)
+    on_disk = json.loads((tmp_path / "config.json").read_text())
+    assert on_disk["model_type"] == "ham"
+    for loaded in (
+        HAMConfig.from_dict(config.to_dict()),
+        HAMConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+    ):
+        assert type(loaded) is HAMConfig
+        for field in own_fields():
+            assert getattr(loaded, field.name) == getattr(config, field.name), field.name
+        assert loaded == HAMConfig.from_dict(loaded.to_dict())
+
+
+def test_defaults():
+    config = HAMConfig()
+    for field in own_fields():
+        if field.name not in DERIVED:
+            assert getattr(config, field.name) == field.default, field.name
+    assert {name: getattr(config, name) for name in DERIVED} == DERIVED
+
+
+DERIVED = {
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "value_head_dim": 128,
+    "router_hidden_size": 512,
+    "layer_types": ["hybrid"] * 24,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def test_derived_fields(tiny_config):
+    config = tiny_config(hidden_size=64, num_attention_heads=8, num_key_value_heads=None)
+    assert (config.num_key_value_heads, config.head_dim, config.value_head_dim) == (8, 8, 8)
+    assert tiny_config(head_dim=6).value_head_dim == 6
+    assert tiny_config(head_dim=6, value_head_dim=4).head_dim == 6
+    assert tiny_config(hidden_size=32).router_hidden_size == 8
+    assert tiny_config(hidden_size=3, num_attention_heads=1, num_key_value_heads=1, head_dim=2).router_hidden_size == 1
+    # The default is not shared between configurations.
+    one, other = HAMConfig(), HAMConfig()
+    one.rope_parameters["rope_theta"] = 5.0
+    one.layer_types[0] = "full_attention"
+    assert other.rope_parameters["rope_theta"] == 10000.0
+    assert other.layer_types[0] == "hybrid"
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "hybrid"),
+    [
+        (None, 2),
+        (["hybrid", "hybrid"], 2),
+        (["linear_attention", "hybrid"], 1),
+        (["full_attention", "linear_attention"], 0),
+    ],
+)
+def test_layer_kinds(tiny_config, layer_types, hybrid):
+    """Each kind has the memories it needs and no others; a list of thresholds has one entry per hybrid layer."""
+    config = tiny_config(layer_types=layer_types, threshold=[0.5] * hybrid)
+    assert config.num_hybrid_layers == hybrid
+    model = HAMForCausalLM(config)
+    for kind, layer in zip(layer_types or ["hybrid"] * 2, model.model.layers, strict=True):
+        names = {name.split(".")[0] for name, _ in layer.mixer.named_parameters()}
+        assert ("A_log" in names) == ("b_proj" in names) == (kind != "full_attention")
+        assert ("k_norm" in names) == ("q_norm" in names) == (kind != "linear_attention")
+        assert ("threshold" in names) == ("kv_gate_proj" in names) == (kind == "hybrid")
+    assert sum("threshold" in name for name, _ in model.named_parameters()) == hybrid
+
+
+def test_rope_and_nope(tiny_config):
+    assert HAMForCausalLM(tiny_config(rope_parameters=None)).model.rotary_emb is None
+    assert tiny_config(rope_parameters=None).rope_parameters is None
+    assert tiny_config(rope_parameters={}).rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    with_yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 1024}
+    assert HAMForCausalLM(tiny_config(rope_parameters=with_yarn)).model.rotary_emb.rope_type == "yarn"
+
+
+def test_legacy_keys_as_in_transformers():
+    """Keys of older configurations are translated, unknown ones kept as attributes, and both survive saving."""
+    config = HAMConfig.from_dict(
+        {"num_hidden_layers": 2, "rope_theta": 5e5, "torch_dtype": "bfloat16", "written_by": "me"}
+    )
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
+    assert str(config.dtype) == "torch.bfloat16"
+    assert config.written_by == "me"
+    scaled = HAMConfig.from_dict({"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert scaled.rope_parameters["rope_type"] == "linear"
+    assert scaled.rope_parameters["factor"] == 2.0
+    again = HAMConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.written_by == "me"
+    assert again.rope_parameters == config.rope_parameters
+    config, unused = HAMConfig.from_dict(
+        {"num_hidden_layers": 2}, return_unused_kwargs=True, threshold=0.3, unheard_of=1
+    )
+    assert config.threshold == 0.3
+    assert unused == {"unheard_of": 1}
+
+
+def test_auto_classes(tiny_config, tmp_path):
+    config = AutoConfig.for_model("ham", num_hidden_layers=3, threshold=0.4)
+    assert type(config) is HAMConfig
+    assert (config.num_hidden_layers, config.threshold) == (3, 0.4)
+    assert type(AutoModelForCausalLM.from_config(tiny_config())) is HAMForCausalLM
+    tiny_config().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, threshold=0.4).threshold == 0.4
+
+
+def test_the_configuration_describes_itself(tiny_config):
+    """What a reader is told matches the code: every field is documented, and `repr` shows what was set."""
+    for field in own_fields():
+        if not field.name.endswith("_token_id"):
+            assert f"        {field.name} (" in HAMConfig.__doc__, field.name
+    assert '"threshold": 0.375' in repr(tiny_config(threshold=0.375))
