@@ -78,6 +78,7 @@ class PagedStore:
         self.counts = torch.zeros(num_streams, dtype=torch.long, device=device)
         self.tail = self._new_pages(num_streams, device)
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
     def _new_pages(self, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
         return {
             "keys": torch.zeros(pages, PAGE_SIZE, self.key_dim, dtype=self.dtype, device=device),
@@ -204,6 +205,7 @@ class PagedStore:
             page, slot = (leaves & (incoming[owner] >= 0)[:, None]).nonzero(as_tuple=True)
             self._write(pages, tokens.select(incoming[owner[page]]), page, slot)
 
+    @torch.inference_mode(False)
     def mark(self) -> dict:
         """What `rollback` needs to forget every later append: counters and the open pages, never the full ones."""
         tail = {name: x.clone() for name, x in self.tail.items()}

@@ -515,6 +515,18 @@ def test_the_cache_holds_no_graph(make_model, ids):
     assert not any(x.requires_grad for x in tensors)
 
 
+def test_a_cache_filled_in_inference_mode_goes_on_outside(model, ids):
+    cache = HAMCache(model.config)
+    cache.activate_past_recording()
+    with torch.inference_mode():
+        feed(model, cache, ids[:, :20], (17, 18))
+        cache.crop(-2)
+    feed(model, cache, ids[:, :30], (1, 2))
+    with torch.inference_mode():
+        feed(model, cache, ids[:, :40], (1, 2))
+    assert_same(cache, filled(model, ids[:, :40], (18,)), 1e-5)
+
+
 # --- operations on rows ----------------------------------------------------------------------------------------------
 
 ROWS = {
