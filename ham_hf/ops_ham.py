@@ -49,7 +49,7 @@ def short_convolution(
         taps = weight.T.contiguous()
         out = x[:, :length] * taps[0]
         for i in range(1, width):
-            out = torch.addcmul(out, x[:, i : i + length], taps[i])
+            out.addcmul_(x[:, i : i + length], taps[i])
         return F.silu(out), final_state
 
     # Entry `r + i` of `order` is the i-th oldest input that the r-th real token reads: the state counts as real.
