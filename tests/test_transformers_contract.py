@@ -293,6 +293,16 @@ class TestWeights:
         input_ids = tokens(2, 30)
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
+    @pytest.mark.parametrize("missing", FLOAT32_NAMES)
+    def test_a_tensor_that_a_checkpoint_lacks_takes_no_neighbour_along(self, model, missing, tmp_path):
+        """Loading initialises a second time whatever module is incomplete, and must leave alone what was loaded."""
+        state = {name: x for name, x in model.state_dict().items() if not name.endswith(missing)}
+        model.save_pretrained(tmp_path, state_dict=state)
+        saved = tensors(model)
+        for name, x in tensors(HAMForCausalLM.from_pretrained(tmp_path)).items():
+            assert torch.equal(x, saved[name]) != name.endswith(missing), name
+            assert x.isfinite().all(), name
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_leaves_decays_and_thresholds_alone(self, model, dtype, tmp_path):
         model.save_pretrained(tmp_path)
