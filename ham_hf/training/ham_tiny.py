@@ -41,7 +41,8 @@ class Recipe:
     tokens_per_step: int = 4096
     context: int = 512
     late_context: int = 1024
-    late_from: float = 0.8
+    late_from: float = 0.6
+    late_usage: float = 1.3
     book_weight: float = 2.0
     matrix_lr: float = 0.01
     other_lr: float = 3e-3
@@ -57,6 +58,16 @@ class Recipe:
     def context_at(self, step: int) -> int:
         """Tokens in a row: short ones first, which are cheaper, long ones for the last part."""
         return self.late_context if step >= self.late_from * self.steps else self.context
+
+    def usage_at(self, step: int) -> float | None:
+        """Fraction of tokens that a step keeps; `None` for the learned thresholds.
+
+        Drawn from (0, 1), and in the last part from (0, `late_usage`), so that keeping everything is practised too.
+        """
+        if step % 2 == 0 or step <= CALIBRATE_EVERY:
+            return None
+        highest = self.late_usage if step >= self.late_from * self.steps else 1.0
+        return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
 
 
 def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
@@ -124,15 +135,12 @@ def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.
 
 
 def train_step(model: HAMForCausalLM, optimizers: list, tokens: torch.Tensor, recipe: Recipe, step: int) -> float:
-    """One update; returns the loss. Odd steps, once scores are calibrated, keep a random fraction of the tokens."""
-    usage = None
-    if step % 2 and step > CALIBRATE_EVERY:
-        usage = float(np.random.default_rng([recipe.seed, step]).uniform())
+    """One update; returns the loss."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * recipe.learning_rate(step)
     with torch.autocast(tokens.device.type, torch.bfloat16):
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False, kv_usage=usage).loss
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False, kv_usage=recipe.usage_at(step)).loss
     if not torch.isfinite(loss):
         raise RuntimeError(f"The loss is {loss.item()} at step {step}; nothing was saved since step {step - step % SAVE_EVERY}.")
     loss.backward()

@@ -1,0 +1,123 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Held-out loss and cache bytes of a checkpoint against the fraction of tokens it keeps, as table and plot.
+
+Usage: ``python -m ham_hf.evaluation.usage --model DIR --corpus DIR --output DIR``
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ham_hf import HAMForCausalLM
+from ham_hf.training.corpus import SPLIT_FILES, read_documents
+
+USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def held_out_windows(
+    corpus: Path, tokenizer: PreTrainedTokenizerBase, context: int, per_document: int
+) -> list[torch.Tensor]:
+    """`[1, context]` windows of held-out text: of every document the first so many that do not overlap."""
+    windows = []
+    for document in read_documents(corpus / SPLIT_FILES["held_out"]):
+        tokens = [tokenizer.eos_token_id, *tokenizer.backend_tokenizer.encode(document.text).ids]
+        starts = range(0, len(tokens) - context + 1, context)
+        windows += [torch.tensor([tokens[start : start + context]]) for start in starts[:per_document]]
+    if not windows:
+        raise ValueError(f"`context` {context} is longer than every held-out document in {corpus}.")
+    return windows
+
+
+@torch.no_grad()
+def measure_usage(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None) -> dict:
+    """Loss (nats per token), measured usage and cache bytes at one wanted usage; `None` uses the learned thresholds."""
+    losses, usages, caches = [], [], []
+    for tokens in tqdm(windows, desc=f"usage {kv_usage}", leave=False):
+        outputs = model(input_ids=tokens, labels=tokens, use_cache=True, kv_usage=kv_usage)
+        losses.append(outputs.loss.item())
+        usages.append(outputs.past_key_values.kv_usage().mean().item())
+        caches.append(outputs.past_key_values)
+    return {
+        "kv_usage": kv_usage,
+        "usage": statistics.mean(usages),
+        "loss": statistics.mean(losses),
+        "losses": losses,
+        "kv_bytes": round(statistics.mean(cache.memory_bytes() - cache.state_bytes() for cache in caches)),
+        "full_kv_bytes": caches[0].full_kv_bytes(),
+        "state_bytes": caches[0].state_bytes(),
+    }
+
+
+def to_markdown(results: list[dict], context: int) -> str:
+    """A row per usage; the difference is paired window by window with everything kept, with its standard error."""
+    everything = next(x for x in results if x["kv_usage"] == 1.0)["losses"]
+    lines = [
+        "| asked for | kept | loss (nats/token) | above everything kept | cache KiB | full KV cache KiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for x in results:
+        differences = [a - b for a, b in zip(x["losses"], everything, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        name = "learned" if x["kv_usage"] is None else f"{x['kv_usage']:.0%}"
+        lines.append(
+            f"| {name} | {x['usage']:.1%} | {x['loss']:.4f} | {statistics.mean(differences):+.4f} ± {error:.4f} | "
+            f"{x['kv_bytes'] / 1024:.0f} | {x['full_kv_bytes'] / 1024:.0f} |"
+        )
+    tail = f"{len(everything)} windows of {context} tokens; the states of fixed size add {results[0]['state_bytes'] / 1024:.0f} KiB."
+    return "\n".join([*lines, "", tail]) + "\n"
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Loss and bytes against usage as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    asked = sorted((x for x in results if x["kv_usage"] is not None), key=lambda x: x["usage"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    usage = [100 * x["usage"] for x in asked]
+    left.plot(usage, [x["loss"] for x in asked], "o-", color="#b5432e")
+    left.set(xlabel="tokens kept (%)", ylabel="held-out loss (nats/token)", title="Accuracy against memory")
+    right.plot(usage, [x["kv_bytes"] / 1024 for x in asked], "o-", color="#2e6db5", label="HAMCache")
+    right.axhline(asked[0]["full_kv_bytes"] / 1024, color="grey", linestyle="--", label="full KV cache")
+    right.set(xlabel="tokens kept (%)", ylabel="KiB held", title="Bytes of kept tokens", ylim=(0, None))
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measures a checkpoint and writes `usage.json`, `usage.md` and `usage.png`."""
+    parser = argparse.ArgumentParser(description="Held-out loss and cache bytes against the fraction of tokens kept.")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a calibrated HAM checkpoint")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
+    parser.add_argument("--output", type=Path, required=True, help="where the table and the plot go")
+    parser.add_argument("--context", type=int, default=2048, help="tokens in a window (default %(default)s)")
+    parser.add_argument("--per-document", type=int, default=12, help="windows of a document (default %(default)s)")
+    arguments = parser.parse_args()
+    model = HAMForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    windows = held_out_windows(arguments.corpus, tokenizer, arguments.context, arguments.per_document)
+    results = [measure_usage(model, windows, usage) for usage in (*USAGES, None)]
+    table = to_markdown(results, arguments.context)
+    print(table)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    payload = json.dumps({"context": arguments.context, "results": results}, indent=1) + "\n"
+    for name, text in (("usage.json", payload), ("usage.md", table)):
+        partial = arguments.output / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, arguments.output / name)
+    plot(results, arguments.output / "usage.png")
+
+
+if __name__ == "__main__":
+    main()
