@@ -14,8 +14,13 @@ from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_ham import HAMConfig
-from .ops_ham import compact_kept, convolution_state, gated_delta_rule_with_prediction
-from .ops_ham import ragged_decode_attention, sparse_prefix_attention
+from .ops_ham import (
+    compact_kept,
+    convolution_state,
+    gated_delta_rule_with_prediction,
+    ragged_decode_attention,
+    sparse_prefix_attention,
+)
 from .routing_ham import check_threshold
 
 # Small pages waste little on a head that keeps few tokens; 16 is also what matrix units want as a smallest side.
@@ -264,7 +269,11 @@ class LayerStep:
             fields["real"] = torch.cat(
                 [torch.ones_like(x.positions, dtype=torch.bool) if x.real is None else x.real for x in steps], dim=1
             )
-        rnn = None if steps[0].rnn is None else tuple(torch.cat(x, dim=1) for x in zip(*(s.rnn for s in steps), strict=True))
+        rnn = (
+            None
+            if steps[0].rnn is None
+            else tuple(torch.cat(x, dim=1) for x in zip(*(s.rnn for s in steps), strict=True))
+        )
         return cls(rnn=rnn, **fields)
 
     def detached(self) -> "LayerStep":
@@ -443,7 +452,10 @@ class HAMCacheLayer(CacheLayerMixin):
         # Right-aligned, so that what a query sees of the cache and of the new tokens is one span of columns.
         column = _ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
         cached = KeptColumns(
-            *(_scatter_columns(x, held.streams, column, batch, heads, largest) for x in (held.keys, held.values, held.scores)),
+            *(
+                _scatter_columns(x, held.streams, column, batch, heads, largest)
+                for x in (held.keys, held.values, held.scores)
+            ),
             counts=self.store.counts.view(batch, heads),
         )
         return attend_new(q, k, v, keep, scores, budget, cached)
@@ -645,7 +657,11 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors that `load_state_dict` rebuilds the layer from."""
-        state = {"real_tokens": self.real_tokens, "conv_state": self.conv_state, "recurrent_state": self.recurrent_state}
+        state = {
+            "real_tokens": self.real_tokens,
+            "conv_state": self.conv_state,
+            "recurrent_state": self.recurrent_state,
+        }
         if self.store is not None:
             state |= vars(self.store.tokens()) | {"counts": self.store.counts}
         return {name: x for name, x in state.items() if x is not None}
@@ -661,7 +677,9 @@ class HAMCacheLayer(CacheLayerMixin):
         expected = (len(self.real_tokens) * config.num_key_value_heads, config.head_dim, config.value_head_dim)
         found = (len(state["counts"]), state["keys"].shape[1], state["values"].shape[1])
         if found != expected:
-            raise ValueError(f"The cache holds (streams, key size, value size) {found}, but `config` needs {expected}.")
+            raise ValueError(
+                f"The cache holds (streams, key size, value size) {found}, but `config` needs {expected}."
+            )
         tokens = KeptTokens(**{name: state[name] for name in (*PagedStore.FIELDS, "streams")})
         self.dtype = tokens.keys.dtype
         self.store = PagedStore(*expected, self.dtype, self.device)
@@ -686,7 +704,9 @@ def _check_crop(tokens_to_remove) -> int:
     if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
         raise TypeError(f"`tokens_to_remove` must be 0 or a negative int, got {tokens_to_remove!r}.")
     if tokens_to_remove > 0:
-        raise ValueError(f"`tokens_to_remove` must be 0 or negative (`crop(-n)` takes back n tokens), got {tokens_to_remove}.")
+        raise ValueError(
+            f"`tokens_to_remove` must be 0 or negative (`crop(-n)` takes back n tokens), got {tokens_to_remove}."
+        )
     return -tokens_to_remove
 
 
@@ -715,7 +735,6 @@ class HAMCache(Cache):
         offloading: keep every layer on the CPU except while it computes.
 
     Example:
-
     ```python
     >>> cache = HAMCache(model.config)
     >>> model.generate(**inputs, past_key_values=cache, threshold=0.4)
@@ -810,7 +829,11 @@ class HAMCache(Cache):
         tensors = {}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in layer.state_dict().items()}
-        metadata = {"format": FILE_FORMAT, "seen_tokens": str(self.get_seq_length()), "shape": json.dumps(cache_shape(self.config))}
+        metadata = {
+            "format": FILE_FORMAT,
+            "seen_tokens": str(self.get_seq_length()),
+            "shape": json.dumps(cache_shape(self.config)),
+        }
         temporary = f"{os.fspath(path)}.partial"
         with contextlib.ExitStack() as stack:
             stack.callback(pathlib.Path(temporary).unlink, missing_ok=True)
@@ -852,7 +875,9 @@ def cache_shape(config: HAMConfig) -> dict:
 def check_same_shape(argument: str, shape: dict, config: HAMConfig) -> None:
     """`ValueError` if the cache that `argument` gives, of a model of `shape`, does not fit a model of `config`."""
     expected = cache_shape(config)
-    wrong = [f"`{name}` {shape[name]} instead of {expected[name]}" for name in SHAPE_FIELDS if shape[name] != expected[name]]
+    wrong = [
+        f"`{name}` {shape[name]} instead of {expected[name]}" for name in SHAPE_FIELDS if shape[name] != expected[name]
+    ]
     if wrong:
         raise ValueError(f"`{argument}` gives the cache of a model of another shape: {', '.join(wrong)}.")
 

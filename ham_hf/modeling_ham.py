@@ -564,12 +564,14 @@ def _check_integers(name, x, shapes, lowest=None, below=None, ignored=None):
         raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {type(x).__name__}.")
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {x.dtype}.")
-    if not any(x.ndim == len(s) and all(n in (None, size) for n, size in zip(s, x.shape, strict=True)) for s in shapes):
+    if not any(
+        x.ndim == len(s) and all(n in (None, size) for n, size in zip(s, x.shape, strict=True)) for s in shapes
+    ):
         raise ValueError(f"`{name}` must be {sizes}, got {list(x.shape)}.")
     if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
         return
     x = x if ignored is None else x[x != ignored]
-    if lowest is not None and bool((x < lowest).any()) or below is not None and bool((x >= below).any()):
+    if (lowest is not None and bool((x < lowest).any())) or (below is not None and bool((x >= below).any())):
         accepted = f"at least {lowest}" if below is None else f"between {lowest} and {below - 1}"
         raise ValueError(f"`{name}` must be {accepted}, got {int(x.min())} to {int(x.max())}.")
 
@@ -583,7 +585,9 @@ def _check_tokens(input_ids, inputs_embeds, config) -> tuple[int, int]:
         return tuple(input_ids.shape)
     if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
         found = inputs_embeds.dtype if isinstance(inputs_embeds, torch.Tensor) else type(inputs_embeds).__name__
-        raise TypeError(f"`inputs_embeds` must be a floating-point tensor [rows, tokens, {config.hidden_size}], got {found}.")
+        raise TypeError(
+            f"`inputs_embeds` must be a floating-point tensor [rows, tokens, {config.hidden_size}], got {found}."
+        )
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
         raise ValueError(
             f"`inputs_embeds` must be [rows, tokens, {config.hidden_size}], got {list(inputs_embeds.shape)}."

@@ -115,7 +115,9 @@ def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int)
         return None
     if isinstance(threshold, torch.Tensor):
         if not threshold.is_floating_point():
-            raise TypeError(f"`threshold` must be a floating-point tensor, got {threshold.dtype}; expected {expected}.")
+            raise TypeError(
+                f"`threshold` must be a floating-point tensor, got {threshold.dtype}; expected {expected}."
+            )
         tensor = threshold.detach().float()
         tensor = tensor[None, :, None] if tensor.ndim == 1 else tensor.reshape(1, 1, 1) if tensor.ndim == 0 else tensor
     elif _is_number(threshold):

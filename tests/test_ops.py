@@ -599,7 +599,7 @@ def test_attention_work_is_proportional_to_what_is_kept(blocks):
         keep = torch.rand(2, length, 2) < fraction
         sparse_attention(**inputs, keep=keep)
         work[fraction] = sum(streams * rows * columns for streams, rows, columns in blocks)
-        # A block reads what was kept before it in the fullest of the streams that share it and, not counted here, itself.
+        # A block reads what was kept before it in the fullest of its streams and, not counted here, itself.
         least = sum(keep[:, :start].sum() * ops_ham.QUERY_BLOCK for start in range(0, length, ops_ham.QUERY_BLOCK))
         assert least * 0.99 <= work[fraction] <= 1.2 * least
     assert work[0.0] == 0

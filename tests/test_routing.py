@@ -98,8 +98,11 @@ def router_inputs(batch=3, length=40, heads=2, hidden=32, value_dim=6, scale=1.0
 @pytest.mark.parametrize("router", ROUTERS)
 def test_scores_are_float32_in_the_unit_interval(router, dtype, tiny_config):
     module = HAMRouter(tiny_config(router=router), layer_idx=1).to(dtype)
-    for scale in (0.0, 1e-6, 1.0, 1e6):
-        scores = module(**router_inputs(scale=scale, dtype=dtype))
+    cases = {scale: router_inputs(scale=scale, dtype=dtype) for scale in (0.0, 1e-6, 1.0, 1e6)}
+    cases["parallel"] = router_inputs(dtype=dtype)  # rounding may carry a cosine past 1
+    cases["parallel"]["prediction"] = cases["parallel"]["v"] * torch.tensor([-3.0, 1.0])[:, None].to(dtype)
+    for scale, inputs in cases.items():
+        scores = module(**inputs)
         assert scores.shape == (3, 40, 2)
         assert scores.dtype == torch.float32
         assert ((scores >= 0) & (scores <= 1)).all()

@@ -142,7 +142,9 @@ def to_markdown(results: list[dict], made_with: dict) -> str:
         lines.append(f"| {x['what']} | {figures} |")
     versions = ", ".join(f"{name} {value}" for name, value in made_with.items())
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
-    return "\n".join([*lines, "", f"Shape: {shape}, {HEADS} heads of {HEAD_DIM}; float32. Made with {versions}."]) + "\n"
+    return (
+        "\n".join([*lines, "", f"Shape: {shape}, {HEADS} heads of {HEAD_DIM}; float32. Made with {versions}."]) + "\n"
+    )
 
 
 def main() -> None:

@@ -99,7 +99,10 @@ class TokenSampler:
         encode = tokenizer.backend_tokenizer.encode
         ends = [tokenizer.eos_token_id]
         self.documents = [np.array(ends + encode(d.text).ids + ends, dtype=np.int64) for d in documents]
-        weights = [len(x) * (1.0 if "sotu" in d.source else book_weight) for x, d in zip(self.documents, documents, strict=True)]
+        weights = [
+            len(x) * (1.0 if "sotu" in d.source else book_weight)
+            for x, d in zip(self.documents, documents, strict=True)
+        ]
         self.probabilities = np.array(weights) / sum(weights)
 
     def batch(self, seed: int, rows: int, length: int) -> torch.Tensor:
@@ -109,7 +112,9 @@ class TokenSampler:
         for document in random.choice(len(self.documents), size=rows, p=self.probabilities):
             tokens = self.documents[document]
             start = random.integers(0, max(1, len(tokens) - length + 1))
-            windows.append(np.resize(tokens[start:], length) if len(tokens) < length else tokens[start : start + length])
+            windows.append(
+                np.resize(tokens[start:], length) if len(tokens) < length else tokens[start : start + length]
+            )
         return torch.from_numpy(np.stack(windows))
 
 
@@ -119,9 +124,11 @@ def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.
     for name, parameter in model.named_parameters():
         if name.endswith("threshold"):
             thresholds.append(parameter)
-        elif parameter.ndim == 2 and ".mlp." in name or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            matrices.append(parameter)
-        elif name.endswith(("o_proj.weight", "z_proj.weight")):
+        elif (
+            (parameter.ndim == 2
+            and ".mlp." in name)
+            or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        ) or name.endswith(("o_proj.weight", "z_proj.weight")):
             matrices.append(parameter)
         else:
             others.append(parameter)
@@ -142,7 +149,9 @@ def train_step(model: HAMForCausalLM, optimizers: list, tokens: torch.Tensor, re
     with torch.autocast(tokens.device.type, torch.bfloat16):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False, kv_usage=recipe.usage_at(step)).loss
     if not torch.isfinite(loss):
-        raise RuntimeError(f"The loss is {loss.item()} at step {step}; nothing was saved since step {step - step % SAVE_EVERY}.")
+        raise RuntimeError(
+            f"The loss is {loss.item()} at step {step}; nothing was saved since step {step - step % SAVE_EVERY}."
+        )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     for optimizer in optimizers:
@@ -156,7 +165,12 @@ def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, fl
     """Held-out loss (nats per token) at the learned thresholds and at usages 0, 0.25 and 1, and the usage they gave."""
     model.eval()
     result = {}
-    for name, arguments in {"learned": {}, "0": {"kv_usage": 0.0}, "0.25": {"kv_usage": 0.25}, "1": {"kv_usage": 1.0}}.items():
+    for name, arguments in {
+        "learned": {},
+        "0": {"kv_usage": 0.0},
+        "0.25": {"kv_usage": 0.25},
+        "1": {"kv_usage": 1.0},
+    }.items():
         losses, usages = [], []
         for batch in batches:
             outputs = model(input_ids=batch, labels=batch, use_cache=True, **arguments)
@@ -180,7 +194,9 @@ def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list) -
 def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> None:
     """Takes over what `save_state` wrote."""
     tensors = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}, strict=False)
+    model.load_state_dict(
+        {k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}, strict=False
+    )
     for i, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         for key, x in tensors.items():
