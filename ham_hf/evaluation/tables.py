@@ -1,0 +1,37 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Puts measured tables into documents, between markers, so that no figure is copied by hand.
+
+Usage: ``python -m ham_hf.evaluation.tables README.md usage=model_cards/ham-tiny/usage.md``
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+
+def insert_table(document: str, name: str, table: str) -> str:
+    """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->`; `ValueError` if a marker is missing."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"The document must hold {begin} and {end} once each.")
+    head, rest = document.split(begin)
+    return f"{head}{begin}\n{table.strip()}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> None:
+    """Inserts every `NAME=FILE` into the document and writes it whole."""
+    parser = argparse.ArgumentParser(description="Puts measured tables into a document.")
+    parser.add_argument("document", type=Path, help="a Markdown file with markers")
+    parser.add_argument("tables", nargs="+", metavar="NAME=FILE", help="which table goes between which markers")
+    arguments = parser.parse_args()
+    text = arguments.document.read_text()
+    for assignment in arguments.tables:
+        name, _, path = assignment.partition("=")
+        text = insert_table(text, name, Path(path).read_text())
+    partial = arguments.document.with_name(arguments.document.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, arguments.document)
+
+
+if __name__ == "__main__":
+    main()
