@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,36 +20,43 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextC
 from .. import HAMCache, HAMConfig, HAMForCausalLM
 from .calibration import calibrate
 
-SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 4096}
-HEADS, HEAD_DIM = 8, 64
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "vocab_size": 4096,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def build_ham() -> HAMForCausalLM:
+def build_ham(kv_heads: int) -> HAMForCausalLM:
     """A HAM with random weights, whose thresholds for a wanted usage come from calibration on random tokens."""
-    config = HAMConfig(**SHAPE, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=ROPE)
-    model = HAMForCausalLM(config).eval()
+    model = HAMForCausalLM(HAMConfig(**SHAPE, num_key_value_heads=kv_heads, rope_parameters=ROPE)).eval()
     calibrate(model, [random_tokens(2048)])
     return model
 
 
-def build_llama() -> LlamaForCausalLM:
+def build_llama(kv_heads: int) -> LlamaForCausalLM:
     """Transformers' Llama of the same shape."""
-    config = LlamaConfig(**SHAPE, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=ROPE)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=kv_heads, rope_parameters=ROPE)).eval()
 
 
-def build_qwen3_next() -> Qwen3NextForCausalLM:
-    """Transformers' Qwen3-Next of the same shape: Gated DeltaNet and attention 3:1, dense MLPs, PyTorch path."""
+def build_qwen3_next(kv_heads: int) -> Qwen3NextForCausalLM:
+    """Transformers' Qwen3-Next of the same shape: Gated DeltaNet and attention 3:1, dense MLPs, PyTorch path.
+
+    Its linear layers have as many value heads as the others have query heads, and at least half as many key heads, as in
+    the released models.
+    """
+    heads = SHAPE["num_attention_heads"]
     config = Qwen3NextConfig(
         **SHAPE,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_DIM,
-        linear_num_key_heads=HEADS,
-        linear_num_value_heads=HEADS,
-        linear_key_head_dim=HEAD_DIM,
-        linear_value_head_dim=HEAD_DIM,
+        num_key_value_heads=kv_heads,
+        linear_num_key_heads=max(kv_heads, heads // 2),
+        linear_num_value_heads=heads,
+        linear_key_head_dim=SHAPE["head_dim"],
+        linear_value_head_dim=SHAPE["head_dim"],
         mlp_only_layers=list(range(SHAPE["num_hidden_layers"])),
     )
     return Qwen3NextForCausalLM(config).eval()
@@ -61,7 +69,8 @@ def random_tokens(length: int) -> torch.Tensor:
 
 def alternate(first: Callable[[], None], second: Callable[[], None], runs: int) -> list[tuple[float, float]]:
     """Seconds of both, run in turn after one warm-up, so that drifts of the machine meet both alike."""
-    first(), second()
+    first()
+    second()
     pairs = []
     for _ in range(runs):
         times = []
@@ -88,28 +97,30 @@ def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
 @torch.no_grad()
 def bench_prefill(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int) -> dict:
     """Prefill of one prompt, HAM against Qwen3-Next."""
-    other, tokens = build_qwen3_next(), random_tokens(length)
+    kv_heads = ham.config.num_key_value_heads
+    other, tokens = build_qwen3_next(kv_heads), random_tokens(length)
     pairs = alternate(
         lambda: ham(tokens, kv_usage=kv_usage, logits_to_keep=1), lambda: other(tokens, logits_to_keep=1), runs
     )
     cache = ham(tokens, kv_usage=kv_usage, logits_to_keep=1).past_key_values
     name = f"prefill of {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
-    return {"what": name, "usage": cache.kv_usage().mean().item(), **summarise(pairs)}
+    return {"what": name, "kv_heads": kv_heads, "usage": cache.kv_usage().mean().item(), **summarise(pairs)}
 
 
 @torch.no_grad()
 def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, steps: int = 8) -> dict:
     """Decoding `steps` tokens at a time after a long prompt, HAM against Llama with DynamicCache."""
-    other, tokens = build_llama(), random_tokens(length)
+    kv_heads = ham.config.num_key_value_heads
+    other, tokens = build_llama(kv_heads), random_tokens(length)
     ham_cache, other_cache = HAMCache(ham.config), DynamicCache(config=other.config)
     ham(tokens, kv_usage=kv_usage, past_key_values=ham_cache, logits_to_keep=1)
     other(tokens, past_key_values=other_cache, logits_to_keep=1)
 
-    def decode_ham():
+    def decode_ham() -> None:
         for _ in range(steps):
             ham(tokens[:, :1], past_key_values=ham_cache, kv_usage=kv_usage)
 
-    def decode_other():
+    def decode_other() -> None:
         for _ in range(steps):
             other(tokens[:, :1], past_key_values=other_cache)
 
@@ -117,6 +128,7 @@ def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, s
     result = {"what": f"decoding after {length} tokens at {kv_usage:.0%} usage, against Llama", **summarise(pairs)}
     dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in other_cache.layers)
     return result | {
+        "kv_heads": kv_heads,
         "usage": ham_cache.kv_usage().mean().item(),
         "ham_cache_bytes": ham_cache.memory_bytes(),
         "other_cache_bytes": dense,
@@ -136,15 +148,14 @@ def environment() -> dict[str, str | int]:
 
 def to_markdown(results: list[dict], made_with: dict) -> str:
     """The results as a table."""
-    lines = ["| what | times as fast (median) | smallest | largest | usage |", "|---|---|---|---|---|"]
+    lines = ["| what | key/value heads | times as fast (median) | smallest | largest |", "|---|---|---|---|---|"]
     for x in results:
-        figures = f"{x['speedup']:.2f} | {x['speedup_min']:.2f} | {x['speedup_max']:.2f} | {x['usage']:.0%}"
-        lines.append(f"| {x['what']} | {figures} |")
+        lines.append(
+            f"| {x['what']} | {x['kv_heads']} | {x['speedup']:.2f} | {x['speedup_min']:.2f} | {x['speedup_max']:.2f} |"
+        )
     versions = ", ".join(f"{name} {value}" for name, value in made_with.items())
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
-    return (
-        "\n".join([*lines, "", f"Shape: {shape}, {HEADS} heads of {HEAD_DIM}; float32. Made with {versions}."]) + "\n"
-    )
+    return "\n".join([*lines, "", f"Shape: {shape}; random weights, float32. Made with {versions}."]) + "\n"
 
 
 def main() -> None:
@@ -156,11 +167,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    ham = build_ham()
-    results = [
-        bench_prefill(ham, 4096, 0.5, arguments.runs),
-        bench_decode(ham, 8192, 0.25, arguments.runs),
-    ]
+    results = []
+    for kv_heads in (8, 2):
+        ham = build_ham(kv_heads)
+        results.append(bench_prefill(ham, 4096, 0.5, arguments.runs))
+        results.append(bench_decode(ham, 8192, 0.25, arguments.runs))
     made_with = environment()
     table = to_markdown(results, made_with)
     print(table)
