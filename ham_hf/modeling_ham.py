@@ -21,8 +21,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_ham import HAMCache, LayerStep, attend_new, cache_shape, check_same_shape
+from .cache_ham import HAMCache, LayerStep, attend_new
 from .configuration_ham import LEARNED_ROUTERS, HAMConfig
+from .inputs_ham import (
+    TokenLayout,
+    check_inputs,
+    check_outputs_wanted,
+    check_tokens,
+    checked_flags,
+    packed_documents,
+    token_layout,
+)
 from .ops_ham import gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
     NUM_QUANTILES,
@@ -73,60 +82,6 @@ class HAMCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     routing_scores: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class TokenLayout:
-    """Which of a call's tokens are real, and where they belong.
-
-    Attributes:
-        positions: `[B, T]` int64 index among the real tokens of the row's document.
-        real: `[B, T]` bool, false for padding; `None` if every token is real.
-        seq_idx: `[B, T]` int64 document of each token; `None` if each row is one document.
-        past_real: `[B, S]` bool, the same as `real` for the tokens in the cache; `None` if all are real.
-    """
-
-    positions: torch.Tensor
-    real: torch.Tensor | None = None
-    seq_idx: torch.Tensor | None = None
-    past_real: torch.Tensor | None = None
-
-    def to(self, device, non_blocking: bool = False) -> "TokenLayout":
-        """The same on another device, as accelerate's device maps ask of a layer's inputs."""
-        return TokenLayout(
-            **{name: None if x is None else x.to(device, non_blocking=non_blocking) for name, x in vars(self).items()}
-        )
-
-
-def token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx=None) -> TokenLayout:
-    """Works out the layout of `[batch, length]` new tokens; the arguments are those of `HAMModel.forward`, checked."""
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    past_real = real = None
-    if attention_mask is not None:
-        mask = attention_mask.bool()
-        past_real, real = mask[:, :seen], mask[:, seen:]
-        # Reading the mask stalls a GPU: worth it once per prompt, not once per generated token.
-        if length > 1 and bool(real.all()):
-            real = None
-    positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
-    if seq_idx is None and position_ids is not None and length > 1:
-        seq_idx = restarts(position_ids.expand(batch, -1), real)
-    if seen:
-        return TokenLayout(positions + past_key_values.real_tokens.to(device)[:, None], real, seq_idx, past_real)
-    if seq_idx is not None:
-        first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
-        # How many real tokens come before each; a document may begin with padding.
-        before = positions if real is None else positions + ~real
-        positions = positions - before.gather(1, first)
-    return TokenLayout(positions.clamp(min=0), real, seq_idx, past_real)
-
-
-def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
-    """`[B, T]` number of the document of each token, a new one where real positions fail to rise; `None` if none does."""
-    starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
-    if real is not None:
-        starts = starts & real & F.pad(real[:, :-1], (1, 0))
-    return starts.long().cumsum(1) if bool(starts.any()) else None
 
 
 def attention_weights(q, k, keep, tokens: TokenLayout, cache) -> torch.Tensor:
@@ -224,7 +179,7 @@ class HAMMixer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: "TokenLayout",
+        tokens: TokenLayout,
         past_key_values: HAMCache | None = None,
         threshold: torch.Tensor | None = None,
         kv_budget: int | None = None,
@@ -460,15 +415,15 @@ class HAMModel(HAMPreTrainedModel):
         Raises:
             TypeError, ValueError: for arguments that do not fit; the cache is unchanged then.
         """
-        output_attentions = _checked_flags(kwargs, self.config)
-        batch, length = _check_tokens(input_ids, inputs_embeds, self.config)
-        _check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
+        output_attentions = checked_flags(kwargs, self.config)
+        batch, length = check_tokens(input_ids, inputs_embeds, self.config)
+        check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
         thresholds = self._thresholds(threshold, kv_usage, batch)
         kv_budget = check_kv_budget(kv_budget)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         device = inputs_embeds.device
-        seq_idx = _packed_documents(kwargs, batch, length, device)
+        seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
         past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
 
@@ -543,126 +498,6 @@ class HAMModel(HAMPreTrainedModel):
         return cache
 
 
-def _checked_flags(kwargs, config) -> bool:
-    """Refuses unknown keyword arguments; returns whether attention weights are wanted."""
-    known = {"output_attentions", "output_hidden_states", "output_routing_scores", "output_threshold_control"}
-    known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-    unknown = sorted(set(kwargs) - known)
-    if unknown:
-        raise TypeError(f"HAMModel.forward() got unexpected keyword arguments {unknown}.")
-    output_attentions = kwargs.get("output_attentions")
-    return bool(config.output_attentions if output_attentions is None else output_attentions)
-
-
-def _check_integers(name, x, shapes, lowest=None, below=None, ignored=None):
-    """Refuses all but an integer tensor of one of `shapes` (`None`: any size), and on the CPU values out of range.
-
-    On a GPU the values are not looked at, because reading them would stall it.
-    """
-    sizes = " or ".join("[" + ", ".join("any" if n is None else str(n) for n in shape) + "]" for shape in shapes)
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {type(x).__name__}.")
-    if x.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {x.dtype}.")
-    if not any(
-        x.ndim == len(s) and all(n in (None, size) for n, size in zip(s, x.shape, strict=True)) for s in shapes
-    ):
-        raise ValueError(f"`{name}` must be {sizes}, got {list(x.shape)}.")
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
-        return
-    x = x if ignored is None else x[x != ignored]
-    if (lowest is not None and bool((x < lowest).any())) or (below is not None and bool((x >= below).any())):
-        accepted = f"at least {lowest}" if below is None else f"between {lowest} and {below - 1}"
-        raise ValueError(f"`{name}` must be {accepted}, got {int(x.min())} to {int(x.max())}.")
-
-
-def _check_tokens(input_ids, inputs_embeds, config) -> tuple[int, int]:
-    """Refuses anything but one of `input_ids` and `inputs_embeds`, of the right type and shape; returns rows and tokens."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-    if inputs_embeds is None:
-        _check_integers("input_ids", input_ids, [(None, None)], 0, config.vocab_size)
-        return tuple(input_ids.shape)
-    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
-        found = inputs_embeds.dtype if isinstance(inputs_embeds, torch.Tensor) else type(inputs_embeds).__name__
-        raise TypeError(
-            f"`inputs_embeds` must be a floating-point tensor [rows, tokens, {config.hidden_size}], got {found}."
-        )
-    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
-        raise ValueError(
-            f"`inputs_embeds` must be [rows, tokens, {config.hidden_size}], got {list(inputs_embeds.shape)}."
-        )
-    return tuple(inputs_embeds.shape[:2])
-
-
-def _check_inputs(batch, length, attention_mask, position_ids, past_key_values, config):
-    """Refuses inputs whose type or shape does not fit."""
-    if batch == 0 or length == 0:
-        raise ValueError("`input_ids` (or `inputs_embeds`) must hold at least one row and one token per row.")
-    if past_key_values is not None:
-        _check_cache(batch, past_key_values, config)
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if attention_mask is not None:
-        if not isinstance(attention_mask, torch.Tensor):
-            raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
-        if tuple(attention_mask.shape) != (batch, seen + length):
-            raise ValueError(
-                f"`attention_mask` must be [{batch}, {seen + length}] (rows, tokens in the cache and new ones), got "
-                f"{list(attention_mask.shape)}."
-            )
-        readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-            raise ValueError("`attention_mask` must be 1 for real tokens and 0 for padding, got other values.")
-    if position_ids is not None:
-        _check_integers("position_ids", position_ids, [(batch, length), (1, length)], 0)
-
-
-def _check_cache(batch, cache, config):
-    if not isinstance(cache, HAMCache):
-        raise TypeError(f"`past_key_values` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
-    if cache.config is not config:
-        check_same_shape("past_key_values", cache_shape(cache.config), config)
-    if cache.is_initialized and cache.batch_size != batch:
-        raise ValueError(f"`past_key_values` holds {cache.batch_size} rows, the input {batch}.")
-
-
-def _packed_documents(kwargs, batch, length, device) -> torch.Tensor | None:
-    """`[B, T]` document of each token from `seq_idx` or `cu_seq_lens_q`, checked; `None` without them."""
-    seq_idx, lengths, key_lengths = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
-    if seq_idx is not None:
-        _check_integers("seq_idx", seq_idx, [(batch, length)])
-        if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
-            raise ValueError("`seq_idx` must not fall along a row: it numbers the documents in order.")
-        return seq_idx.long()
-    if lengths is None and key_lengths is None:
-        return None
-    _check_integers("cu_seq_lens_q", lengths, [(None,)])
-    if key_lengths is not None and not torch.equal(torch.as_tensor(key_lengths), lengths):
-        raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: queries and keys are the same tokens.")
-    ends = [0, *lengths.tolist(), length]
-    if batch != 1 or len(ends) < 4 or ends[1] != 0 or ends[-2] != length or ends != sorted(ends):
-        raise ValueError(
-            f"`cu_seq_lens_q` must rise from 0 to {length} and needs a single row, got {lengths.tolist()} for {batch} rows."
-        )
-    columns = torch.arange(length, device=device)
-    return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
-
-
-def _check_outputs_wanted(input_ids, inputs_embeds, labels, logits_to_keep, loss_kwargs, config):
-    """Refuses labels and `logits_to_keep` that do not fit, before anything is computed."""
-    batch, length = _check_tokens(input_ids, inputs_embeds, config)
-    ignored = loss_kwargs.get("ignore_index", -100)
-    for name, x in (("labels", labels), ("shift_labels", loss_kwargs.get("shift_labels"))):
-        if x is not None:
-            _check_integers(name, x, [(batch, length)], 0, config.vocab_size, ignored)
-    if isinstance(logits_to_keep, torch.Tensor):
-        _check_integers("logits_to_keep", logits_to_keep, [(None,)], -length, length)
-    elif isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
-        raise TypeError(f"`logits_to_keep` must be an int or an integer tensor, got {logits_to_keep!r}.")
-    elif logits_to_keep < 0:
-        raise ValueError(f"`logits_to_keep` must be 0 (all) or positive (the last so many), got {logits_to_keep}.")
-
-
 class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
@@ -714,7 +549,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         unknown = sorted(set(loss_kwargs) - (LOSS_ARGUMENTS if has_loss else set()))
         if unknown:
             raise TypeError(f"HAMForCausalLM.forward() got unexpected keyword arguments {unknown}.")
-        _check_outputs_wanted(input_ids, inputs_embeds, labels, logits_to_keep, loss_kwargs, self.config)
+        check_outputs_wanted(input_ids, inputs_embeds, labels, logits_to_keep, loss_kwargs, self.config)
         optional = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,

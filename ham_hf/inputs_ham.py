@@ -1,0 +1,230 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""What a forward call accepts: checks of its arguments, and the layout of its tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .cache_ham import HAMCache, cache_shape, check_same_shape
+from .configuration_ham import HAMConfig
+
+
+@dataclass
+class TokenLayout:
+    """Which of a call's tokens are real, and where they belong.
+
+    Attributes:
+        positions: `[B, T]` int64 index among the real tokens of the row's document.
+        real: `[B, T]` bool, false for padding; `None` if every token is real.
+        seq_idx: `[B, T]` int64 document of each token; `None` if each row is one document.
+        past_real: `[B, S]` bool, the same as `real` for the tokens in the cache; `None` if all are real.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    past_real: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenLayout":
+        """The same on another device, as accelerate's device maps ask of a layer's inputs."""
+        tensors = {name: x for name, x in vars(self).items() if x is not None}
+        return TokenLayout(**{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
+
+
+def token_layout(
+    batch: int,
+    length: int,
+    device: torch.device,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: HAMCache | None,
+    seq_idx: torch.Tensor | None = None,
+) -> TokenLayout:
+    """Works out the layout of `[batch, length]` new tokens; the arguments are those of `HAMModel.forward`, checked."""
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    seen_real = None if past_key_values is None else past_key_values.real_tokens
+    past_real = real = None
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        past_real, real = mask[:, :seen], mask[:, seen:]
+        # Reading the mask stalls a GPU: worth it once per prompt, not once per generated token.
+        if length > 1 and bool(real.all()):
+            real = None
+    positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
+    if seq_idx is None and position_ids is not None and length > 1:
+        seq_idx = restarts(position_ids.expand(batch, -1), real)
+    if seen and seen_real is not None:
+        return TokenLayout(positions + seen_real.to(device)[:, None], real, seq_idx, past_real)
+    if seq_idx is not None:
+        first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
+        # How many real tokens come before each; a document may begin with padding.
+        before = positions if real is None else positions + ~real
+        positions = positions - before.gather(1, first)
+    return TokenLayout(positions.clamp(min=0), real, seq_idx, past_real)
+
+
+def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+    """`[B, T]` document of each token, a new one where positions of real tokens fail to rise; `None` if none does."""
+    starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    if real is not None:
+        starts = starts & real & F.pad(real[:, :-1], (1, 0))
+    return starts.long().cumsum(1) if bool(starts.any()) else None
+
+
+def checked_flags(kwargs: dict[str, Any], config: HAMConfig) -> bool:
+    """Refuses unknown keyword arguments; returns whether attention weights are wanted."""
+    known = {"output_attentions", "output_hidden_states", "output_routing_scores", "output_threshold_control"}
+    known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise TypeError(f"HAMModel.forward() got unexpected keyword arguments {unknown}.")
+    output_attentions = kwargs.get("output_attentions")
+    return bool(config.output_attentions if output_attentions is None else output_attentions)
+
+
+def check_tokens(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, config: HAMConfig
+) -> tuple[int, int]:
+    """Refuses all but one of `input_ids` and `inputs_embeds`, of the right type and shape; returns rows and tokens."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    if inputs_embeds is None:
+        rows, tokens = _check_integers("input_ids", input_ids, [(None, None)], 0, config.vocab_size).shape
+        return rows, tokens
+    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
+        found = inputs_embeds.dtype if isinstance(inputs_embeds, torch.Tensor) else type(inputs_embeds).__name__
+        raise TypeError(
+            f"`inputs_embeds` must be a floating-point tensor [rows, tokens, {config.hidden_size}], got {found}."
+        )
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must be [rows, tokens, {config.hidden_size}], got {list(inputs_embeds.shape)}."
+        )
+    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+
+
+def check_inputs(
+    batch: int,
+    length: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: HAMCache | None,
+    config: HAMConfig,
+) -> None:
+    """Refuses inputs whose type or shape does not fit."""
+    if batch == 0 or length == 0:
+        raise ValueError("`input_ids` (or `inputs_embeds`) must hold at least one row and one token per row.")
+    if past_key_values is not None:
+        _check_cache(batch, past_key_values, config)
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor):
+            raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
+        if tuple(attention_mask.shape) != (batch, seen + length):
+            raise ValueError(
+                f"`attention_mask` must be [{batch}, {seen + length}] (rows, tokens in the cache and new ones), got "
+                f"{list(attention_mask.shape)}."
+            )
+        readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            raise ValueError("`attention_mask` must be 1 for real tokens and 0 for padding, got other values.")
+    if position_ids is not None:
+        _check_integers("position_ids", position_ids, [(batch, length), (1, length)], 0)
+
+
+def _check_cache(batch: int, cache: HAMCache, config: HAMConfig) -> None:
+    if not isinstance(cache, HAMCache):
+        raise TypeError(f"`past_key_values` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
+    if cache.config is not config:
+        check_same_shape("past_key_values", cache_shape(cache.config), config)
+    if cache.is_initialized and cache.batch_size != batch:
+        raise ValueError(f"`past_key_values` holds {cache.batch_size} rows, the input {batch}.")
+
+
+def check_outputs_wanted(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    loss_kwargs: dict[str, Any],
+    config: HAMConfig,
+) -> None:
+    """Refuses labels and `logits_to_keep` that do not fit, before anything is computed."""
+    batch, length = check_tokens(input_ids, inputs_embeds, config)
+    ignored = loss_kwargs.get("ignore_index", -100)
+    for name, x in (("labels", labels), ("shift_labels", loss_kwargs.get("shift_labels"))):
+        if x is not None:
+            _check_integers(name, x, [(batch, length)], 0, config.vocab_size, ignored)
+    if isinstance(logits_to_keep, torch.Tensor):
+        _check_integers("logits_to_keep", logits_to_keep, [(None,)], -length, length)
+    elif isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+        raise TypeError(f"`logits_to_keep` must be an int or an integer tensor, got {logits_to_keep!r}.")
+    elif logits_to_keep < 0:
+        raise ValueError(f"`logits_to_keep` must be 0 (all) or positive (the last so many), got {logits_to_keep}.")
+
+
+def _check_integers(
+    name: str,
+    x: object,
+    shapes: list[tuple[int | None, ...]],
+    lowest: int | None = None,
+    below: int | None = None,
+    ignored: int | None = None,
+) -> torch.Tensor:
+    """Returns `x` if it is an integer tensor of one of `shapes` (`None`: any size), on the CPU with values in range.
+
+    On a GPU the values are not looked at, because reading them would stall it.
+    """
+    sizes = " or ".join("[" + ", ".join("any" if n is None else str(n) for n in shape) + "]" for shape in shapes)
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {type(x).__name__}.")
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"`{name}` must be an integer tensor {sizes}, got {x.dtype}.")
+    if not any(
+        x.ndim == len(s) and all(n in (None, size) for n, size in zip(s, x.shape, strict=True)) for s in shapes
+    ):
+        raise ValueError(f"`{name}` must be {sizes}, got {list(x.shape)}.")
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return x
+    values = x if ignored is None else x[x != ignored]
+    if (lowest is not None and bool((values < lowest).any())) or (below is not None and bool((values >= below).any())):
+        accepted = f"at least {lowest}" if below is None else f"between {lowest} and {below - 1}"
+        raise ValueError(f"`{name}` must be {accepted}, got {int(values.min())} to {int(values.max())}.")
+    return x
+
+
+def packed_documents(kwargs: dict[str, Any], batch: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """`[B, T]` document of each token from `seq_idx` or `cu_seq_lens_q`, checked; `None` without them."""
+    seq_idx, lengths, key_lengths = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
+    if seq_idx is not None:
+        _check_integers("seq_idx", seq_idx, [(batch, length)])
+        if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+            raise ValueError("`seq_idx` must not fall along a row: it numbers the documents in order.")
+        return seq_idx.long()
+    if lengths is None and key_lengths is None:
+        return None
+    lengths = _check_integers("cu_seq_lens_q", lengths, [(None,)])
+    if key_lengths is not None and not torch.equal(torch.as_tensor(key_lengths), lengths):
+        raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: queries and keys are the same tokens.")
+    ends = [0, *lengths.tolist(), length]
+    if batch != 1 or len(ends) < 4 or ends[1] != 0 or ends[-2] != length or ends != sorted(ends):
+        raise ValueError(
+            f"`cu_seq_lens_q` must rise from 0 to {length} and needs a single row, got "
+            f"{lengths.tolist()} for {batch} rows."
+        )
+    columns = torch.arange(length, device=device)
+    return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
+
+
+__all__ = [
+    "TokenLayout",
+    "check_inputs",
+    "check_outputs_wanted",
+    "check_tokens",
+    "checked_flags",
+    "packed_documents",
+    "restarts",
+    "token_layout",
+]
