@@ -186,7 +186,7 @@ class PagedStore:
         return store
 
     def replace_lowest(self, tokens: KeptTokens) -> None:
-        """Puts each token, at most one per stream, in place of its stream's lowest score unless its own is lower still.
+        """Puts each token, at most one per stream, in place of its stream's lowest score unless that is higher.
 
         Of equal scores the oldest leaves.
         """
@@ -301,7 +301,7 @@ def _cat(tensors):
 
 @dataclass
 class KeptColumns:
-    """Kept tokens of a cache as `[B, Hk, M, D]` keys and values and `[B, Hk, M]` scores, right-aligned; `[B, Hk]` counts."""
+    """A cache's kept tokens, right-aligned: `[B, Hk, M, D]` keys and values, `[B, Hk, M]` scores, `[B, Hk]` counts."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -349,7 +349,7 @@ def eviction_times(keep, scores, budget: int, cached: KeptColumns | None = None)
         cached: what it holds already, no more than `budget`.
 
     Returns:
-        `[B, Hk, M]` int64 (cached columns first): queries `t <` this see the column. `None` if nothing is ever evicted.
+        `[B, Hk, M]` int64 (cached columns first): queries `t <` this see the column. `None` if nothing is evicted.
     """
     batch, length, heads = keep.shape
     added = keep.sum(1)
@@ -388,8 +388,8 @@ def _scatter_columns(x, streams, columns, batch, heads, width):
 class HAMCacheLayer(CacheLayerMixin):
     """One layer's memories: convolution state, recurrent state and, unless it is linear, the paged kept tokens.
 
-    `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing: what attention
-    reads is given by `attend`.
+    `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing: what
+    attention reads is given by `attend`.
     """
 
     is_sliding = False
@@ -436,7 +436,8 @@ class HAMCacheLayer(CacheLayerMixin):
         """Attention of new tokens over what is kept here, the kept ones among themselves, and themselves.
 
         Args:
-            q: `[B, T, H, K]`; k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`; keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
+            q: `[B, T, H, K]`; k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
+            keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
             budget: kept tokens per head after which the lowest score leaves, or `None`.
 
         Returns:
@@ -522,7 +523,7 @@ class HAMCacheLayer(CacheLayerMixin):
         if self.store is None or int(self.store.counts.max()) <= budget:
             return
         tokens = self.store.tokens()
-        # Tokens come ordered by stream and position, so stable sorts by score and then by stream rank the oldest first.
+        # Tokens come ordered by stream and position: stable sorts by score and then by stream rank the oldest first.
         order = tokens.scores.argsort(stable=True)
         order = order[tokens.streams[order].argsort(stable=True)]
         streams = tokens.streams[order]
@@ -556,8 +557,9 @@ class HAMCacheLayer(CacheLayerMixin):
         recorded = sum(step.length for step in self._steps)
         if removed > recorded:
             raise ValueError(
-                f"`crop({tokens_to_remove})` reaches past the {recorded} tokens recorded since `activate_past_recording()` or "
-                "the last `crop`: an RNN state can only go back to where it was remembered."
+                f"`crop({tokens_to_remove})` reaches past the {recorded} tokens recorded since "
+                "`activate_past_recording()` or the last `crop`: an RNN state can only go back to where it was "
+                "remembered."
             )
         base, steps = self._base, self._steps
         self._base, self._steps = None, []
@@ -620,7 +622,7 @@ class HAMCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def prune(self, threshold: torch.Tensor) -> None:
-        """Drops the kept tokens whose score lies below `threshold` `[B or 1, Hk or 1]`; earlier tokens become final."""
+        """Drops the kept tokens with a score below `threshold` `[B or 1, Hk or 1]`; earlier tokens become final."""
         self._base, self._steps = None, []
         heads = self.store.num_streams // self.batch_size
         limit = threshold.to(self.device).expand(self.batch_size, heads).flatten()
@@ -725,10 +727,10 @@ def _check_rows(indices, batch: int) -> None:
 
 
 class HAMCache(Cache):
-    """Cache of a HAM model: `generate` makes one by itself; pass it on as `past_key_values` to continue a conversation.
+    """Cache of a HAM model: `generate` makes one itself; pass it on as `past_key_values` to continue a conversation.
 
-    Two numbers are kept apart: tokens seen (`get_seq_length`), which positions come from, and tokens kept (`kept_tokens`),
-    which memory is paid for.
+    Two numbers are kept apart: tokens seen (`get_seq_length`), which positions come from, and tokens kept
+    (`kept_tokens`), which memory is paid for.
 
     Args:
         config: the model's `HAMConfig`.
@@ -758,6 +760,7 @@ class HAMCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
+        """Whether the cache has seen any tokens."""
         return self.layers[0].is_initialized
 
     @property
@@ -810,7 +813,7 @@ class HAMCache(Cache):
         return self.get_seq_length() * self.batch_size * per_token * itemsizes
 
     def prune(self, threshold) -> None:
-        """Forgets, after the fact, what lies below a threshold: what remains is what it would have kept at the same scores.
+        """Forgets what lies below a threshold: what remains is what it would have kept at the same scores.
 
         Args:
             threshold: as in `generate`; `ValueError` or `TypeError` as there.

@@ -39,34 +39,37 @@ class HAMConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head reuses the embedding matrix.
         rope_parameters (`dict`, *optional*): RoPE of the attention view, such as `{"rope_type": "default",
             "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE).
-        attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have biases.
+        attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have
+            biases.
         mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.
         layer_types (`list[str]`, *optional*): One of `"hybrid"` (HAM), `"linear_attention"` (Gated DeltaNet only) and
             `"full_attention"` (softmax over every token) per layer. Defaults to `"hybrid"` everywhere.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal depthwise convolution of q, k and v.
         attention_conv (`bool`, *optional*, defaults to `True`): Whether the attention reads the convolved q, k, v
             (else the raw projections, as a Transformer does).
-        qk_norm (`bool`, *optional*, defaults to `True`): Whether q and k of the attention pass a learned RMSNorm per head.
+        qk_norm (`bool`, *optional*, defaults to `True`): Whether q and k of the attention pass a learned RMSNorm per
+            head.
         rnn_output_norm (`bool`, *optional*, defaults to `True`): Whether the RNN's output is RMS-normalised.
         kv_output_norm (`bool`, *optional*, defaults to `True`): Whether the attention's output is RMS-normalised.
         output_gate (`bool`, *optional*, defaults to `True`): Whether the mixed output is multiplied by `silu(W_z x)`.
         router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
             (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
         router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
-        target_kv_usage (`float`, *optional*, defaults to 0.5): Fraction of tokens that training drives the thresholds to keep.
+        target_kv_usage (`float`, *optional*, defaults to 0.5): Fraction of tokens that training drives the thresholds
+            to keep.
         threshold_scope (`str`, *optional*, defaults to `"head"`): Whether each `"head"`, the mean of each `"layer"` or
             the mean of the whole `"model"` is to meet `target_kv_usage`.
         threshold (`float` or `list[float]`, *optional*): Threshold used when a call gives none: one value, or one per
             hybrid layer. `None` uses the learned thresholds.
 
-    Raises `ValueError` (or huggingface_hub's `StrictDataclassError` for a wrong type) for a combination that no model can
-    be built from.
+    Raises `ValueError` (or huggingface_hub's `StrictDataclassError` for a wrong type) for a combination that no model
+    can be built from.
     """
 
     model_type = "ham"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    # q, k and v are gathered because the convolution and the kept sets need whole heads beside their per-head parameters.
+    # q, k and v are gathered: the convolution and the kept sets need whole heads beside their per-head parameters.
     base_model_tp_plan = {
         "layers.*.mixer.q_proj": "colwise_gather_output",
         "layers.*.mixer.k_proj": "colwise_gather_output",

@@ -60,8 +60,8 @@ class HAMModelOutputWithPast(ModelOutput):
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
         routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
-        threshold_control: with `output_threshold_control=True` in training, `[2, Hk]` per hybrid layer: zeros that carry the
-            thresholds' gradients, and the fractions kept.
+        threshold_control: with `output_threshold_control=True` in training, `[2, Hk]` per hybrid layer: zeros that
+            carry the thresholds' gradients, and the fractions kept.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -74,7 +74,7 @@ class HAMModelOutputWithPast(ModelOutput):
 
 @dataclass
 class HAMCausalLMOutputWithPast(ModelOutput):
-    """Output of `HAMForCausalLM`: loss (scalar), logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
+    """Output of `HAMForCausalLM`: scalar loss, logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -85,14 +85,14 @@ class HAMCausalLMOutputWithPast(ModelOutput):
 
 
 def attention_weights(q, k, keep, tokens: TokenLayout, cache) -> torch.Tensor:
-    """The dense weights `[B, H, T, S]` that `HAMMixer` never forms: over all tokens seen, zero where a token was not kept.
+    """The dense weights `[B, H, T, S]` that `HAMMixer` never forms: over all tokens seen, zero where one was not kept.
 
     Args:
         q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
         tokens: the layout of the new tokens.
         cache: the layer's cache before this call, or `None`.
     """
-    batch, length, heads, key_dim = q.shape
+    length, key_dim = q.shape[1], q.shape[3]
     t = torch.arange(length, device=q.device)
     visible = (t[:, None] > t) & keep.permute(0, 2, 1)[:, :, None]
     if tokens.seq_idx is not None:
@@ -133,9 +133,10 @@ class HAMShortConvolution(nn.Module):
 
 
 class HAMMixer(nn.Module):
-    """Token mixer of one layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
+    """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
 
-    A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then keeps all.
+    A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then
+    keeps all.
     """
 
     def __init__(self, config: HAMConfig, layer_idx: int):
@@ -197,8 +198,9 @@ class HAMMixer(nn.Module):
             output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
 
         Returns:
-            `[B, T, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and, while
-            the threshold is learned, `[2, Hk]`: a zero that carries the threshold's gradient, and the fraction kept.
+            `[B, T, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
+            while the threshold is learned, `[2, Hk]`: a zero that carries the threshold's gradient, and the fraction
+            kept.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if past_key_values is not None and past_key_values.offload_layers:
@@ -274,7 +276,7 @@ class HAMMixer(nn.Module):
         step.keep = keep if tokens.real is None else keep & tokens.real[..., None]
 
     def _control(self, step):
-        """What the control loop needs; formed here because a sharded parameter is whole only inside its module's forward."""
+        """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
         kept = step.keep.sum((0, 1)).float()
         seen = step.keep.shape[0] * step.keep.shape[1] if step.real is None else step.real.sum().clamp(min=1)
         threshold = self.threshold.float()
@@ -323,6 +325,8 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
 
 
 class HAMPreTrainedModel(PreTrainedModel):
+    """What every HAM model shares: its configuration, its initialisation and what Transformers must know of it."""
+
     config: HAMConfig
     config_class = HAMConfig
     base_model_prefix = "model"
@@ -364,7 +368,7 @@ class HAMModel(HAMPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: HAMConfig):
-        # `from_pretrained(path, threshold=...)` sets fields one by one, after the configuration was checked as a whole.
+        # `from_pretrained(path, threshold=...)` sets fields one by one, after the configuration was checked whole.
         config.validate_architecture()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
@@ -376,7 +380,7 @@ class HAMModel(HAMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         if self.dtype in (torch.float16, torch.bfloat16):
-            # An FSDP group has one dtype, and a mixer's own parameters stay float32: its modules get groups of their own.
+            # An FSDP group has one dtype, and a mixer's own parameters stay float32: its modules get their own groups.
             children = (child for layer in self.layers for child in layer.mixer.named_children())
             names = {name for name, module in children if any(True for _ in module.parameters())}
             self._fsdp_plan |= {f"layers.*.mixer.{name}": "free_full_weight" for name in sorted(names)}
@@ -400,13 +404,13 @@ class HAMModel(HAMPreTrainedModel):
 
         Args:
             input_ids: `[B, T]` int64, or `inputs_embeds` `[B, T, D]`.
-            attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if every token is real.
+            attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if all are real.
             position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins.
             past_key_values: a `HAMCache` to continue from.
             use_cache: whether to fill and return a cache. Packed rows have none.
-            threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a tensor
-                `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults to
-                `config.threshold`, then to the learned thresholds.
+            threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a
+                tensor `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults
+                to `config.threshold`, then to the learned thresholds.
             kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
             kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
             kwargs: `output_attentions`, `output_hidden_states`, `output_routing_scores` (bool); for packed rows
@@ -482,8 +486,9 @@ class HAMModel(HAMPreTrainedModel):
         if tokens.seq_idx is not None:
             if cache is not None:
                 raise ValueError(
-                    "`past_key_values` cannot be filled from packed rows (`position_ids` that restart, `cu_seq_lens_q` or "
-                    "`seq_idx`): a cache holds one document per row. Give one document per row, padded."
+                    "`past_key_values` cannot be filled from packed rows (`position_ids` that restart, "
+                    "`cu_seq_lens_q` or `seq_idx`): a cache holds one document per row. Give one document per row, "
+                    "padded."
                 )
             if kv_budget is not None:
                 raise ValueError("`kv_budget` cannot be combined with packed rows: give one document per row, padded.")
@@ -492,8 +497,8 @@ class HAMModel(HAMPreTrainedModel):
             return HAMCache(self.config) if use_cache else None
         if kv_budget is not None and cache.layers[0].record_past:
             raise ValueError(
-                "`kv_budget` cannot be combined with assisted generation or `activate_past_recording()`: a token that left "
-                "the cache cannot be brought back."
+                "`kv_budget` cannot be combined with assisted generation or `activate_past_recording()`: a token that "
+                "left the cache cannot be brought back."
             )
         return cache
 
@@ -605,7 +610,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic", "offloaded"):
             raise ValueError(
-                f"`cache_implementation` must be None, 'dynamic' or 'offloaded' for a HAM model, got {implementation!r}."
+                "`cache_implementation` must be None, 'dynamic' or 'offloaded' for a HAM model, got "
+                f"{implementation!r}."
             )
         cache = HAMCache(self.config, offloading=implementation == "offloaded")
         if generation_config.is_assistant:
@@ -613,7 +619,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = cache
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats rows for beams and several return sequences; of a full threshold tensor rows are the second dimension."""
+        """Repeats rows for beams and several return sequences; rows are the second dimension of a threshold tensor."""
         threshold = model_kwargs.get("threshold")
         if isinstance(threshold, torch.Tensor) and threshold.ndim != 1:
             del model_kwargs["threshold"]

@@ -68,7 +68,7 @@ def short_convolution(
 
 
 def convolution_state(x: torch.Tensor, initial_state: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """The last `W - 1` real inputs `[B, W - 1, C]` after `x` `[B, T, C]` has followed `initial_state` `[B, W - 1, C]`."""
+    """The last `W - 1` real inputs `[B, W - 1, C]` after `x` `[B, T, C]` follows `initial_state` `[B, W - 1, C]`."""
     width = initial_state.shape[1]
     extended = torch.cat([initial_state, x[:, -width:] if real is None else x], dim=1)
     if real is None:
@@ -79,7 +79,7 @@ def convolution_state(x: torch.Tensor, initial_state: torch.Tensor, real: torch.
 
 
 def _real_first(real, width):
-    """Indices `[B, width + T]` into state and tokens, real ones first and in order; all `width` of the state are real."""
+    """Indices `[B, width + T]` into state and tokens, real ones first and in order; all of the state is real."""
     padding = ~F.pad(real, (width, 0), value=True)
     return padding.to(torch.uint8).argsort(dim=1, stable=True)
 
@@ -97,9 +97,9 @@ def gated_delta_rule_with_prediction(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with what the state predicted for each token.
 
-    Within a chunk the pseudo-values `u_t = beta_t (v_t - vhat_t)` solve `(I + diag(beta) A) U = diag(beta) (V - V0)`, where
-    `A` holds the decayed products of keys below the diagonal and `V0` what the chunk's initial state predicts. The
-    prediction is then `A U + V0`, a product without cancellation: it is exactly zero where nothing was stored.
+    Within a chunk the pseudo-values `u_t = beta_t (v_t - vhat_t)` solve `(I + diag(beta) A) U = diag(beta) (V - V0)`,
+    where `A` holds the decayed products of keys below the diagonal and `V0` what the chunk's initial state predicts.
+    The prediction is then `A U + V0`, a product without cancellation: it is exactly zero where nothing was stored.
 
     Args:
         q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
@@ -109,7 +109,7 @@ def gated_delta_rule_with_prediction(
         beta: `[B, T, Hk]` write strength in (0, 1); 0 for padding.
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
-        seq_idx: `[B, T]` int, the document of each token, constant over padding; the state is cleared where it changes.
+        seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
         chunk_size: tokens solved at once.
 
     Returns:
@@ -190,7 +190,7 @@ def _split_documents(seq_idx, chunk):
 
 
 def _later(chunk, seq_idx, device):
-    """Which tokens of a chunk must not see which: later ones and those of other documents, `[C, C]` or `[B, 1, N, C, C]`."""
+    """Which tokens of a chunk a token must not see, later and other documents': `[C, C]` or `[B, 1, N, C, C]`."""
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
     if seq_idx is None:
         return later
@@ -199,7 +199,7 @@ def _later(chunk, seq_idx, device):
 
 
 def _document_borders(seq_idx, chunk):
-    """Per chunk: tokens that read the state before it and that reach the state after it, and whether the state crosses it."""
+    """Per chunk: which tokens read the state before it, which reach that after it, and whether a state crosses it."""
     documents = _split_documents(seq_idx, chunk)
     before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], dim=1)
     after = documents[:, :, -1]
@@ -215,8 +215,8 @@ def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch
         tensors: each `[B, T, Hk, D]`.
 
     Returns:
-        each tensor as `[B, Hk, M, D]`, `M` the largest number kept (what lies past a head's own number is unspecified), and
-        `[B, T, Hk]` int64, the number of tokens kept before each.
+        each tensor as `[B, Hk, M, D]`, `M` the largest number kept (what lies past a head's own number is
+        unspecified), and `[B, T, Hk]` int64, the number of tokens kept before each.
     """
     counts = keep.cumsum(1)
     largest = int(counts[:, -1].max()) if keep.numel() else 0
@@ -238,7 +238,8 @@ def sparse_prefix_attention(
 ) -> torch.Tensor:
     """Softmax attention of each query over a span of compacted kept tokens and itself.
 
-    Column `end[t]` holds token `t` itself if that is kept. Work is proportional to the spans; backward recomputes the weights, so memory is linear in `T`.
+    Column `end[t]` holds token `t` itself if that is kept. Work is proportional to the spans; backward recomputes the
+    weights, so memory is linear in `T`.
 
     Args:
         q: `[B, T, H, K]` queries; `H` is a multiple of `Hk`.
@@ -251,7 +252,7 @@ def sparse_prefix_attention(
     Returns:
         `[B, T, H, V]` in the dtype of `v`.
     """
-    batch, length, kv_heads, key_dim = k.shape
+    batch, _, kv_heads, key_dim = k.shape
     scale = key_dim**-0.5 if scale is None else scale
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -267,8 +268,8 @@ def sparse_prefix_attention(
 class _SparsePrefixAttention(torch.autograd.Function):
     """`sparse_prefix_attention` over streams, one per row and key/value head, in blocks of queries.
 
-    The keys of a block are the kept ones from before it and, behind them, all of its own, of which a mask shows each query
-    the kept ones before it and itself.
+    The keys of a block are the kept ones from before it and, behind them, all of its own, of which a mask shows each
+    query the kept ones before it and itself.
     """
 
     @staticmethod
@@ -334,7 +335,7 @@ def _block_mask(
     rows: slice,
     columns: slice,
 ) -> torch.Tensor:
-    """0 where a query may look and -inf elsewhere: `[n, 1, t, C + t]` over the kept columns before the block and the block."""
+    """`[n, 1, t, C + t]` over the kept columns before the block and the block: 0 where a query may look, else -inf."""
     begin, end = begin[streams, rows], end[streams, rows]
     column = torch.arange(columns.start, columns.stop, device=q.device)
     query = torch.arange(rows.start, rows.stop, device=q.device)
@@ -351,7 +352,7 @@ def _block_mask(
 
 
 def _blocks(begin: torch.Tensor, end: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, slice, slice]]:
-    """Yields `(streams, rows, columns)`: streams that see alike numbers of columns, a block of queries, the columns before."""
+    """Yields `(streams, rows, columns)`: streams that see alike numbers of columns, a block, the columns before it."""
     length = end.shape[1]
     starts = list(range(0, length, QUERY_BLOCK))
     lows, highs = begin[:, starts].tolist(), end[:, starts].tolist()
@@ -364,7 +365,7 @@ def _blocks(begin: torch.Tensor, end: torch.Tensor) -> Iterator[tuple[torch.Tens
 
 
 def _group_alike(counts):
-    """Partitions the indices of `counts` so that within a part every count is at least `GROUP_RATIO` of the largest."""
+    """Partitions the indices of `counts` so that in each part every count is at least `GROUP_RATIO` of the largest."""
     groups, largest = [], None
     for n in sorted(range(len(counts)), key=lambda n: -counts[n]):
         if largest is None or counts[n] < GROUP_RATIO * largest:
@@ -396,7 +397,7 @@ def ragged_decode_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
-    streams, groups = q.shape[:2]
+    groups = q.shape[1]
     tail_k, tail_v, fill = tail
     unused = torch.arange(tail_k.shape[1], device=q.device) >= fill[:, None]
     near = torch.cat([q @ tail_k.mT, q @ k.unsqueeze(-1)], -1).to(dtype) * scale

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Which tokens are kept: routing scores, the thresholds a caller may ask for, and the control loop that learns them."""
+"""Which tokens are kept: routing scores, the thresholds a caller may ask for, the control loop that learns them."""
 
 import math
 
@@ -22,13 +22,13 @@ def cosine_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
 
 
 def l2_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Prediction error with magnitude, `|v - vhat|^2 / (|v| + |vhat|)^2` in `[0, 1]`; 0 where both vectors are zero."""
+    """Prediction error with magnitude, `|v - vhat|^2 / (|v| + |vhat|)^2` in `[0, 1]`; 0 where both are zero."""
     total = v.norm(dim=-1) + prediction.norm(dim=-1)
     return ((v - prediction).norm(dim=-1) / total.clamp(min=COSINE_EPS)).square().clamp(0, 1)
 
 
 def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """What is committed to the state, `r / (1 + r)` with `r = beta |v - vhat| / |v|` (after HOLA, arXiv 2607.02303)."""
+    """What is committed to the state: `r / (1 + r)`, `r = beta |v - vhat| / |v|` (after HOLA, arXiv 2607.02303)."""
     residual = beta * (v - prediction).norm(dim=-1)
     return residual / (residual + v.norm(dim=-1).clamp(min=COSINE_EPS))
 
@@ -54,7 +54,7 @@ def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> tor
 
 
 class HAMRouter(nn.Module):
-    """Routing scores `[B, T, Hk]` in `[0, 1]`, float32, of one layer; a token is kept where its score reaches the threshold."""
+    """Routing scores `[B, T, Hk]` of a layer, float32 in `[0, 1]`; a token is kept where they reach the threshold."""
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
@@ -97,8 +97,8 @@ def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int)
     """Brings every accepted form of `threshold` to one float32 tensor `[layers or 1, batch or 1, heads or 1]`.
 
     Args:
-        threshold: `None` (learned thresholds), a number for every layer, a list or tuple with one number per hybrid layer, a
-            tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`.
+        threshold: `None` (learned thresholds), a number for every layer, a list or tuple with one number per hybrid
+            layer, a tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`.
         num_layers: number of hybrid layers.
         batch_size: number of rows.
         num_heads: number of key/value heads.
@@ -108,8 +108,8 @@ def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int)
         ValueError: if it holds NaN or its shape does not fit.
     """
     expected = (
-        f"a number, a list of {num_layers} numbers (one per hybrid layer), a tensor [{batch_size}] (one per row) or a tensor "
-        f"[{num_layers} or 1, {batch_size} or 1, {num_heads} or 1] (layers, rows, key/value heads)"
+        f"a number, a list of {num_layers} numbers (one per hybrid layer), a tensor [{batch_size}] (one per row) or a "
+        f"tensor [{num_layers} or 1, {batch_size} or 1, {num_heads} or 1] (layers, rows, key/value heads)"
     )
     if threshold is None:
         return None
@@ -209,7 +209,7 @@ def usage_errors(usage: torch.Tensor, target: float, scope: str) -> torch.Tensor
 
 
 def threshold_control(levers: torch.Tensor, usage: torch.Tensor, target: float, scope: str) -> torch.Tensor:
-    """A scalar that is zero and gives each threshold the gradient `target - usage`, so that any optimiser closes the loop.
+    """A scalar zero that gives each threshold the gradient `target - usage`, so that any optimiser closes the loop.
 
     Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept.
 

@@ -46,8 +46,8 @@ def build_llama(kv_heads: int) -> LlamaForCausalLM:
 def build_qwen3_next(kv_heads: int) -> Qwen3NextForCausalLM:
     """Transformers' Qwen3-Next of the same shape: Gated DeltaNet and attention 3:1, dense MLPs, PyTorch path.
 
-    Its linear layers have as many value heads as the others have query heads, and at least half as many key heads, as in
-    the released models.
+    Its linear layers have as many value heads as the others have query heads, and at least half as many key heads, as
+    in the released models.
     """
     heads = SHAPE["num_attention_heads"]
     config = Qwen3NextConfig(

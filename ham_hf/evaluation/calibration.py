@@ -12,8 +12,8 @@ from ..modeling_ham import HAMForCausalLM
 def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor]) -> None:
     """Sets every `score_quantiles` buffer from the routing scores of sample text.
 
-    Quantiles are taken at equally spaced levels from 0 to 1 for every key/value head. They are measured at the thresholds
-    in force, because what a layer keeps changes the inputs of the layers above it.
+    Quantiles are taken at equally spaced levels from 0 to 1 for every key/value head. They are measured at the
+    thresholds in force, because what a layer keeps changes the inputs of the layers above it.
 
     Args:
         model: the model; its buffers change, so save it afterwards.

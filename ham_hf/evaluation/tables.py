@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def insert_table(document: str, name: str, table: str) -> str:
-    """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->`; `ValueError` if a marker is missing."""
+    """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->`; `ValueError` without a marker."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if document.count(begin) != 1 or document.count(end) != 1:
         raise ValueError(f"The document must hold {begin} and {end} once each.")

@@ -37,7 +37,7 @@ def held_out_windows(
 
 @torch.no_grad()
 def measure_usage(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None) -> dict:
-    """Loss (nats per token), measured usage and cache bytes at one wanted usage; `None` uses the learned thresholds."""
+    """Loss (nats per token), measured usage and cache bytes at a wanted usage; `None` uses the learned thresholds."""
     losses, usages, caches = [], [], []
     for tokens in tqdm(windows, desc=f"usage {kv_usage}", leave=False):
         outputs = model(input_ids=tokens, labels=tokens, use_cache=True, kv_usage=kv_usage)
@@ -70,7 +70,8 @@ def to_markdown(results: list[dict], context: int) -> str:
             f"| {name} | {x['usage']:.1%} | {x['loss']:.4f} | {statistics.mean(differences):+.4f} ± {error:.4f} | "
             f"{x['kv_bytes'] / 1024:.0f} | {x['full_kv_bytes'] / 1024:.0f} |"
         )
-    tail = f"{len(everything)} windows of {context} tokens; the states of fixed size add {results[0]['state_bytes'] / 1024:.0f} KiB."
+    state_kib = results[0]["state_bytes"] / 1024
+    tail = f"{len(everything)} windows of {context} tokens; the states of fixed size add {state_kib:.0f} KiB."
     return "\n".join([*lines, "", tail]) + "\n"
 
 

@@ -3,9 +3,9 @@
 
 Usage: ``python -m ham_hf.training.ham_tiny --corpus DIR --tokenizer DIR --output DIR``
 
-Every second step keeps what the learned thresholds keep, which the control loop drives to half of the tokens; the others
-keep a fraction drawn anew from (0, 1) through the score quantiles measured so far, so that one checkpoint serves every
-usage.
+Every second step keeps what the learned thresholds keep, which the control loop drives to half of the tokens; the
+others keep a fraction drawn anew from (0, 1) through the score quantiles measured so far, so that one checkpoint
+serves every usage.
 """
 
 import argparse
@@ -119,16 +119,13 @@ class TokenSampler:
 
 
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the rest, and thresholds without weight decay at a rate of their own."""
+    """Muon for the layers' matrices, AdamW for the rest, and thresholds without weight decay at their own rate."""
+    mixer_matrices = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "z_proj.weight")
     matrices, thresholds, others = [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("threshold"):
             thresholds.append(parameter)
-        elif (
-            (parameter.ndim == 2
-            and ".mlp." in name)
-            or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-        ) or name.endswith(("o_proj.weight", "z_proj.weight")):
+        elif (parameter.ndim == 2 and ".mlp." in name) or name.endswith(mixer_matrices):
             matrices.append(parameter)
         else:
             others.append(parameter)
@@ -162,7 +159,7 @@ def train_step(model: HAMForCausalLM, optimizers: list, tokens: torch.Tensor, re
 
 @torch.no_grad()
 def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, float]:
-    """Held-out loss (nats per token) at the learned thresholds and at usages 0, 0.25 and 1, and the usage they gave."""
+    """Held-out loss (nats per token) at the learned thresholds and at usages 0, 0.25 and 1, and the usage of each."""
     model.eval()
     result = {}
     for name, arguments in {
@@ -207,7 +204,7 @@ def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> None:
 
 
 def read_log(path: Path, before: int) -> list[dict]:
-    """The entries of a JSON Lines log from before a step, so that a resumed run rewrites what came after its last save."""
+    """The entries of a JSON Lines log before a step, so that a resumed run rewrites what came after its last save."""
     if not path.exists():
         return []
     return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["step"] < before]
