@@ -18,8 +18,9 @@ from ham_hf.reference_ham import naive_sparse_attention, naive_surviving_tokens
 from ham_hf.routing_ham import random_score
 
 MIXED = ["hybrid", "linear_attention", "full_attention", "hybrid"]
-# Weights far larger than a fresh model's, so that every part of a layer matters to the logits.
-WIDE = {"initializer_range": 0.25}
+# Weights far larger than a fresh model's, so that every part of a layer matters to the logits. A usual epsilon would
+# blow the rounding errors of a memory that answers next to nothing up to 1e-3; with this one, results agree to 1e-5.
+WIDE = {"initializer_range": 0.25, "rms_norm_eps": 1e-2}
 
 
 def make_model(config, seed=0) -> HAMForCausalLM:
@@ -278,6 +279,7 @@ ROPES = {
 def transformer_pair(kind, rope, layer_types=None, **overrides):
     """A model of Transformers and a HAM model with its weights."""
     shape = {
+        **WIDE,
         "vocab_size": 97,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -291,7 +293,6 @@ def transformer_pair(kind, rope, layer_types=None, **overrides):
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": None,
-        **WIDE,
         **overrides,
     }
     if kind == "llama":
@@ -424,7 +425,9 @@ PROPERTY = settings(
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
-MARGIN = 1e-5  # a score this close to its threshold may fall on either side
+MARGIN = (
+    5e-5  # what rounding may do to a score or a logit; a score this close to its threshold may fall on either side
+)
 
 
 def exact(scores):
@@ -643,9 +646,9 @@ def assert_as_alone(case, plan, give_positions, **arguments):
     for row in range(len(case.rows)):
         expected = case.alone(row, **arguments)
         scale = max(1, expected.logits.abs().max())
-        assert (logits[row] - expected.logits[0]).abs().max() < 1e-4 * scale, f"logits of row {row}"
+        assert (logits[row] - expected.logits[0]).abs().max() < MARGIN * scale, f"logits of row {row}"
         if scores[row] is not None:
-            assert (scores[row] - torch.stack(expected.routing_scores)[:, 0]).abs().max() < 1e-4
+            assert (scores[row] - torch.stack(expected.routing_scores)[:, 0]).abs().max() < MARGIN
         for layer in case.keeping:
             kept = kept_lists(cache, layer)
             for (_, head), positions in kept_lists(expected.past_key_values, layer).items():
@@ -725,9 +728,9 @@ def test_packed_documents_equal_documents_alone():
                 expected = case.alone(row)
                 part = slice(start, start + len(case.rows[row]))
                 scale = max(1, expected.logits.abs().max())
-                assert (output.logits[b, part] - expected.logits[0]).abs().max() < 1e-4 * scale
+                assert (output.logits[b, part] - expected.logits[0]).abs().max() < MARGIN * scale
                 for x, y in zip(output.routing_scores or (), expected.routing_scores or (), strict=True):
-                    assert (x[b, part] - y[0]).abs().max() < 1e-4
+                    assert (x[b, part] - y[0]).abs().max() < MARGIN
                 start = part.stop
         taken[way] += 1
         taken["hybrid"] += bool(case.hybrid)
