@@ -1,0 +1,114 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Calibration makes `kv_usage` mean what it says, and the tables say what was measured."""
+
+import statistics
+
+import pytest
+import torch
+
+from ham_hf import HAMForCausalLM
+from ham_hf.evaluation import bench, calibrate, usage
+from ham_hf.evaluation.calibration import score_quantiles
+from ham_hf.evaluation.tables import insert_table
+
+
+@pytest.fixture
+def model(tiny_config):
+    torch.manual_seed(0)
+    return HAMForCausalLM(tiny_config()).eval()
+
+
+def batches(count, rows=2, length=96, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 97, (rows, length), generator=generator) for _ in range(count)]
+
+
+def test_quantiles_are_those_of_torch():
+    scores = torch.rand(501, 3)
+    expected = torch.quantile(scores, torch.linspace(0, 1, 65), dim=0).T
+    assert torch.allclose(score_quantiles(scores, 65), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_usage", [0.1, 0.25, 0.5, 0.9])
+def test_a_calibrated_model_keeps_the_fraction_it_is_asked_for(model, kv_usage):
+    calibrate(model, batches(4))
+    fresh = batches(1, rows=8, seed=2)[0]
+    measured = model(fresh, kv_usage=kv_usage, use_cache=True).past_key_values.kv_usage()
+    assert abs(measured.mean() - kv_usage) < 0.05, "scores of fresh random tokens are distributed as calibrated"
+
+
+def test_no_and_full_usage_are_exact(model):
+    calibrate(model, batches(1))
+    for kv_usage in (0.0, 1.0):
+        cache = model(batches(1)[0], kv_usage=kv_usage, use_cache=True).past_key_values
+        assert (cache.kv_usage() == kv_usage).all()
+
+
+def test_calibration_survives_saving_and_leaves_the_mode(model, tmp_path):
+    model.train()
+    calibrate(model, batches(1))
+    assert model.training
+    model.save_pretrained(tmp_path)
+    loaded = HAMForCausalLM.from_pretrained(tmp_path)
+    for ours, theirs in zip(model.model.layers, loaded.model.layers, strict=True):
+        assert ours.mixer.score_quantiles.any()
+        assert torch.equal(ours.mixer.score_quantiles, theirs.mixer.score_quantiles)
+
+
+def test_calibration_refuses_what_it_cannot_use(model, tiny_config):
+    with pytest.raises(ValueError, match="batches"):
+        calibrate(model, [])
+    assert not model.model.layers[0].mixer.score_quantiles.any()
+    without = HAMForCausalLM(tiny_config(layer_types=["linear_attention"] * 2))
+    with pytest.raises(ValueError, match="hybrid"):
+        calibrate(without, batches(1))
+
+
+def test_usage_is_measured_on_the_cache_itself(model):
+    calibrate(model, batches(2))
+    windows = [x[:1] for x in batches(3, seed=3)]
+    result = usage.measure_usage(model, windows, 0.5)
+    outputs = [model(x, labels=x, kv_usage=0.5, use_cache=True) for x in windows]
+    assert result["loss"] == pytest.approx(statistics.mean(x.loss.item() for x in outputs))
+    assert result["usage"] == pytest.approx(
+        statistics.mean(x.past_key_values.kv_usage().mean().item() for x in outputs)
+    )
+    cache = outputs[0].past_key_values
+    assert result["full_kv_bytes"] == cache.full_kv_bytes()
+    assert result["state_bytes"] == cache.state_bytes()
+
+
+def test_usage_table_pairs_windows_and_plot_is_written(model, tmp_path):
+    calibrate(model, batches(2))
+    windows = [x[:1] for x in batches(3, seed=3)]
+    results = [usage.measure_usage(model, windows, x) for x in (0.0, 1.0, None)]
+    table = usage.to_markdown(results, 96)
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 3
+    assert f"| {results[0]['loss']:.4f} |" in rows[0]
+    assert "+0.0000 ± 0.0000" in rows[1], "everything kept is compared with itself"
+    assert rows[2].startswith("| learned |")
+    pytest.importorskip("matplotlib")
+    usage.plot(results, tmp_path / "usage.png")
+    assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speeds_are_paired_and_the_slower_one_is_named():
+    summary = bench.summarise([(1.0, 2.0), (2.0, 3.0), (1.0, 0.5)])
+    assert summary["speedup"] == 1.5
+    assert (summary["speedup_min"], summary["speedup_max"]) == (0.5, 2.0)
+    assert (summary["ham_seconds"], summary["other_seconds"]) == (1.0, 2.0)
+
+
+def test_benchmark_alternates_after_one_warm_up():
+    calls = []
+    pairs = bench.alternate(lambda: calls.append("a"), lambda: calls.append("b"), runs=3)
+    assert "".join(calls) == "ab" * 4
+    assert len(pairs) == 3
+
+
+def test_tables_replace_what_stands_between_their_markers():
+    document = "head\n<!-- x:begin -->\nold\n<!-- x:end -->\ntail\n"
+    assert insert_table(document, "x", "| new |\n") == "head\n<!-- x:begin -->\n| new |\n<!-- x:end -->\ntail\n"
+    with pytest.raises(ValueError, match="y:begin"):
+        insert_table(document, "y", "")

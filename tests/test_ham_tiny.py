@@ -1,0 +1,135 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The recipe of ham-tiny resumes exactly, and the embedded checkpoint is what its card says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ham_hf
+from ham_hf.training import ham_tiny
+from ham_hf.training.corpus import SPLIT_FILES, Document, write_documents
+from ham_hf.training.tokenizer import train_tokenizer
+
+CHECKPOINT = Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
+WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A made-up corpus and its tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    for split in SPLIT_FILES:
+        picks = torch.randint(len(WORDS), (3, 3000), generator=generator).tolist()
+        documents = [Document("made-up", str(i), " ".join(WORDS[j] for j in x)) for i, x in enumerate(picks)]
+        write_documents(tmp_path / SPLIT_FILES[split], documents)
+    texts = [" ".join(WORDS)] * 20
+    train_tokenizer(texts, 300).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """A few small steps that reach every branch: calibration, random usage, long context, evaluation, saving."""
+    monkeypatch.setattr(ham_tiny, "CALIBRATE_EVERY", 2)
+    monkeypatch.setattr(ham_tiny, "EVALUATE_EVERY", 4)
+    monkeypatch.setattr(ham_tiny, "SAVE_EVERY", 3)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    original = ham_tiny.HAMConfig
+    monkeypatch.setattr(ham_tiny, "HAMConfig", lambda **fields: original(**(fields | small | {"head_dim": 8})))
+    return ham_tiny.Recipe(steps=8, warmup=2, tokens_per_step=64, context=16, late_context=32)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeypatch):
+    def run(output):
+        return ham_tiny.train(sources, sources / "tokenizer", output, recipe)
+
+    unbroken = run(sources / "unbroken").state_dict()
+    step = ham_tiny.train_step
+
+    def interrupted(*arguments):
+        if arguments[-1] == 5:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(ham_tiny, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(sources / "broken")
+    assert json.loads((sources / "broken" / "step.json").read_text()) == {"step": 2}
+    monkeypatch.setattr(ham_tiny, "train_step", step)
+    resumed = run(sources / "broken").state_dict()
+    for name, x in unbroken.items():
+        assert torch.equal(x, resumed[name]), name
+    logs = [(sources / run / "log.jsonl").read_text().splitlines() for run in ("unbroken", "broken")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == recipe.steps
+
+
+def test_usage_of_a_step_is_drawn_as_the_recipe_says():
+    recipe = ham_tiny.Recipe()
+    usages = [recipe.usage_at(step) for step in range(recipe.steps)]
+    assert all(x is None for x in usages[::2]), "every second step runs at the learned thresholds"
+    early, late = usages[101:1799:2], usages[1801::2]
+    assert max(early) < 1
+    assert 0.15 < sum(x == 1 for x in late) / len(late) < 0.32, "late steps practise keeping everything"
+    assert abs(sum(early) / len(early) - 0.5) < 0.05
+
+
+def test_a_diverged_run_stops_before_it_saves(sources, recipe, monkeypatch):
+    build = ham_tiny.build_optimizers
+
+    def poisoned(model, recipe):
+        torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+        return build(model, recipe)
+
+    monkeypatch.setattr(ham_tiny, "build_optimizers", poisoned)
+    with pytest.raises(RuntimeError, match="nan"):
+        ham_tiny.train(sources, sources / "tokenizer", sources / "run", recipe)
+    assert not (sources / "run" / "state.safetensors").exists()
+
+
+class TestEmbeddedCheckpoint:
+    """What the package promises of the checkpoint it carries."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+    @pytest.fixture(scope="class")
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+    def test_is_at_most_16_mib(self):
+        assert sum(x.stat().st_size for x in CHECKPOINT.rglob("*") if x.is_file()) <= 16 * 2**20
+
+    def test_knows_english_and_more_of_it_the_more_it_keeps(self, model, tokenizer):
+        """The held-out figures are in the card; this is a passage in the manner of the training text, twice."""
+        passage = (
+            "Mr. Harcourt had lived at Thornfield Lodge for many years, and Mr. Harcourt was respected by every body. "
+            "When Miss Penelope Wetherby came into the neighbourhood, it was supposed that Mr. Harcourt must admire her. "
+        )
+        ids = tokenizer(passage * 3, return_tensors="pt").input_ids
+        losses = {u: model(ids, labels=ids, kv_usage=u, use_cache=False).loss.item() for u in (0.0, 0.25, 1.0)}
+        assert losses[1.0] < losses[0.0], losses
+        assert losses[0.25] < losses[0.0], losses
+        assert losses[1.0] < 4.5, "a uniform guess over 4096 tokens would cost 8.3"
+
+    def test_shrinks_its_cache_as_the_threshold_rises(self, model, tokenizer):
+        ids = tokenizer("The captain looked at the sea. " * 40, return_tensors="pt").input_ids
+        caches = [model(ids, threshold=x, use_cache=True).past_key_values for x in (0.0, 0.3, 0.5, 2.0)]
+        kept = [int(x.kept_tokens().sum()) for x in caches]
+        assert kept == sorted(kept, reverse=True)
+        assert kept[0] == caches[0].kept_tokens().numel() * ids.shape[1]
+        assert kept[-1] == 0
+        memory = [x.memory_bytes() for x in caches]
+        assert memory == sorted(memory, reverse=True)
+
+    def test_writes_words(self, model, tokenizer):
+        ids = tokenizer("It was in the autumn of that year that", return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=False)[0])
+        words = [word.strip(".,;:!?\"'()-").lower() for word in text.split()]
+        known = set(tokenizer.get_vocab())
+        assert sum("Ġ" + word in known or word in known for word in words) / len(words) > 0.8
