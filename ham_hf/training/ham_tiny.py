@@ -271,7 +271,10 @@ def main() -> None:
     recipe = Recipe(steps=arguments.steps)
     model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe)
     checkpoint = arguments.output / "ham-tiny"
-    model.to(torch.bfloat16).save_pretrained(checkpoint)
+    model.save_pretrained(arguments.output / "float32")
+    # Loading in bfloat16, unlike casting, leaves thresholds, quantiles and decays in float32.
+    half = HAMForCausalLM.from_pretrained(arguments.output / "float32", dtype=torch.bfloat16)
+    half.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(checkpoint)
     write_whole(checkpoint / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
     print(f"Wrote {checkpoint}")
