@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,9 +118,7 @@ class PagedStore:
         if tokens.streams.numel() == 0:
             return
         added = torch.bincount(tokens.streams, minlength=self.num_streams)
-        first = added.cumsum(0) - added
-        rank = torch.arange(len(tokens.streams), device=self.device) - first[tokens.streams]
-        slot = self.fill[tokens.streams] + rank
+        slot = self.fill[tokens.streams] + _ranks(tokens.streams, added)
         pages, self_fill = (self.fill + added) // PAGE_SIZE, self.fill
         self.counts = self.counts + added
         total = int(pages.sum())
@@ -131,9 +130,10 @@ class PagedStore:
         complete = slot < pages[tokens.streams] * PAGE_SIZE
         sealed, rest = tokens.select(complete), tokens.select(~complete)
         page, column = start[sealed.streams] + slot[complete] // PAGE_SIZE, slot[complete] % PAGE_SIZE
-        opened = torch.arange(PAGE_SIZE, device=self.device) < self_fill[:, None]
-        stream, opened_column = (opened & (pages > 0)[:, None]).nonzero(as_tuple=True)
-        opened = KeptTokens(*(self.tail[name][stream, opened_column] for name in self.FIELDS), streams=stream)
+        in_use = torch.arange(PAGE_SIZE, device=self.device) < self_fill[:, None]
+        stream, opened_column = (in_use & (pages > 0)[:, None]).nonzero(as_tuple=True)
+        fields = {name: self.tail[name][stream, opened_column] for name in self.FIELDS}
+        opened = KeptTokens(**fields, streams=stream)
         owner = torch.repeat_interleave(pages, output_size=total).int()
         for slab, offset, first, last in self._reserve(total):
             slab["owner"][offset : offset + last - first] = owner[first:last]
@@ -144,7 +144,9 @@ class PagedStore:
                 self._write(slab, part, offset + part_page - first, part_column)
         self._write(self.tail, rest, rest.streams, slot[~complete] % PAGE_SIZE)
 
-    def _write(self, pages, tokens, page, slot):
+    def _write(
+        self, pages: dict[str, torch.Tensor], tokens: KeptTokens, page: torch.Tensor, slot: torch.Tensor
+    ) -> None:
         for name in self.FIELDS:
             pages[name][page, slot] = getattr(tokens, name)
 
@@ -184,6 +186,14 @@ class PagedStore:
         store = PagedStore(num_streams, self.key_dim, self.value_dim, self.dtype, self.device)
         store.append(tokens)
         return store
+
+    def selected(self, source: torch.Tensor) -> "PagedStore":
+        """A new store whose streams are copies of those at `source` `[n]`."""
+        counts = self.counts[source]
+        streams = torch.repeat_interleave(counts)
+        first = self.counts.cumsum(0) - self.counts
+        index = first[source][streams] + _ranks(streams, counts)
+        return self.rebuilt(self.tokens().select(index, streams), len(source))
 
     def replace_lowest(self, tokens: KeptTokens) -> None:
         """Puts each token, at most one per stream, in place of its stream's lowest score unless that is higher.
@@ -255,16 +265,16 @@ class LayerStep:
 
     def first(self, length: int) -> "LayerStep":
         """The inputs of the first `length` tokens; states, which belong to the whole, are dropped."""
-        cut = {name: x[:, :length] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        cut |= {"conv_state": None, "recurrent_state": None}
+        fields: dict[str, Any] = {name: x[:, :length] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        fields |= {"conv_state": None, "recurrent_state": None}
         rnn = None if self.rnn is None else tuple(x[:, :length] for x in self.rnn)
-        return LayerStep(**(vars(self) | cut | {"rnn": rnn}))
+        return LayerStep(**(fields | {"rnn": rnn}))
 
     @classmethod
     def joined(cls, steps: list["LayerStep"]) -> "LayerStep":
         """Successive steps as one; their states are dropped."""
         names = ("conv_inputs", "keys", "values", "scores", "keep", "positions")
-        fields = {name: _cat([getattr(step, name) for step in steps]) for name in names}
+        fields: dict[str, Any] = {name: _cat([getattr(step, name) for step in steps]) for name in names}
         if any(step.real is not None for step in steps):
             fields["real"] = torch.cat(
                 [torch.ones_like(x.positions, dtype=torch.bool) if x.real is None else x.real for x in steps], dim=1
@@ -278,24 +288,27 @@ class LayerStep:
 
     def detached(self) -> "LayerStep":
         """The same without the autograd graph, which a cache must not keep alive."""
-        fields = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        fields: dict[str, Any] = {name: x.detach() for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         rnn = None if self.rnn is None else tuple(x.detach() for x in self.rnn)
         return LayerStep(**(fields | {"rnn": rnn}))
 
     def kept(self) -> KeptTokens:
-        """The kept tokens, flat and ordered by stream and position."""
-        heads = self.keep.shape[2]
-        row, head, time = self.keep.transpose(1, 2).nonzero(as_tuple=True)
+        """The kept tokens of a layer with attention, flat and ordered by stream and position."""
+        keys, values, scores, keep = self.keys, self.values, self.scores, self.keep
+        if keys is None or values is None or scores is None or keep is None:
+            raise ValueError("A step of a linear layer keeps no tokens.")
+        heads = keep.shape[2]
+        row, head, time = keep.transpose(1, 2).nonzero(as_tuple=True)
         return KeptTokens(
-            self.keys[row, time, head],
-            self.values[row, time, head],
-            self.scores[row, time, head],
+            keys[row, time, head],
+            values[row, time, head],
+            scores[row, time, head],
             self.positions[row, time].int(),
             row * heads + head,
         )
 
 
-def _cat(tensors):
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     return None if tensors[0] is None else torch.cat(tensors, dim=1)
 
 
@@ -309,7 +322,16 @@ class KeptColumns:
     counts: torch.Tensor
 
 
-def attend_new(q, k, v, keep, scores, budget=None, cached: KeptColumns | None = None, seq_idx=None) -> torch.Tensor:
+def attend_new(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor,
+    scores: torch.Tensor,
+    budget: int | None = None,
+    cached: KeptColumns | None = None,
+    seq_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention of new tokens over cached columns, the kept ones among themselves, and themselves.
 
     Args:
@@ -339,7 +361,9 @@ def attend_new(q, k, v, keep, scores, budget=None, cached: KeptColumns | None = 
     return sparse_prefix_attention(q, k, v, keys, values, begin, end, until)
 
 
-def eviction_times(keep, scores, budget: int, cached: KeptColumns | None = None) -> torch.Tensor | None:
+def eviction_times(
+    keep: torch.Tensor, scores: torch.Tensor, budget: int, cached: KeptColumns | None = None
+) -> torch.Tensor | None:
     """From which query on each column is gone when a head holds at most `budget` tokens and the lowest score leaves.
 
     Args:
@@ -379,10 +403,22 @@ def _ranks(streams: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(streams), device=streams.device) - (counts.cumsum(0) - counts)[streams]
 
 
-def _scatter_columns(x, streams, columns, batch, heads, width):
+def _scatter_columns(
+    x: torch.Tensor, streams: torch.Tensor, columns: torch.Tensor, batch: int, heads: int, width: int
+) -> torch.Tensor:
     out = x.new_zeros(batch * heads, width, *x.shape[1:])
     out[streams, columns] = x
     return out.unflatten(0, (batch, heads))
+
+
+def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, store: PagedStore) -> torch.Tensor:
+    """Attention of a single new token over a store and itself, in the shapes of `attend_new`."""
+    heads = k.shape[2]
+    q = q.squeeze(1).unflatten(1, (heads, -1)).flatten(0, 1)
+    pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
+    tail = (store.tail["keys"], store.tail["values"], store.fill)
+    out = ragged_decode_attention(q, k.flatten(0, 2), v.flatten(0, 2), pages, tail)
+    return out.unflatten(0, (-1, heads)).flatten(1, 2).unsqueeze(1)
 
 
 class HAMCacheLayer(CacheLayerMixin):
@@ -396,7 +432,7 @@ class HAMCacheLayer(CacheLayerMixin):
     supports_early_init = False
     is_croppable = True
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.record_past = False
         self.reset()
@@ -406,7 +442,7 @@ class HAMCacheLayer(CacheLayerMixin):
         self.conv_state: torch.Tensor | None = None
         self.recurrent_state: torch.Tensor | None = None
         self.store: PagedStore | None = None
-        self.real_tokens: torch.Tensor | None = None
+        self.real_tokens = torch.zeros(0, dtype=torch.long)
         self.seen_tokens = 0
         self.is_initialized = False
         self._base: dict | None = None
@@ -414,7 +450,7 @@ class HAMCacheLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.real_tokens is None else len(self.real_tokens)
+        return len(self.real_tokens) if self.is_initialized else -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes an empty store for `[B, T, Hk, K]` keys and `[B, T, Hk, V]` values."""
@@ -432,7 +468,15 @@ class HAMCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def attend(self, q, k, v, keep, scores, budget: int | None) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keep: torch.Tensor,
+        scores: torch.Tensor,
+        budget: int | None,
+    ) -> torch.Tensor:
         """Attention of new tokens over what is kept here, the kept ones among themselves, and themselves.
 
         Args:
@@ -446,19 +490,17 @@ class HAMCacheLayer(CacheLayerMixin):
         if not self.is_initialized or self.store is None:
             return attend_new(q, k, v, keep, scores, budget)
         if q.shape[1] == 1:
-            return self._decode(q, k, v)
+            return _decode(q, k, v, self.store)
         batch, _, heads, _ = k.shape
         held = self.store.tokens()
         largest = int(self.store.counts.max())
         # Right-aligned, so that what a query sees of the cache and of the new tokens is one span of columns.
         column = _ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
-        cached = KeptColumns(
-            *(
-                _scatter_columns(x, held.streams, column, batch, heads, largest)
-                for x in (held.keys, held.values, held.scores)
-            ),
-            counts=self.store.counts.view(batch, heads),
+        keys, values, kept_scores = (
+            _scatter_columns(x, held.streams, column, batch, heads, largest)
+            for x in (held.keys, held.values, held.scores)
         )
+        cached = KeptColumns(keys, values, kept_scores, counts=self.store.counts.view(batch, heads))
         return attend_new(q, k, v, keep, scores, budget, cached)
 
     def dense_keys(self, past_real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -467,9 +509,9 @@ class HAMCacheLayer(CacheLayerMixin):
         Args:
             past_real: `[B, S]` bool, false for padding; `None` if every token seen was real.
         """
-        batch = self.batch_size
-        heads = self.store.num_streams // batch
-        held = self.store.tokens()
+        batch, store = self.batch_size, self._kept_store()
+        heads = store.num_streams // batch
+        held = store.tokens()
         columns = held.positions.long()
         if past_real is not None:
             # The p-th real token of a row stands where the p-th true entry of its mask is.
@@ -479,13 +521,10 @@ class HAMCacheLayer(CacheLayerMixin):
         ones = torch.ones_like(held.streams, dtype=torch.bool)
         return keys, _scatter_columns(ones, held.streams, columns, batch, heads, self.seen_tokens)
 
-    def _decode(self, q, k, v):
-        heads = k.shape[2]
-        q = q.squeeze(1).unflatten(1, (heads, -1)).flatten(0, 1)
-        pages = [(x["keys"], x["values"], x["owner"]) for x in self.store.pages()]
-        tail = (self.store.tail["keys"], self.store.tail["values"], self.store.fill)
-        out = ragged_decode_attention(q, k.flatten(0, 2), v.flatten(0, 2), pages, tail)
-        return out.unflatten(0, (-1, heads)).flatten(1, 2).unsqueeze(1)
+    def _kept_store(self) -> PagedStore:
+        if self.store is None:
+            raise ValueError("A linear layer, and a layer that has seen no tokens, keeps none.")
+        return self.store
 
     def update(self, step: LayerStep, budget: int | None = None) -> None:  # type: ignore[override]
         """Takes in what one forward computed; with `budget`, a head that is full drops its lowest scores."""
@@ -493,7 +532,7 @@ class HAMCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.device = step.positions.device
             self.real_tokens = step.positions.new_zeros(len(step.positions))
-            if step.keys is not None:
+            if step.keys is not None and step.values is not None:
                 self.lazy_initialization(step.keys, step.values)
             self.is_initialized = True
         if self.record_past:
@@ -563,7 +602,7 @@ class HAMCacheLayer(CacheLayerMixin):
             )
         base, steps = self._base, self._steps
         self._base, self._steps = None, []
-        if not removed:
+        if base is None or not removed:
             return
         self.conv_state, self.recurrent_state = base["conv_state"], base["recurrent_state"]
         self.real_tokens, self.seen_tokens = base["real_tokens"], base["seen_tokens"]
@@ -574,7 +613,7 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def _replay(self, step: LayerStep) -> None:
         """Takes in inputs whose states after them are not known."""
-        if step.conv_inputs is not None:
+        if step.conv_inputs is not None and self.conv_state is not None:
             step.conv_state = convolution_state(step.conv_inputs, self.conv_state, step.real)
         if step.rnn is not None:
             k, v, g, beta = step.rnn
@@ -593,20 +632,12 @@ class HAMCacheLayer(CacheLayerMixin):
         if torch.equal(rows, everyone):
             return
         if self.store is not None:
-            self.store = self._selected_store(rows)
+            heads = self.store.num_streams // self.batch_size
+            streams = (rows[:, None] * heads + torch.arange(heads, device=self.device)).flatten()
+            self.store = self.store.selected(streams)
         self.real_tokens = self.real_tokens[rows]
         self.conv_state = None if self.conv_state is None else self.conv_state[rows]
         self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state[rows]
-
-    def _selected_store(self, rows: torch.Tensor) -> PagedStore:
-        heads = self.store.num_streams // self.batch_size
-        head = torch.arange(heads, device=self.device)
-        source = (rows[:, None] * heads + head).flatten()
-        counts = self.store.counts[source]
-        streams = torch.repeat_interleave(counts)
-        first = self.store.counts.cumsum(0) - self.store.counts
-        index = first[source][streams] + _ranks(streams, counts)
-        return self.store.rebuilt(self.store.tokens().select(index, streams), len(source))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies side by side."""
@@ -624,10 +655,11 @@ class HAMCacheLayer(CacheLayerMixin):
     def prune(self, threshold: torch.Tensor) -> None:
         """Drops the kept tokens with a score below `threshold` `[B or 1, Hk or 1]`; earlier tokens become final."""
         self._base, self._steps = None, []
-        heads = self.store.num_streams // self.batch_size
+        store = self._kept_store()
+        heads = store.num_streams // self.batch_size
         limit = threshold.to(self.device).expand(self.batch_size, heads).flatten()
-        tokens = self.store.tokens()
-        self.store = self.store.rebuilt(tokens.select(tokens.scores >= limit[tokens.streams]))
+        tokens = store.tokens()
+        self.store = store.rebuilt(tokens.select(tokens.scores >= limit[tokens.streams]))
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the layer holds."""
@@ -693,7 +725,7 @@ class HAMCacheLayer(CacheLayerMixin):
             self.to(self.device)
 
 
-def _to(device, x):
+def _to(device: torch.device, x: Any) -> Any:
     """Nested tensors on another device; everything else as it is."""
     if isinstance(x, (list, tuple)):
         return type(x)(_to(device, y) for y in x)
@@ -702,7 +734,7 @@ def _to(device, x):
     return x.to(device) if isinstance(x, torch.Tensor) else x
 
 
-def _check_crop(tokens_to_remove) -> int:
+def _check_crop(tokens_to_remove: object) -> int:
     if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
         raise TypeError(f"`tokens_to_remove` must be 0 or a negative int, got {tokens_to_remove!r}.")
     if tokens_to_remove > 0:
@@ -712,7 +744,7 @@ def _check_crop(tokens_to_remove) -> int:
     return -tokens_to_remove
 
 
-def _check_rows(indices, batch: int) -> None:
+def _check_rows(indices: object, batch: int) -> None:
     expected = f"a tensor of row numbers below {batch}, or {batch} bools"
     if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.is_complex():
         found = indices.dtype if isinstance(indices, torch.Tensor) else type(indices).__name__
@@ -744,6 +776,9 @@ class HAMCache(Cache):
     ```
     """
 
+    # Transformers declares a list of layers of any kind.
+    layers: list[HAMCacheLayer]  # type: ignore[assignment]
+
     def __init__(self, config: HAMConfig, offloading: bool = False):
         if not isinstance(config, HAMConfig):
             raise TypeError(f"`config` must be a HAMConfig, got {type(config).__name__}.")
@@ -766,7 +801,7 @@ class HAMCache(Cache):
     @property
     def real_tokens(self) -> torch.Tensor | None:
         """`[B]` tokens seen that were not padding, `None` before the first."""
-        return self.layers[0].real_tokens
+        return self.layers[0].real_tokens if self.is_initialized else None
 
     def kept_tokens(self) -> torch.Tensor:
         """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""
@@ -791,7 +826,7 @@ class HAMCache(Cache):
 
     def kv_usage(self) -> torch.Tensor:
         """`[layers, B, Hk]` float32 fraction of the tokens seen (padding aside) that is kept."""
-        return self.kept_tokens() / self.real_tokens.cpu().clamp(min=1)[None, :, None]
+        return self.kept_tokens() / self.layers[0].real_tokens.cpu().clamp(min=1)[None, :, None]
 
     def memory_bytes(self) -> int:
         """Bytes of memory that the cache really holds: allocated storage, unused slots included."""
@@ -812,7 +847,7 @@ class HAMCache(Cache):
         itemsizes = sum(store.dtype.itemsize for store in self._stores() if store is not None)
         return self.get_seq_length() * self.batch_size * per_token * itemsizes
 
-    def prune(self, threshold) -> None:
+    def prune(self, threshold: float | list[float] | torch.Tensor) -> None:
         """Forgets what lies below a threshold: what remains is what it would have kept at the same scores.
 
         Args:
@@ -829,7 +864,7 @@ class HAMCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Writes the cache to one safetensors file, whole or not at all."""
         self._stores()
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in layer.state_dict().items()}
         metadata = {

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import field
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -14,6 +15,15 @@ ERROR_ROUTERS = ("cosine", "l2", "residual")
 LEARNED_ROUTERS = ("learned", "learned_error")
 ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
 THRESHOLD_SCOPES = ("head", "layer", "model")
+
+# Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
+# `None`, so that it does not ask those who read a finished configuration whether a field is there.
+if TYPE_CHECKING:
+    FilledInt = int | Any
+    FilledStrings = list[str] | Any
+else:
+    FilledInt = int | None
+    FilledStrings = list[str] | None
 
 
 @strict
@@ -90,9 +100,9 @@ class HAMConfig(PreTrainedConfig):
     intermediate_size: int = 5632
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    value_head_dim: int | None = None
+    num_key_value_heads: FilledInt = None
+    head_dim: FilledInt = None
+    value_head_dim: FilledInt = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
@@ -102,7 +112,7 @@ class HAMConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = field(default_factory=dict)
     attention_bias: bool = False
     mlp_bias: bool = False
-    layer_types: list[str] | None = None
+    layer_types: FilledStrings = None
     conv_kernel_size: int = 4
     attention_conv: bool = True
     qk_norm: bool = True
@@ -110,7 +120,7 @@ class HAMConfig(PreTrainedConfig):
     kv_output_norm: bool = True
     output_gate: bool = True
     router: str = "cosine"
-    router_hidden_size: int | None = None
+    router_hidden_size: FilledInt = None
     target_kv_usage: float | int = 0.5
     threshold_scope: str = "head"
     threshold: float | int | list[float | int] | None = None
@@ -118,7 +128,7 @@ class HAMConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -131,7 +141,7 @@ class HAMConfig(PreTrainedConfig):
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def convert_rope_params_to_dict(self, **kwargs):
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
             return kwargs
@@ -142,14 +152,14 @@ class HAMConfig(PreTrainedConfig):
         """Number of layers that route tokens: those a list of thresholds has an entry for."""
         return self.layer_types.count("hybrid")
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuses shapes and switches that no model can be built from; called by `@strict` and again before saving."""
         self._validate_sizes()
         self._validate_layers()
         self._validate_rope()
         self._validate_routing()
 
-    def _validate_sizes(self):
+    def _validate_sizes(self) -> None:
         positive = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim value_head_dim max_position_embeddings conv_kernel_size router_hidden_size"
@@ -173,12 +183,12 @@ class HAMConfig(PreTrainedConfig):
                 f"{self.vocab_size}; got {self.pad_token_id}."
             )
 
-    def _validate_layers(self):
+    def _validate_layers(self) -> None:
         for layer_type in self.layer_types:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"`layer_types` entries must be one of {LAYER_TYPES}, got {layer_type!r}.")
 
-    def _validate_rope(self):
+    def _validate_rope(self) -> None:
         if self.rope_parameters is None:
             return
         rope_type, theta = self.rope_parameters.get("rope_type"), self.rope_parameters.get("rope_theta")
@@ -196,7 +206,7 @@ class HAMConfig(PreTrainedConfig):
                 f"got {self.rope_parameters['partial_rotary_factor']}."
             )
 
-    def _validate_routing(self):
+    def _validate_routing(self) -> None:
         if self.router not in ROUTERS:
             raise ValueError(f"`router` must be one of {ROUTERS}, got {self.router!r}.")
         if self.threshold_scope not in THRESHOLD_SCOPES:

@@ -78,7 +78,7 @@ def convolution_state(x: torch.Tensor, initial_state: torch.Tensor, real: torch.
     return extended.gather(1, source[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _real_first(real, width):
+def _real_first(real: torch.Tensor, width: int) -> torch.Tensor:
     """Indices `[B, width + T]` into state and tokens, real ones first and in order; all of the state is real."""
     padding = ~F.pad(real, (width, 0), value=True)
     return padding.to(torch.uint8).argsort(dim=1, stable=True)
@@ -127,7 +127,9 @@ def gated_delta_rule_with_prediction(
         return _delta_rule_chunks(q * scale, k, v, g, beta, initial_state, seq_idx, min(chunk_size, q.shape[1]))
 
 
-def _delta_rule_step(q, k, v, g, beta, state):
+def _delta_rule_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of the gated delta rule: the recurrence itself."""
     q, k, v, g, beta = (x.squeeze(1) for x in (q, k, v, g, beta))
     state = state * g.exp()[..., None, None]
@@ -138,7 +140,16 @@ def _delta_rule_step(q, k, v, g, beta, state):
     return out.flatten(1, 2).unsqueeze(1), prediction.unsqueeze(1), state
 
 
-def _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, chunk):
+def _delta_rule_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    seq_idx: torch.Tensor | None,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule over chunks: everything but the state's own recurrence is one batched product."""
     length, kv_heads = k.shape[1:3]
     groups = q.shape[2] // kv_heads
@@ -160,12 +171,12 @@ def _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, chunk):
         products * beta[..., None], torch.cat([v, k_in], -1) * beta[..., None], upper=False, unitriangular=True
     )
     from_values, from_state = solved.split([v.shape[-1], k.shape[-1]], -1)
-    states, updates = [], []
+    state_of_chunk, update_of_chunk = [], []
     for n in range(k.shape[2]):
-        states.append(state)
-        updates.append(from_values[:, :, n] - from_state[:, :, n] @ state)
-        state = state * across[:, :, n, None, None] + k_out[:, :, n].mT @ updates[-1]
-    states, updates = torch.stack(states, 2), torch.stack(updates, 2)
+        state_of_chunk.append(state)
+        update_of_chunk.append(from_values[:, :, n] - from_state[:, :, n] @ state)
+        state = state * across[:, :, n, None, None] + k_out[:, :, n].mT @ update_of_chunk[-1]
+    states, updates = torch.stack(state_of_chunk, 2), torch.stack(update_of_chunk, 2)
 
     prediction = products @ updates + k_in @ states
     weights = (q.flatten(3, 4) @ k.mT).unflatten(3, (groups, chunk)) * within.unsqueeze(3)
@@ -175,7 +186,7 @@ def _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, chunk):
     return out[:, :length], prediction.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length], state
 
 
-def _split_chunks(x, chunk):
+def _split_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
     """`[B, T, ...]` to `[B, N, C, ...]`, padded with zeros to whole chunks."""
     missing = -x.shape[1] % chunk
     if missing:
@@ -183,13 +194,13 @@ def _split_chunks(x, chunk):
     return x.unflatten(1, (-1, chunk))
 
 
-def _split_documents(seq_idx, chunk):
+def _split_documents(seq_idx: torch.Tensor, chunk: int) -> torch.Tensor:
     """`[B, T]` documents to `[B, N, C]`; what pads the last chunk belongs to the last document."""
     missing = -seq_idx.shape[1] % chunk
     return torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, chunk))
 
 
-def _later(chunk, seq_idx, device):
+def _later(chunk: int, seq_idx: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Which tokens of a chunk a token must not see, later and other documents': `[C, C]` or `[B, 1, N, C, C]`."""
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
     if seq_idx is None:
@@ -198,7 +209,7 @@ def _later(chunk, seq_idx, device):
     return later | (documents.unsqueeze(-1) != documents.unsqueeze(-2)).unsqueeze(1)
 
 
-def _document_borders(seq_idx, chunk):
+def _document_borders(seq_idx: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per chunk: which tokens read the state before it, which reach that after it, and whether a state crosses it."""
     documents = _split_documents(seq_idx, chunk)
     before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], dim=1)
@@ -364,11 +375,12 @@ def _blocks(begin: torch.Tensor, end: torch.Tensor) -> Iterator[tuple[torch.Tens
             yield streams, slice(start, min(start + QUERY_BLOCK, length)), columns
 
 
-def _group_alike(counts):
+def _group_alike(counts: list[int]) -> list[list[int]]:
     """Partitions the indices of `counts` so that in each part every count is at least `GROUP_RATIO` of the largest."""
-    groups, largest = [], None
+    groups: list[list[int]] = []
+    largest = 0
     for n in sorted(range(len(counts)), key=lambda n: -counts[n]):
-        if largest is None or counts[n] < GROUP_RATIO * largest:
+        if not groups or counts[n] < GROUP_RATIO * largest:
             groups.append([])
             largest = counts[n]
         groups[-1].append(n)

@@ -2,6 +2,7 @@
 """Which tokens are kept: routing scores, the thresholds a caller may ask for, the control loop that learns them."""
 
 import math
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,14 @@ class HAMRouter(nn.Module):
         if self.kind == "learned_error":
             self.error_weight = nn.Parameter(torch.ones(self.num_heads))
 
-    def forward(self, hidden_states, v, prediction, beta, positions) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        v: torch.Tensor,
+        prediction: torch.Tensor,
+        beta: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
         """Scores of tokens.
 
         Args:
@@ -93,7 +101,7 @@ class HAMRouter(nn.Module):
         return logits.sigmoid()
 
 
-def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int) -> torch.Tensor | None:
+def check_threshold(threshold: object, num_layers: int, batch_size: int, num_heads: int) -> torch.Tensor | None:
     """Brings every accepted form of `threshold` to one float32 tensor `[layers or 1, batch or 1, heads or 1]`.
 
     Args:
@@ -120,6 +128,9 @@ def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int)
             )
         tensor = threshold.detach().float()
         tensor = tensor[None, :, None] if tensor.ndim == 1 else tensor.reshape(1, 1, 1) if tensor.ndim == 0 else tensor
+        sizes = (num_layers, batch_size, num_heads)
+        if tensor.ndim != 3 or any(n not in (1, size) for n, size in zip(tensor.shape, sizes, strict=True)):
+            raise ValueError(f"`threshold` has shape {list(threshold.shape)}; expected {expected}.")
     elif _is_number(threshold):
         tensor = torch.tensor(float(threshold)).view(1, 1, 1)
     elif isinstance(threshold, (list, tuple)) and all(_is_number(x) for x in threshold):
@@ -128,15 +139,12 @@ def check_threshold(threshold, num_layers: int, batch_size: int, num_heads: int)
         tensor = torch.tensor([float(x) for x in threshold]).view(-1, 1, 1)
     else:
         raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
-    sizes = (num_layers, batch_size, num_heads)
-    if tensor.ndim != 3 or any(n not in (1, size) for n, size in zip(tensor.shape, sizes, strict=True)):
-        raise ValueError(f"`threshold` has shape {list(threshold.shape)}; expected {expected}.")
     if torch.isnan(tensor).any():
         raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
     return tensor
 
 
-def check_kv_usage(kv_usage) -> float | None:
+def check_kv_usage(kv_usage: object) -> float | None:
     """Returns `kv_usage` as a float in `[0, 1]` or `None`; raises `TypeError` or `ValueError` for anything else."""
     if kv_usage is None:
         return None
@@ -147,7 +155,7 @@ def check_kv_usage(kv_usage) -> float | None:
     return float(kv_usage)
 
 
-def check_kv_budget(kv_budget) -> int | None:
+def check_kv_budget(kv_budget: object) -> int | None:
     """Returns `kv_budget`, a positive int or `None`; raises `TypeError` or `ValueError` for anything else."""
     if kv_budget is None:
         return None
@@ -158,11 +166,11 @@ def check_kv_budget(kv_budget) -> int | None:
     return kv_budget
 
 
-def _is_number(x) -> bool:
+def _is_number(x: object) -> TypeGuard[float]:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def _describe(x) -> str:
+def _describe(x: object) -> str:
     return f"{x!r} of type {type(x).__name__}" if not isinstance(x, torch.Tensor) else f"a tensor {list(x.shape)}"
 
 
