@@ -2,13 +2,15 @@
 """Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -21,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_ham import HAMCache, LayerStep, attend_new
+from .cache_ham import HAMCache, HAMCacheLayer, LayerStep, attend_new
 from .configuration_ham import LEARNED_ROUTERS, HAMConfig
 from .inputs_ham import (
     TokenLayout,
@@ -64,27 +66,29 @@ class HAMModelOutputWithPast(ModelOutput):
             carry the thresholds' gradients, and the fractions kept.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     past_key_values: HAMCache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    routing_scores: tuple[torch.FloatTensor, ...] | None = None
-    threshold_control: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    routing_scores: tuple[torch.Tensor, ...] | None = None
+    threshold_control: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class HAMCausalLMOutputWithPast(ModelOutput):
     """Output of `HAMForCausalLM`: scalar loss, logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: HAMCache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    routing_scores: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    routing_scores: tuple[torch.Tensor, ...] | None = None
 
 
-def attention_weights(q, k, keep, tokens: TokenLayout, cache) -> torch.Tensor:
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
+) -> torch.Tensor:
     """The dense weights `[B, H, T, S]` that `HAMMixer` never forms: over all tokens seen, zero where one was not kept.
 
     Args:
@@ -112,12 +116,12 @@ class AddGradient(torch.autograd.Function):
     """Hands `x` on as it is and gives `lever` the gradient `gradient` whenever a loss reaches `x`."""
 
     @staticmethod
-    def forward(ctx, x, lever, gradient):
+    def forward(ctx: Any, x: torch.Tensor, lever: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gradient)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad, *ctx.saved_tensors, None
 
 
@@ -128,7 +132,13 @@ class HAMShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
 
-    def forward(self, x, initial_state=None, real=None, seq_idx=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return short_convolution(x, self.weight, initial_state, real, seq_idx)
 
 
@@ -138,6 +148,8 @@ class HAMMixer(nn.Module):
     A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then
     keeps all.
     """
+
+    score_quantiles: torch.Tensor
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
@@ -194,7 +206,7 @@ class HAMMixer(nn.Module):
             tokens: which tokens are real, their positions and documents.
             past_key_values: the cache to read and fill.
             threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
-            kv_budget: kept tokens a head may hold, or `None`.
+            kv_budget: kept tokens a head of a hybrid layer may hold, or `None`.
             output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
 
         Returns:
@@ -203,8 +215,11 @@ class HAMMixer(nn.Module):
             kept.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if past_key_values is not None and past_key_values.offload_layers:
+        offloaded = past_key_values is not None and past_key_values.offload_layers
+        if cache is not None and offloaded:
             cache.prefetch()
+        if self.layer_type != "hybrid":
+            kv_budget = None
         step = LayerStep(positions=tokens.positions, real=tokens.real)
         raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
         convolved = raw
@@ -224,26 +239,36 @@ class HAMMixer(nn.Module):
             if scores is not None and self.config.router in LEARNED_ROUTERS:
                 v = v * scores[..., None].to(v.dtype)
             q, k = self._attention_view(q, k, position_embeddings)
-            self._route(scores, k, v, threshold, tokens, step)
+            routed, keep = self._route(scores, k, threshold, tokens)
+            step.keys, step.values, step.scores, step.keep = k, v, routed, keep
             if output_attentions:
-                weights = attention_weights(q, k, step.keep, tokens, cache)
-            o_kv = self._attend(q, k, v, tokens, cache, step, kv_budget)
+                weights = attention_weights(q, k, keep, tokens, cache)
+            o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
         if cache is not None:
-            cache.update(step, kv_budget if self.layer_type == "hybrid" else None)
-            if past_key_values.offload_layers:
+            cache.update(step, kv_budget)
+            if offloaded:
                 cache.offload()
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
-            control = self._control(step)
+            control = self._control(keep, tokens)
         return self._mix(hidden_states, o_rnn, o_kv), weights, scores, control
 
-    def _heads(self, qkv):
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
         key_dim, value_dim = self.config.head_dim, self.config.value_head_dim
         q, k, v = qkv.split(self.sizes, -1)
         return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
 
-    def _recall(self, hidden_states, q, k, v, tokens, cache, step):
+    def _recall(
+        self,
+        hidden_states: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer | None,
+        step: LayerStep,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Runs the RNN: its output `[B, T, H, V]`, its prediction of each value and its write strengths."""
         beta = self.b_proj(hidden_states).float().sigmoid()
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
@@ -257,41 +282,54 @@ class HAMMixer(nn.Module):
         )
         return o_rnn.to(hidden_states.dtype), prediction, beta
 
-    def _attention_view(self, q, k, position_embeddings):
+    def _attention_view(
+        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is None:
             return q, k
         return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
 
-    def _route(self, scores, k, v, threshold, tokens, step):
-        """Decides which tokens are kept."""
-        step.keys, step.values = k, v
+    def _route(
+        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores `[B, T, Hk]` that rank tokens, and which are kept `[B, T, Hk]`; without a router, all at 1."""
         if scores is None:
-            step.scores = torch.ones(k.shape[:3], device=k.device)
+            scores = torch.ones(k.shape[:3], device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         else:
             threshold = self.threshold.detach().float()[None] if threshold is None else threshold.to(scores.device)
-            step.scores = scores.detach()
-            keep = step.scores >= threshold[:, None]
-        step.keep = keep if tokens.real is None else keep & tokens.real[..., None]
+            scores = scores.detach()
+            keep = scores >= threshold[:, None]
+        if tokens.real is not None:
+            keep = keep & tokens.real[..., None]
+        return scores, keep
 
-    def _control(self, step):
+    def _control(self, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
         """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
-        kept = step.keep.sum((0, 1)).float()
-        seen = step.keep.shape[0] * step.keep.shape[1] if step.real is None else step.real.sum().clamp(min=1)
+        kept = keep.sum((0, 1)).float()
+        seen = keep.shape[0] * keep.shape[1] if tokens.real is None else tokens.real.sum().clamp(min=1)
         threshold = self.threshold.float()
         return torch.stack([threshold - threshold.detach(), kept / seen])
 
-    def _attend(self, q, k, v, tokens, cache, step, kv_budget):
-        if self.layer_type == "full_attention":
-            kv_budget = None
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keep: torch.Tensor,
+        scores: torch.Tensor,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer | None,
+        kv_budget: int | None,
+    ) -> torch.Tensor:
         if cache is None:
-            return attend_new(q, k, v, step.keep, step.scores, kv_budget, seq_idx=tokens.seq_idx)
+            return attend_new(q, k, v, keep, scores, kv_budget, seq_idx=tokens.seq_idx)
         if kv_budget is not None:
             cache.enforce_budget(kv_budget)
-        return cache.attend(q, k, v, step.keep, step.scores, kv_budget)
+        return cache.attend(q, k, v, keep, scores, kv_budget)
 
-    def _mix(self, hidden_states, o_rnn, o_kv):
+    def _mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
         """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""
         if self.layer_type == "hybrid":
             mixed = self.rnn_gate_proj(hidden_states).sigmoid()[..., None] * self.rnn_norm(o_rnn)
@@ -315,7 +353,7 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, **mixer_arguments
+        self, hidden_states: torch.Tensor, **mixer_arguments: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         mixed, _, _, control = self.mixer(self.input_layernorm(hidden_states), **mixer_arguments)
         hidden_states = hidden_states + mixed
@@ -343,7 +381,7 @@ class HAMPreTrainedModel(PreTrainedModel):
     }
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, HAMShortConvolution):
             bound = module.weight.shape[1] ** -0.5
@@ -353,7 +391,7 @@ class HAMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HAMMixer):
             self._init_mixer(module)
 
-    def _init_mixer(self, mixer: HAMMixer):
+    def _init_mixer(self, mixer: HAMMixer) -> None:
         """Decays as in Mamba-2 and Gated DeltaNet: `A` uniform in (1, 16), time steps log-uniform in (0.001, 0.1)."""
         if mixer.has_rnn:
             init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(1, 16).log())
@@ -374,31 +412,36 @@ class HAMModel(HAMPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([HAMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        layers = [HAMDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        # torch's ModuleList does not say what it holds.
+        self.layers: Sequence[HAMDecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = None if config.rope_parameters is None else LlamaRotaryEmbedding(config)
+        self.rotary_emb = None
+        if config.rope_parameters is not None:
+            self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too
         self.gradient_checkpointing = False
         self.post_init()
         if self.dtype in (torch.float16, torch.bfloat16):
             # An FSDP group has one dtype, and a mixer's own parameters stay float32: its modules get their own groups.
             children = (child for layer in self.layers for child in layer.mixer.named_children())
             names = {name for name, module in children if any(True for _ in module.parameters())}
-            self._fsdp_plan |= {f"layers.*.mixer.{name}": "free_full_weight" for name in sorted(names)}
+            plan = {f"layers.*.mixer.{name}": "free_full_weight" for name in sorted(names)}
+            self._fsdp_plan = {**(self._fsdp_plan or {}), **plan}
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: HAMCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         threshold: float | list[float] | torch.Tensor | None = None,
         kv_usage: float | None = None,
         kv_budget: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> HAMModelOutputWithPast:
         """Runs the decoder.
 
@@ -438,7 +481,7 @@ class HAMModel(HAMPreTrainedModel):
                 position_ids = torch.arange(seen, seen + length, device=device).unsqueeze(0)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        controls = []
+        controls: list[torch.Tensor] = []
         for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
             output = layer(
                 hidden_states,
@@ -458,13 +501,15 @@ class HAMModel(HAMPreTrainedModel):
             last_hidden_state=hidden_states, past_key_values=past_key_values, threshold_control=tuple(controls) or None
         )
 
-    def _steer(self, hidden_states, controls):
+    def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tensor:
         """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits."""
         levers, usage = torch.stack([x.to(hidden_states.device) for x in controls]).unbind(1)
         errors = usage_errors(usage.detach(), self.config.target_kv_usage, self.config.threshold_scope)
         return AddGradient.apply(hidden_states, levers, -errors)
 
-    def _thresholds(self, threshold, kv_usage, batch) -> list[torch.Tensor | None]:
+    def _thresholds(
+        self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
+    ) -> list[torch.Tensor | None]:
         """What each layer compares its scores with: `[B or 1, Hk or 1]`, or `None` for the learned threshold."""
         config = self.config
         kv_usage = check_kv_usage(kv_usage)
@@ -482,7 +527,9 @@ class HAMModel(HAMPreTrainedModel):
                 per_layer[i] = tensor[min(n, len(tensor) - 1)]
         return per_layer
 
-    def _prepare_cache(self, cache, use_cache, tokens, kv_budget) -> HAMCache | None:
+    def _prepare_cache(
+        self, cache: HAMCache | None, use_cache: bool | None, tokens: TokenLayout, kv_budget: int | None
+    ) -> HAMCache | None:
         if tokens.seq_idx is not None:
             if cache is not None:
                 raise ValueError(
@@ -508,7 +555,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    # Transformers declares pairs of names, and reads pairs of lists.
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HAMConfig):
@@ -521,12 +569,12 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: HAMCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         threshold: float | list[float] | torch.Tensor | None = None,
@@ -535,12 +583,12 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_routing_scores: bool | None = None,
-        cu_seq_lens_q: torch.LongTensor | None = None,
-        cu_seq_lens_k: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        seq_idx: torch.LongTensor | None = None,
-        **loss_kwargs,
+        seq_idx: torch.Tensor | None = None,
+        **loss_kwargs: Any,
     ) -> HAMCausalLMOutputWithPast:
         """Predicts the next token at every position; see `HAMModel.forward` for the arguments that are not listed.
 
@@ -599,14 +647,22 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         levers, usage = torch.stack([x.to(self.lm_head.weight.device) for x in controls]).unbind(1)
         return threshold_control(levers, usage, self.config.target_kv_usage, self.config.threshold_scope)
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+    # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
+    # methods as a protocol that no model meets.
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         """Makes a HAMCache, which `generate` then fills; Transformers' own caches would store what HAM drops."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
+            return
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic", "offloaded"):
             raise ValueError(
@@ -618,14 +674,20 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Repeats rows for beams and several return sequences; rows are the second dimension of a threshold tensor."""
         threshold = model_kwargs.get("threshold")
         if isinstance(threshold, torch.Tensor) and threshold.ndim != 1:
             del model_kwargs["threshold"]
         else:
             threshold = None
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if threshold is not None:

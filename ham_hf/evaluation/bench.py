@@ -126,7 +126,7 @@ def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, s
 
     pairs = alternate(decode_ham, decode_other, runs)
     result = {"what": f"decoding after {length} tokens at {kv_usage:.0%} usage, against Llama", **summarise(pairs)}
-    dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in other_cache.layers)
+    dense = sum(keys.nbytes + values.nbytes for keys, values, _ in other_cache)
     return result | {
         "kv_heads": kv_heads,
         "usage": ham_cache.kv_usage().mean().item(),
