@@ -109,7 +109,8 @@ class TestEmbeddedCheckpoint:
         """The held-out figures are in the card; this is a passage in the manner of the training text, twice."""
         passage = (
             "Mr. Harcourt had lived at Thornfield Lodge for many years, and Mr. Harcourt was respected by every body. "
-            "When Miss Penelope Wetherby came into the neighbourhood, it was supposed that Mr. Harcourt must admire her. "
+            "When Miss Penelope Wetherby came into the neighbourhood, it was supposed that Mr. Harcourt must admire "
+            "her. "
         )
         ids = tokenizer(passage * 3, return_tensors="pt").input_ids
         losses = {u: model(ids, labels=ids, kv_usage=u, use_cache=False).loss.item() for u in (0.0, 0.25, 1.0)}
