@@ -735,6 +735,9 @@ def _to(device: torch.device, x: Any) -> Any:
 
 
 def _check_crop(tokens_to_remove: object) -> int:
+    # Some releases of Transformers give the number as a tensor.
+    if isinstance(tokens_to_remove, torch.Tensor) and tokens_to_remove.ndim == 0:
+        tokens_to_remove = tokens_to_remove.item()
     if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
         raise TypeError(f"`tokens_to_remove` must be 0 or a negative int, got {tokens_to_remove!r}.")
     if tokens_to_remove > 0:
