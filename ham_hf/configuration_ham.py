@@ -164,8 +164,8 @@ class HAMConfig(PreTrainedConfig):
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim value_head_dim max_position_embeddings conv_kernel_size router_hidden_size"
         )
-        numbers = f"{positive} initializer_range rms_norm_eps target_kv_usage threshold pad_token_id bos_token_id eos_token_id"
-        for name in numbers.split():
+        others = "initializer_range rms_norm_eps target_kv_usage threshold pad_token_id bos_token_id eos_token_id"
+        for name in positive.split() + others.split():
             # Older releases of huggingface_hub let a bool pass for an int.
             value = getattr(self, name)
             if any(isinstance(x, bool) for x in (value if isinstance(value, list) else [value])):
