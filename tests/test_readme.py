@@ -1,0 +1,37 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The examples of README and model card run as they stand, in order, and their tables are the measured ones."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_cards/ham-tiny/README.md"])
+def test_python_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    assert blocks
+    namespace: dict = {}
+    for block in blocks:
+        exec(block, namespace)
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_cards/ham-tiny/README.md"])
+def test_usage_table_is_the_measured_one(name):
+    """Every loss in the table is one that the script wrote."""
+    table = (ROOT / name).read_text().split("<!-- usage:begin -->")[1].split("<!-- usage:end -->")[0]
+    results = json.loads((ROOT / "model_cards/ham-tiny/usage.json").read_text())["results"]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert [row[3].strip() for row in rows] == [f"{x['loss']:.4f}" for x in results]
+
+
+def test_loss_improves_as_more_is_kept():
+    """The measured held-out loss of the embedded checkpoint falls from one asked-for usage to the next."""
+    results = json.loads((ROOT / "model_cards/ham-tiny/usage.json").read_text())["results"]
+    asked = sorted((x["kv_usage"], x["loss"]) for x in results if x["kv_usage"] is not None)
+    losses = [loss for _, loss in asked]
+    assert losses == sorted(losses, reverse=True), losses
