@@ -72,9 +72,10 @@ def test_usage_of_a_step_is_drawn_as_the_recipe_says():
     recipe = ham_tiny.Recipe()
     usages = [recipe.usage_at(step) for step in range(recipe.steps)]
     assert all(x is None for x in usages[::2]), "every second step runs at the learned thresholds"
-    early, late = usages[101:1799:2], usages[1801::2]
+    early, late, final = usages[101:1799:2], usages[1801:2595:2], usages[2595::2]
     assert max(early) < 1
     assert 0.15 < sum(x == 1 for x in late) / len(late) < 0.32, "late steps practise keeping everything"
+    assert 0.55 < sum(x == 1 for x in final) / len(final) < 0.8, "the last ones more so"
     assert abs(sum(early) / len(early) - 0.5) < 0.05
 
 

@@ -43,6 +43,8 @@ class Recipe:
     late_context: int = 1024
     late_from: float = 0.6
     late_usage: float = 1.3
+    final_from: float = 0.865
+    final_usage: float = 3.0
     book_weight: float = 2.0
     matrix_lr: float = 0.01
     other_lr: float = 3e-3
@@ -62,11 +64,15 @@ class Recipe:
     def usage_at(self, step: int) -> float | None:
         """Fraction of tokens that a step keeps; `None` for the learned thresholds.
 
-        Drawn from (0, 1), and in the last part from (0, `late_usage`), so that keeping everything is practised too.
+        Drawn from (0, 1), in the late and the final part from ranges beyond 1, so that keeping everything is practised.
         """
         if step % 2 == 0 or step <= CALIBRATE_EVERY:
             return None
-        highest = self.late_usage if step >= self.late_from * self.steps else 1.0
+        highest = 1.0
+        if step >= self.late_from * self.steps:
+            highest = self.late_usage
+        if step >= self.final_from * self.steps:
+            highest = self.final_usage
         return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
 
 
