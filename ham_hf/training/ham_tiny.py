@@ -64,7 +64,7 @@ class Recipe:
     def usage_at(self, step: int) -> float | None:
         """Fraction of tokens that a step keeps; `None` for the learned thresholds.
 
-        Drawn from (0, 1), in the late and the final part from ranges beyond 1, so that keeping everything is practised.
+        Drawn from (0, 1), in the late and the final part from ranges beyond 1, so that keeping all is practised too.
         """
         if step % 2 == 0 or step <= CALIBRATE_EVERY:
             return None
