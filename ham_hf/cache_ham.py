@@ -583,7 +583,11 @@ class HAMCacheLayer(CacheLayerMixin):
         }
 
     def activate_past_recording(self) -> None:
-        """Remembers what later forwards add, until `crop`, so that it can be taken back exactly."""
+        """Remembers what later forwards add, until `crop`, so that it can be taken back exactly.
+
+        What is remembered is dense, dropped tokens included: assisted generation holds a whole prompt until its first
+        `crop`.
+        """
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -627,13 +631,15 @@ class HAMCacheLayer(CacheLayerMixin):
             return
         _check_rows(indices, self.batch_size)
         self._base, self._steps = None, []
-        everyone = torch.arange(self.batch_size, device=self.device)
-        rows = everyone[indices.to(self.device)]
+        # Where the tensors are: an offloaded layer is not on the device it works on.
+        device = self.real_tokens.device
+        everyone = torch.arange(self.batch_size, device=device)
+        rows = everyone[indices.to(device)]
         if torch.equal(rows, everyone):
             return
         if self.store is not None:
             heads = self.store.num_streams // self.batch_size
-            streams = (rows[:, None] * heads + torch.arange(heads, device=self.device)).flatten()
+            streams = (rows[:, None] * heads + torch.arange(heads, device=device)).flatten()
             self.store = self.store.selected(streams)
         self.real_tokens = self.real_tokens[rows]
         self.conv_state = None if self.conv_state is None else self.conv_state[rows]
@@ -657,7 +663,7 @@ class HAMCacheLayer(CacheLayerMixin):
         self._base, self._steps = None, []
         store = self._kept_store()
         heads = store.num_streams // self.batch_size
-        limit = threshold.to(self.device).expand(self.batch_size, heads).flatten()
+        limit = threshold.to(store.device).expand(self.batch_size, heads).flatten()
         tokens = store.tokens()
         self.store = store.rebuilt(tokens.select(tokens.scores >= limit[tokens.streams]))
 
@@ -783,7 +789,8 @@ class HAMCache(Cache):
     layers: list[HAMCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: HAMConfig, offloading: bool = False):
-        if not isinstance(config, HAMConfig):
+        # By name, because the files of a checkpoint's remote code may each see a class of their own.
+        if getattr(config, "model_type", None) != HAMConfig.model_type:
             raise TypeError(f"`config` must be a HAMConfig, got {type(config).__name__}.")
         if not isinstance(offloading, bool):
             raise TypeError(f"`offloading` must be True or False, got {offloading!r}.")
@@ -917,7 +924,9 @@ def check_same_shape(argument: str, shape: dict, config: HAMConfig) -> None:
     """`ValueError` if the cache that `argument` gives, of a model of `shape`, does not fit a model of `config`."""
     expected = cache_shape(config)
     wrong = [
-        f"`{name}` {shape[name]} instead of {expected[name]}" for name in SHAPE_FIELDS if shape[name] != expected[name]
+        f"`{name}` {shape.get(name)} instead of {expected[name]}"
+        for name in SHAPE_FIELDS
+        if shape.get(name) != expected[name]
     ]
     if wrong:
         raise ValueError(f"`{argument}` gives the cache of a model of another shape: {', '.join(wrong)}.")

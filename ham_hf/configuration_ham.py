@@ -48,7 +48,8 @@ class HAMConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): Whether the model returns a cache.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head reuses the embedding matrix.
         rope_parameters (`dict`, *optional*): RoPE of the attention view, such as `{"rope_type": "default",
-            "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE).
+            "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE). With types whose frequencies
+            depend on the length (`"dynamic"`, `"longrope"`) a prompt given in pieces is not the prompt given whole.
         attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have
             biases.
         mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.

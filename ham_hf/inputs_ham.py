@@ -67,9 +67,13 @@ def token_layout(
 
 def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
     """`[B, T]` document of each token, a new one where positions of real tokens fail to rise; `None` if none does."""
-    starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
-    if real is not None:
-        starts = starts & real & F.pad(real[:, :-1], (1, 0))
+    if real is None:
+        starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+    else:
+        column = torch.arange(real.shape[1], device=real.device)
+        # The column of the last real token before each, -1 if there is none: padding may stand between two documents.
+        last = F.pad(torch.where(real, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+        starts = real & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
     return starts.long().cumsum(1) if bool(starts.any()) else None
 
 
@@ -202,7 +206,9 @@ def packed_documents(kwargs: dict[str, Any], batch: int, length: int, device: to
         _check_integers("seq_idx", seq_idx, [(batch, length)])
         if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
             raise ValueError("`seq_idx` must not fall along a row: it numbers the documents in order.")
-        return seq_idx.long()
+        if lengths is not None or key_lengths is not None:
+            raise ValueError("Give at most one of `seq_idx` and `cu_seq_lens_q`: both tell where documents begin.")
+        return seq_idx.long().to(device)
     if lengths is None and key_lengths is None:
         return None
     lengths = _check_integers("cu_seq_lens_q", lengths, [(None,)])

@@ -113,7 +113,7 @@ def attention_weights(
 
 
 class AddGradient(torch.autograd.Function):
-    """Hands `x` on as it is and gives `lever` the gradient `gradient` whenever a loss reaches `x`."""
+    """Hands `x` on and gives `lever` the gradient `gradient` once a loss, of whatever scale, reaches `x`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, lever: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -448,7 +448,8 @@ class HAMModel(HAMPreTrainedModel):
         Args:
             input_ids: `[B, T]` int64, or `inputs_embeds` `[B, T, D]`.
             attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if all are real.
-            position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins.
+            position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins. By default
+                real tokens are counted.
             past_key_values: a `HAMCache` to continue from.
             use_cache: whether to fill and return a cache. Packed rows have none.
             threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a
@@ -473,12 +474,12 @@ class HAMModel(HAMPreTrainedModel):
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
         past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
+        if output_attentions and kv_budget is not None:
+            raise ValueError("`output_attentions` cannot be combined with `kv_budget`: give one of them.")
 
         position_embeddings = None
         if self.rotary_emb is not None:
-            if position_ids is None:
-                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-                position_ids = torch.arange(seen, seen + length, device=device).unsqueeze(0)
+            position_ids = tokens.positions if position_ids is None else position_ids
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         controls: list[torch.Tensor] = []
@@ -548,6 +549,15 @@ class HAMModel(HAMPreTrainedModel):
                 "left the cache cannot be brought back."
             )
         return cache
+
+
+def _batch_share(labels: torch.Tensor | None, loss_kwargs: dict[str, Any]) -> torch.Tensor | float:
+    """This call's share of a batch that several calls or ranks add up; 1 unless `num_items_in_batch` is given."""
+    if loss_kwargs.get("num_items_in_batch") is None:
+        return 1.0
+    shifted = loss_kwargs.get("shift_labels")
+    counted = labels[:, 1:] if shifted is None and labels is not None else shifted
+    return (counted != loss_kwargs.get("ignore_index", -100)).sum() / loss_kwargs["num_items_in_batch"]
 
 
 class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
@@ -632,7 +642,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         if has_loss:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
             if outputs.threshold_control:
-                loss = loss + self._threshold_control(outputs.threshold_control)
+                share = _batch_share(labels, loss_kwargs)
+                loss = loss + share * self._threshold_control(outputs.threshold_control)
         return HAMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -683,7 +694,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Repeats rows for beams and several return sequences; rows are the second dimension of a threshold tensor."""
         threshold = model_kwargs.get("threshold")
-        if isinstance(threshold, torch.Tensor) and threshold.ndim != 1:
+        if isinstance(threshold, torch.Tensor) and (threshold.ndim != 1 or len(threshold) == 1):
             del model_kwargs["threshold"]
         else:
             threshold = None

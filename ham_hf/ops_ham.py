@@ -317,7 +317,9 @@ class _SparsePrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, k_kept, v_kept, begin, end, until = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dk_kept, dv_kept = torch.zeros_like(k_kept), torch.zeros_like(v_kept)
+        # Added up over blocks, so in float32 at least.
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        dk_kept, dv_kept = torch.zeros_like(k_kept, dtype=dtype), torch.zeros_like(v_kept, dtype=dtype)
         for streams, rows, columns in _blocks(begin, end):
             keys = torch.cat([k_kept[streams, columns], k[streams, rows]], 1)
             values = torch.cat([v_kept[streams, columns], v[streams, rows]], 1)
@@ -325,7 +327,7 @@ class _SparsePrefixAttention(torch.autograd.Function):
             shape = (*queries.shape[:3], keys.shape[1])
             mask = _block_mask(q, begin, end, until, streams, rows, columns)
             queries, dout = queries.flatten(1, 2), dout.flatten(1, 2)
-            weights = ((queries @ keys.mT).view(shape) + mask).softmax(-1).flatten(1, 2)
+            weights = ((queries @ keys.mT).view(shape) + mask).softmax(-1, dtype=dtype).to(q.dtype).flatten(1, 2)
             dlogits = dout @ values.mT
             dlogits = weights * (dlogits - (weights * dlogits).sum(-1, keepdim=True))
             dq[streams, :, rows] = (dlogits @ keys).view(*shape[:3], -1) * ctx.scale
@@ -334,7 +336,7 @@ class _SparsePrefixAttention(torch.autograd.Function):
             dk[streams, rows], dv[streams, rows] = dkeys[:, before:], dvalues[:, before:]
             dk_kept[streams, columns] += dkeys[:, :before]
             dv_kept[streams, columns] += dvalues[:, :before]
-        return dq, dk, dv, dk_kept, dv_kept, None, None, None, None
+        return dq, dk, dv, dk_kept.to(k_kept.dtype), dv_kept.to(v_kept.dtype), None, None, None, None
 
 
 def _block_mask(

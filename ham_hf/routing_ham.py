@@ -95,7 +95,10 @@ class HAMRouter(nn.Module):
             return residual_score(v, prediction, beta)
         if self.kind == "random":
             return random_score(positions, self.layer_idx, self.num_heads).expand(v.shape[:-1])
-        logits = self.down_proj(F.silu(self.up_proj(hidden_states))).float()
+        # In bfloat16 the scores of many tokens would tie.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden = F.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype))).float()
+            logits = F.linear(hidden, self.down_proj.weight.float(), self.down_proj.bias.float())
         if self.kind == "learned_error":
             logits = logits + self.error_weight.float() * cosine_score(v, prediction)
         return logits.sigmoid()
@@ -197,7 +200,7 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
     if kv_usage >= 1:
         return torch.zeros_like(quantiles[..., 0])
     level = (1 - kv_usage) * (quantiles.shape[-1] - 1)
-    low = math.floor(level)
+    low = min(math.floor(level), quantiles.shape[-1] - 2)
     return torch.lerp(quantiles[..., low], quantiles[..., low + 1], level - low)
 
 

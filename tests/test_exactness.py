@@ -837,3 +837,25 @@ def test_a_saved_model_comes_back_bit_equal(router, dtype, tiny_config, tmp_path
         for layer, (row, head) in itertools.product((0, 2, 3), itertools.product(range(2), range(2))):
             kept = [m.past_key_values.kept_positions(layer)[row][head] for m in (actual, wanted)]
             assert torch.equal(*kept)
+
+
+def test_padding_between_packed_documents_hides_no_border(tiny_config):
+    model = make_model(tiny_config(**WIDE))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    positions = torch.tensor([[0, 1, 2, 0, 0, 0, 1, 2]])
+    ids = torch.randint(1, 97, (1, 8))
+    packed = model(ids, attention_mask=mask, position_ids=positions, threshold=0.4, use_cache=False).logits
+    alone = model(ids[:, 5:], threshold=0.4, use_cache=False).logits
+    assert torch.allclose(packed[:, 5:], alone, atol=1e-5)
+
+
+def test_padding_moves_no_position_when_none_are_given(tiny_config):
+    """A right-padded prompt that goes on through the cache, without `position_ids`."""
+    model = make_model(tiny_config(**WIDE))
+    ids = torch.randint(1, 97, (1, 14))
+    padded = torch.cat([ids[:, :8], torch.zeros(1, 3, dtype=torch.long), ids[:, 8:]], 1)
+    mask = (padded != 0).long()
+    cache = HAMCache(model.config)
+    model(padded[:, :11], attention_mask=mask[:, :11], past_key_values=cache, threshold=0.4)
+    later = model(padded[:, 11:], attention_mask=mask, past_key_values=cache, threshold=0.4).logits
+    assert torch.allclose(later, model(ids, threshold=0.4, use_cache=False).logits[:, 8:], atol=1e-5)

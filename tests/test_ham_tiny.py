@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ham_hf
@@ -39,7 +40,17 @@ def recipe(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     original = ham_tiny.HAMConfig
     monkeypatch.setattr(ham_tiny, "HAMConfig", lambda **fields: original(**(fields | small | {"head_dim": 8})))
-    return ham_tiny.Recipe(steps=8, warmup=2, tokens_per_step=64, context=16, late_context=32)
+    return ham_tiny.Recipe(
+        steps=9,
+        warmup=2,
+        decay_from=3,
+        decay_to=6,
+        late_from=4,
+        recall_from=6,
+        tokens_per_step=64,
+        context=16,
+        late_context=32,
+    )
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeypatch):
@@ -57,7 +68,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeyp
     monkeypatch.setattr(ham_tiny, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(sources / "broken")
-    assert json.loads((sources / "broken" / "step.json").read_text()) == {"step": 2}
+    with safe_open(sources / "broken" / "state.safetensors", framework="pt") as state:
+        assert state.metadata() == {"step": "2"}
     monkeypatch.setattr(ham_tiny, "train_step", step)
     resumed = run(sources / "broken").state_dict()
     for name, x in unbroken.items():
@@ -72,11 +84,36 @@ def test_usage_of_a_step_is_drawn_as_the_recipe_says():
     recipe = ham_tiny.Recipe()
     usages = [recipe.usage_at(step) for step in range(recipe.steps)]
     assert all(x is None for x in usages[::2]), "every second step runs at the learned thresholds"
-    early, late, final = usages[101:1799:2], usages[1801:2595:2], usages[2595::2]
+    early, late, recall = usages[101:1799:2], usages[1801:2599:2], usages[2601::2]
     assert max(early) < 1
     assert 0.15 < sum(x == 1 for x in late) / len(late) < 0.32, "late steps practise keeping everything"
-    assert 0.55 < sum(x == 1 for x in final) / len(final) < 0.8, "the last ones more so"
+    assert 0.4 < sum(x == 1 for x in recall) / len(recall) < 0.6, "the last ones more so"
     assert abs(sum(early) / len(early) - 0.5) < 0.05
+
+
+def test_learning_rate_falls_and_rises_once_more_for_the_recall_part():
+    recipe = ham_tiny.Recipe()
+    rates = [recipe.learning_rate(step) for step in range(recipe.steps)]
+    assert rates[0] == 1 / recipe.warmup
+    assert set(rates[recipe.warmup : recipe.decay_from]) == {1.0}
+    assert rates[recipe.recall_from] == recipe.recall_lr
+    for part in (rates[recipe.decay_from : recipe.recall_from], rates[recipe.recall_from :]):
+        assert part == sorted(part, reverse=True)
+    assert rates[-1] == 0.05
+
+
+def test_recall_rows_hold_a_passage_twice(sources):
+    tokenizer = AutoTokenizer.from_pretrained(sources / "tokenizer")
+    sampler = ham_tiny.TokenSampler(sources, "train", tokenizer)
+    plain, recall = sampler.batch(3, 16, 64), sampler.batch(3, 16, 64, recall_rows=1.0)
+    assert torch.equal(plain, sampler.batch(3, 16, 64)), "a pure function of the seed"
+    assert torch.equal(plain[:, :32], recall[:, :32])
+    for before, after in zip(plain.tolist(), recall.tolist(), strict=True):
+        changed = [i for i in range(64) if before[i] != after[i]]
+        assert not changed or any(
+            after[changed[0] : changed[-1] + 1] == before[i : i + changed[-1] + 1 - changed[0]] for i in range(32)
+        )
+    assert any(a != b for a, b in zip(plain.tolist(), recall.tolist(), strict=True))
 
 
 def test_a_diverged_run_stops_before_it_saves(sources, recipe, monkeypatch):

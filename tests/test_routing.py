@@ -448,3 +448,31 @@ def test_sgd_drives_usage_to_the_target(router, scope, tiny_config):
         optimizer.step()
     usage = model.eval()(torch.randint(1, 97, (16, 64))).past_key_values.kv_usage().mean(1)
     assert usage_errors(usage, 0.3, scope).abs().max() < 0.05, usage
+
+
+def test_control_adds_up_to_one_batch_over_accumulation_steps(tiny_config):
+    """With `num_items_in_batch` the loss of every micro-batch is a share of a sum, and so is the control."""
+    model = HAMForCausalLM(tiny_config()).train()
+    ids = torch.randint(1, 97, (4, 24))
+    items = ids[:, 1:].numel()
+
+    def gradient(batches):
+        model.zero_grad()
+        for batch in batches:
+            model(batch, labels=batch, num_items_in_batch=items, use_cache=False).loss.backward()
+        return torch.stack([layer.mixer.threshold.grad for layer in model.model.layers])
+
+    whole, pieces = gradient([ids]), gradient(ids.split(1))
+    assert whole.abs().max() > 0.01
+    assert torch.allclose(whole, pieces, atol=1e-6)
+
+
+def test_a_tiny_usage_is_still_a_usage():
+    quantiles = torch.linspace(0, 1, 65)[None]
+    assert usage_threshold(quantiles, 1e-17) == pytest.approx(1.0)
+
+
+def test_learned_scores_in_half_precision_do_not_tie(tiny_config):
+    module = HAMRouter(tiny_config(router="learned"), layer_idx=0).to(torch.bfloat16)
+    scores = module(**router_inputs(batch=4, length=200, dtype=torch.bfloat16))
+    assert scores[..., 0].unique().numel() > 700, "800 tokens"

@@ -28,11 +28,13 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor]) -> None:
     scores: list[list[torch.Tensor]] = [[] for _ in mixers]
     training = model.training
     model.eval()
-    for batch in batches:
-        outputs = model.model(input_ids=batch.to(model.device), use_cache=False, output_routing_scores=True)
-        for collected, layer_scores in zip(scores, outputs.routing_scores, strict=True):
-            collected.append(layer_scores.flatten(0, 1).float().cpu())
-    model.train(training)
+    try:
+        for batch in batches:
+            outputs = model.model(input_ids=batch.to(model.device), use_cache=False, output_routing_scores=True)
+            for collected, layer_scores in zip(scores, outputs.routing_scores, strict=True):
+                collected.append(layer_scores.flatten(0, 1).float().cpu())
+    finally:
+        model.train(training)
     if not scores[0]:
         raise ValueError("`batches` is empty: calibration needs at least one batch of token ids.")
     for mixer, collected in zip(mixers, scores, strict=True):

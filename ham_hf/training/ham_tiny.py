@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -35,16 +36,19 @@ class Recipe:
     """Everything that decides the result, written into the log."""
 
     seed: int = 0
-    steps: int = 3000
+    steps: int = 3200
     warmup: int = 50
-    decay_from: float = 0.6
+    decay_from: int = 1800
+    decay_to: int = 3000
     tokens_per_step: int = 4096
     context: int = 512
     late_context: int = 1024
-    late_from: float = 0.6
+    late_from: int = 1800
     late_usage: float = 1.3
-    final_from: float = 0.865
-    final_usage: float = 3.0
+    recall_from: int = 2600
+    recall_usage: float = 2.0
+    recall_lr: float = 0.5
+    recall_rows: float = 0.5
     book_weight: float = 2.0
     matrix_lr: float = 0.01
     other_lr: float = 3e-3
@@ -53,26 +57,32 @@ class Recipe:
     max_grad_norm: float = 1.0
 
     def learning_rate(self, step: int) -> float:
-        """Factor of every learning rate: linear warm-up, constant, linear decay to 5%."""
-        rest = (self.steps - step) / (self.steps * (1 - self.decay_from))
+        """Factor of every learning rate: warm-up, constant, linear decay, and a decay of its own for recall."""
+        if step >= self.recall_from:
+            return max(0.05, self.recall_lr * (self.steps - step) / (self.steps - self.recall_from))
+        rest = (self.decay_to - step) / (self.decay_to - self.decay_from)
         return min(1.0, (step + 1) / self.warmup, max(0.05, rest))
 
     def context_at(self, step: int) -> int:
         """Tokens in a row: short ones first, which are cheaper, long ones for the last part."""
-        return self.late_context if step >= self.late_from * self.steps else self.context
+        return self.late_context if step >= self.late_from else self.context
+
+    def recall_rows_at(self, step: int) -> float:
+        """Fraction of rows in which a passage comes twice."""
+        return self.recall_rows if step >= self.recall_from else 0.0
 
     def usage_at(self, step: int) -> float | None:
         """Fraction of tokens that a step keeps; `None` for the learned thresholds.
 
-        Drawn from (0, 1), in the late and the final part from ranges beyond 1, so that keeping all is practised too.
+        Drawn from (0, 1), in the late and the recall part from ranges beyond 1, so that keeping all is practised too.
         """
         if step % 2 == 0 or step <= CALIBRATE_EVERY:
             return None
         highest = 1.0
-        if step >= self.late_from * self.steps:
+        if step >= self.late_from:
             highest = self.late_usage
-        if step >= self.final_from * self.steps:
-            highest = self.final_usage
+        if step >= self.recall_from:
+            highest = self.recall_usage
         return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
 
 
@@ -111,8 +121,8 @@ class TokenSampler:
         ]
         self.probabilities = np.array(weights) / sum(weights)
 
-    def batch(self, seed: int, rows: int, length: int) -> torch.Tensor:
-        """`[rows, length]` token ids, each row a window of one document."""
+    def batch(self, seed: int, rows: int, length: int, recall_rows: float = 0.0) -> torch.Tensor:
+        """`[rows, length]` token ids, each row a window of one document; in some a passage is repeated further on."""
         random = np.random.default_rng(seed)
         windows = []
         for document in random.choice(len(self.documents), size=rows, p=self.probabilities):
@@ -121,7 +131,14 @@ class TokenSampler:
             windows.append(
                 np.resize(tokens[start:], length) if len(tokens) < length else tokens[start : start + length]
             )
-        return torch.from_numpy(np.stack(windows))
+        batch = np.stack(windows)
+        for row in batch:
+            if random.uniform() < recall_rows:
+                size = random.integers(length // 32, length // 3)
+                source = random.integers(0, length // 2 - size)
+                target = random.integers(length // 2, length - size)
+                row[target : target + size] = row[source : source + size]
+        return torch.from_numpy(batch)
 
 
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -194,12 +211,13 @@ def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list) -
     os.replace(f"{path}.partial", path)
 
 
-def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> None:
-    """Takes over what `save_state` wrote."""
-    tensors = load_file(path)
-    model.load_state_dict(
-        {k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}, strict=False
-    )
+def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> int:
+    """Takes over what `save_state` wrote; returns the step after which it was written."""
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    parameters = {k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}
+    model.load_state_dict(parameters | {"lm_head.weight": parameters["model.embed_tokens.weight"]})
     for i, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         for key, x in tensors.items():
@@ -207,6 +225,7 @@ def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> None:
                 _, _, n, name = key.split(".", 3)
                 state["state"].setdefault(int(n), {})[name] = x
         optimizer.load_state_dict(state)
+    return step
 
 
 def read_log(path: Path, before: int) -> list[dict]:
@@ -229,15 +248,15 @@ def train(corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe) -> H
 
     state, log_path, first = output / "state.safetensors", output / "log.jsonl", 0
     if state.exists():
-        load_state(state, model, optimizers)
-        first = 1 + json.loads((output / "step.json").read_text())["step"]
+        first = 1 + load_state(state, model, optimizers)
         print(f"Resuming at step {first}")
     log = read_log(log_path, first)
     started = time.monotonic()
     with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step", mininterval=10) as progress:
         for step in progress:
             length = recipe.context_at(step)
-            tokens = sampler.batch(recipe.seed * 1_000_003 + step, recipe.tokens_per_step // length, length)
+            rows, seed = recipe.tokens_per_step // length, recipe.seed * 1_000_003 + step
+            tokens = sampler.batch(seed, rows, length, recipe.recall_rows_at(step))
             entry = {"step": step, "loss": train_step(model, optimizers, tokens, recipe, step)}
             progress.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             if step % CALIBRATE_EVERY == CALIBRATE_EVERY - 1:
@@ -247,9 +266,9 @@ def train(corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe) -> H
                 tqdm.write(json.dumps(entry))
             log.append(entry | {"seconds": round(time.monotonic() - started, 1)})
             if step % SAVE_EVERY == SAVE_EVERY - 1 or step == recipe.steps - 1:
-                save_state(state, step, model, optimizers)
-                write_whole(output / "step.json", json.dumps({"step": step}))
+                # The log first: what it says of steps after the last state is dropped when the run resumes.
                 write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
+                save_state(state, step, model, optimizers)
     calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
     return model.eval()
 
