@@ -8,7 +8,8 @@ DEMO_INTRODUCTION = """\
 A HAM layer has two memories: an RNN that has read everything, and a KV cache
 of the tokens that the RNN predicted badly. Here one story is continued while
 the cache shrinks from every token to none. The story ends within a name that
-its first sentence gave in full: Theodosia Quillinan."""
+its first sentence gave in full: Theodosia Quillinan. The embedded checkpoint
+is too small to recall it; what its cache is worth shows in the last column."""
 
 DEMO_PROMPT = """\
 In the autumn of that year there came to live at Harrowmere a young lady of the name of Theodosia Quillinan, who \
