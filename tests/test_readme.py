@@ -30,7 +30,7 @@ def test_usage_table_is_the_measured_one(name):
 
 
 def test_loss_improves_as_more_is_kept():
-    """Measured held-out loss falls from 0 to 75% kept; everything kept is as good as the best, but for a thousandth."""
+    """Held-out loss falls from 0 to 75% kept; everything kept is as good as the best, but for a thousandth."""
     results = json.loads((ROOT / "model_cards/ham-tiny/usage.json").read_text())["results"]
     losses = {x["kv_usage"]: x["loss"] for x in results if x["kv_usage"] is not None}
     up_to_most = [losses[x] for x in sorted(losses) if x < 1]
