@@ -129,16 +129,18 @@ def test_a_diverged_run_stops_before_it_saves(sources, recipe, monkeypatch):
     assert not (sources / "run" / "state.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
 class TestEmbeddedCheckpoint:
     """What the package promises of the checkpoint it carries."""
-
-    @pytest.fixture(scope="class")
-    def model(self):
-        return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self):
-        return AutoTokenizer.from_pretrained(CHECKPOINT)
 
     def test_is_at_most_16_mib(self):
         assert sum(x.stat().st_size for x in CHECKPOINT.rglob("*") if x.is_file()) <= 16 * 2**20
