@@ -98,8 +98,9 @@ def build_parser() -> Parser:
         description="Continues a built-in story at five cache sizes, from every token kept to none.",
         allow_abbrev=False,
     )
-    add_model_arguments(demo, max_new_tokens=24)
-    demo.set_defaults(execute=demo_command)
+    add_model_arguments(demo, max_new_tokens=40)
+    # So small a model repeats itself when it always takes the likeliest token.
+    demo.set_defaults(execute=demo_command, temperature=0.7)
     return parser
 
 
@@ -132,7 +133,7 @@ def add_model_arguments(parser: Parser, max_new_tokens: int) -> None:
     help_text = "length of the continuation (default: %(default)s)"
     parser.add_argument("--max-new-tokens", metavar="N", type=whole, default=max_new_tokens, help=help_text)
     temperature = number("a number from 0 to 1000", 0, 1000)
-    help_text = "sample at this temperature (default: 0, the likeliest token)"
+    help_text = "sample at this temperature; 0 takes the likeliest token (default: %(default)s)"
     parser.add_argument("--temperature", metavar="T", type=temperature, default=0.0, help=help_text)
     seed = number("a whole number from 0 to 2^64 - 1", 0, 2**64 - 1, int)
     parser.add_argument(
