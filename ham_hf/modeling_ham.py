@@ -371,6 +371,7 @@ class HAMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HAMDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Packed rows equal padded ones, which Transformers asks this flag about; HAM has its own attention in either case.
     _supports_attention_backend = True
     # bfloat16 would move a threshold by up to 0.002, and with it the set of kept tokens.
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "threshold", "score_quantiles"]

@@ -612,3 +612,13 @@ def test_parameters_that_a_checkpoint_lacks_are_reported(checkpoint, tmp_path):
     _, info = HAMForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert set(info["missing_keys"]) == {"model.layers.0.mixer.threshold"}
     assert set(info["unexpected_keys"]) == {"model.layers.0.mixer.novel"}
+
+
+def test_arguments_that_exclude_each_other(tiny_config):
+    model = HAMForCausalLM(tiny_config()).eval()
+    ids = torch.randint(1, 97, (1, 6))
+    with pytest.raises(ValueError, match="`output_attentions` cannot be combined with `kv_budget`"):
+        model(ids, output_attentions=True, kv_budget=2)
+    lengths = torch.tensor([0, 3, 6])
+    with pytest.raises(ValueError, match="at most one of `seq_idx` and `cu_seq_lens_q`"):
+        model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]), cu_seq_lens_q=lengths, use_cache=False)

@@ -932,3 +932,15 @@ def test_an_empty_cache(model, tmp_path):
     ):
         harmless()
     assert not cache.is_initialized
+
+
+def test_rows_and_prune_work_where_an_offloaded_layer_lies(model, ids):
+    """An offloaded layer's tensors are not on the device it works on, here one that holds no data."""
+    cache, expected = filled(model, ids[:, :20]), filled(model, ids[:, :20])
+    for layer in cache.layers:
+        layer.device = torch.device("meta")
+    rows = torch.arange(cache.batch_size).flip(0)
+    for each in (cache, expected):
+        each.reorder_cache(rows)
+        each.prune(0.5)
+    assert torch.equal(cache.kept_tokens(), expected.kept_tokens())

@@ -10,6 +10,7 @@ from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import bench, calibrate, usage
 from ham_hf.evaluation.calibration import score_quantiles
 from ham_hf.evaluation.tables import insert_table
+from ham_hf.files import write_whole
 
 
 @pytest.fixture
@@ -112,3 +113,16 @@ def test_tables_replace_what_stands_between_their_markers():
     assert insert_table(document, "x", "| new |\n") == "head\n<!-- x:begin -->\n| new |\n<!-- x:end -->\ntail\n"
     with pytest.raises(ValueError, match="y:begin"):
         insert_table(document, "y", "")
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
+    target = tmp_path / "table.md"
+    write_whole(target, "old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(target, "new")
+    assert target.read_text() == "old"

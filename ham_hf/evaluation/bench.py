@@ -18,6 +18,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from .. import HAMCache, HAMConfig, HAMForCausalLM
+from ..files import write_whole
 from .calibration import calibrate
 
 SHAPE: dict[str, Any] = {
@@ -178,8 +179,8 @@ def main() -> None:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         payload = json.dumps({"environment": made_with, "shape": SHAPE, "results": results}, indent=2)
-        (arguments.output / "bench.json").write_text(payload + "\n")
-        (arguments.output / "bench.md").write_text(table)
+        write_whole(arguments.output / "bench.json", payload + "\n")
+        write_whole(arguments.output / "bench.md", table)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Usage: ``python -m ham_hf.evaluation.tables README.md usage=model_cards/ham-tiny
 """
 
 import argparse
-import os
 from pathlib import Path
+
+from ham_hf.files import write_whole
 
 
 def insert_table(document: str, name: str, table: str) -> str:
@@ -28,9 +29,7 @@ def main() -> None:
     for assignment in arguments.tables:
         name, _, path = assignment.partition("=")
         text = insert_table(text, name, Path(path).read_text())
-    partial = arguments.document.with_name(arguments.document.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, arguments.document)
+    write_whole(arguments.document, text)
 
 
 if __name__ == "__main__":

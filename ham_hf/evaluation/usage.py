@@ -7,7 +7,6 @@ Usage: ``python -m ham_hf.evaluation.usage --model DIR --corpus DIR --output DIR
 import argparse
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ham_hf import HAMForCausalLM
+from ham_hf.files import write_whole
 from ham_hf.training.corpus import SPLIT_FILES, read_documents
 
 USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -113,10 +113,8 @@ def main() -> None:
     print(table)
     arguments.output.mkdir(parents=True, exist_ok=True)
     payload = json.dumps({"context": arguments.context, "results": results}, indent=1) + "\n"
-    for name, text in (("usage.json", payload), ("usage.md", table)):
-        partial = arguments.output / f"{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, arguments.output / name)
+    write_whole(arguments.output / "usage.json", payload)
+    write_whole(arguments.output / "usage.md", table)
     plot(results, arguments.output / "usage.png")
 
 

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.evaluation import calibrate
+from ham_hf.files import write_whole
 from ham_hf.training.corpus import SPLIT_FILES, read_documents
 
 CALIBRATE_EVERY = 50
@@ -271,13 +272,6 @@ def train(corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe) -> H
                 save_state(state, step, model, optimizers)
     calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
     return model.eval()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def main() -> None:
