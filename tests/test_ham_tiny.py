@@ -44,12 +44,13 @@ def recipe(monkeypatch):
         steps=9,
         warmup=2,
         decay_from=3,
-        decay_to=6,
-        late_from=4,
-        recall_from=6,
-        tokens_per_step=64,
+        repeat_until=2,
+        repeat_context=8,
         context=16,
+        tokens_per_step=64,
+        late_from=4,
         late_context=32,
+        late_tokens_per_step=64,
     )
 
 
@@ -84,36 +85,61 @@ def test_usage_of_a_step_is_drawn_as_the_recipe_says():
     recipe = ham_tiny.Recipe()
     usages = [recipe.usage_at(step) for step in range(recipe.steps)]
     assert all(x is None for x in usages[::2]), "every second step runs at the learned thresholds"
-    early, late, recall = usages[101:1799:2], usages[1801:2599:2], usages[2601::2]
+    early, late = usages[101 : recipe.late_from : 2], usages[recipe.late_from + 1 :: 2]
     assert max(early) < 1
-    assert 0.15 < sum(x == 1 for x in late) / len(late) < 0.32, "late steps practise keeping everything"
-    assert 0.4 < sum(x == 1 for x in recall) / len(recall) < 0.6, "the last ones more so"
     assert abs(sum(early) / len(early) - 0.5) < 0.05
+    assert 0.25 < sum(x == 1 for x in late) / len(late) < 0.5, "late steps practise keeping everything"
 
 
-def test_learning_rate_falls_and_rises_once_more_for_the_recall_part():
+def test_learning_rate_warms_up_stays_and_falls():
     recipe = ham_tiny.Recipe()
     rates = [recipe.learning_rate(step) for step in range(recipe.steps)]
     assert rates[0] == 1 / recipe.warmup
-    assert set(rates[recipe.warmup : recipe.decay_from]) == {1.0}
-    assert rates[recipe.recall_from] == recipe.recall_lr
-    for part in (rates[recipe.decay_from : recipe.recall_from], rates[recipe.recall_from :]):
-        assert part == sorted(part, reverse=True)
-    assert rates[-1] == 0.05
+    assert set(rates[recipe.warmup : recipe.decay_from + 1]) == {1.0}
+    assert rates[recipe.decay_from :] == sorted(rates[recipe.decay_from :], reverse=True)
+    assert rates[-1] == 0.02
 
 
-def test_recall_rows_hold_a_passage_twice(sources):
+def test_batches_grow_longer():
+    recipe = ham_tiny.Recipe()
+    assert recipe.batch_shape(0) == (8, 256)
+    assert recipe.batch_shape(recipe.repeat_until) == (4, 512)
+    assert recipe.batch_shape(recipe.late_from) == (4, 1024)
+
+
+def test_rows_repeat_text_or_random_tokens(sources):
     tokenizer = AutoTokenizer.from_pretrained(sources / "tokenizer")
     sampler = ham_tiny.TokenSampler(sources, "train", tokenizer)
-    plain, recall = sampler.batch(3, 16, 64), sampler.batch(3, 16, 64, recall_rows=1.0)
+    plain = sampler.batch(3, 16, 64)
     assert torch.equal(plain, sampler.batch(3, 16, 64)), "a pure function of the seed"
-    assert torch.equal(plain[:, :32], recall[:, :32])
-    for before, after in zip(plain.tolist(), recall.tolist(), strict=True):
-        changed = [i for i in range(64) if before[i] != after[i]]
-        assert not changed or any(
-            after[changed[0] : changed[-1] + 1] == before[i : i + changed[-1] + 1 - changed[0]] for i in range(32)
-        )
-    assert any(a != b for a, b in zip(plain.tolist(), recall.tolist(), strict=True))
+
+    def period(row):
+        return next(p for p in range(1, 65) if torch.equal(row[p:], row[:-p]))
+
+    text, noise = (sampler.batch(3, 16, 64, repeats) for repeats in ((1.0, 0.0), (0.0, 1.0)))
+    for before, row in zip(plain, text, strict=True):
+        assert period(row) <= 32
+        assert torch.equal(row[:4], before[:4])
+    assert all(4 <= period(row) <= 32 for row in noise)
+    assert len({period(row) for row in noise}) > 4, "periods vary"
+    assert len(noise.unique()) > 2 * len(text.unique())
+    mixed = sampler.batch(3, 16, 64, (0.3, 0.3))
+    assert any(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True)), "the others stay as they are"
+
+
+def test_a_copying_layer_recalls_before_any_training(tokenizer):
+    """The token after an earlier occurrence of the current one is made likelier, and not without the start."""
+    gains = {}
+    for name, initialize in (("default", lambda model: None), ("recall", ham_tiny.initialize_recall)):
+        torch.manual_seed(0)
+        model = ham_tiny.HAMForCausalLM(ham_tiny.ham_tiny_config(tokenizer)).eval()
+        initialize(model)
+        ids = torch.randint(10, len(tokenizer), (8, 20)).repeat(1, 2)
+        logits = model(ids, threshold=0.0, use_cache=False).logits[:, 20:-1]
+        target = logits.gather(2, ids[:, 21:, None]).squeeze(2)
+        gains[name] = ((target - logits.mean(2)) / logits.std(2)).mean().item()
+    assert abs(gains["default"]) < 0.2, gains
+    assert gains["recall"] > 0.4, gains
 
 
 def test_a_diverged_run_stops_before_it_saves(sources, recipe, monkeypatch):
