@@ -1,10 +1,15 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """What several test files share: a small configuration, and deterministic random numbers."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+# Without a GPU the kernels run under Triton's interpreter, which must be chosen before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from ham_hf import HAMConfig
 

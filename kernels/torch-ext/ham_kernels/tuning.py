@@ -1,0 +1,114 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Which tile shapes a kernel runs with, when they are measured, and where the kernels refuse to run."""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+# Triton reads the variable when a kernel is decorated, so what held at import holds for good.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+# HAM_KERNELS_TUNING=0 takes every kernel's first tile shape: nothing is measured, and roundings never differ.
+TUNING = not INTERPRETED and os.environ.get("HAM_KERNELS_TUNING", "1") != "0"
+
+SMALLEST_BUCKET = 16
+
+
+def next_bucket(n: int) -> int:
+    """The power of two, at least 16, that stands for every length from above its half up to itself.
+
+    A kernel that is tuned, or compiled, by the bucket of a length instead of the length does neither again when a
+    sequence grows within the bucket.
+    """
+    return max(SMALLEST_BUCKET, triton.next_power_of_2(n))
+
+
+def tuned(configs: list[triton.Config], key: list[str], **kwargs: Any) -> Callable[[Any], Any]:
+    """`triton.autotune`, except that nothing is measured under the interpreter or with HAM_KERNELS_TUNING=0.
+
+    Args:
+        configs: the tile shapes to try; the first is the one taken unmeasured.
+        key: the kernel's arguments whose values ask for a new measurement. A length is not among them: pass its
+            `next_bucket` as an argument of its own, and list both in `do_not_specialize` of `triton.jit`.
+        kwargs: `reset_to_zero`, `restore_value` and the like, as `triton.autotune` takes them.
+    """
+    return triton.autotune(configs=configs if TUNING else configs[:1], key=key, **kwargs)
+
+
+@dataclass(frozen=True)
+class BadPair:
+    """GPUs of compute capability `first` to `last` fail under `since <= triton < fixed`.
+
+    With `transposed_product`, only those kernels fail that feed a product's transpose, still in registers, to another.
+    """
+
+    first: tuple[int, int]
+    last: tuple[int, int]
+    since: tuple[int, int, int]
+    fixed: tuple[int, int, int]
+    reason: str
+    transposed_product: bool = False
+
+
+ANY_VERSION, NO_VERSION = (0, 0, 0), (99, 0, 0)
+BAD_PAIRS = (
+    BadPair((0, 0), (7, 9), ANY_VERSION, NO_VERSION, "the kernels need compute capability 8.0 or newer"),
+    BadPair((8, 0), (99, 9), ANY_VERSION, (3, 3, 0), "the kernels need Triton 3.3 or newer"),
+    # flash-linear-attention, issue 640 and pull request 983: `tl.dot(tl.trans(ds), q)`, with `ds` a rounded product,
+    # gives wrong gradients and no error.
+    BadPair(
+        (9, 0),
+        (9, 9),
+        (3, 4, 0),
+        (3, 7, 1),
+        "Hopper GPUs get wrong gradients from Triton 3.4.0 to 3.7.0; install Triton 3.7.1 or newer",
+        transposed_product=True,
+    ),
+)
+
+
+def known_problem(
+    capability: tuple[int, int], version: tuple[int, int, int], transposed_product: bool = False
+) -> str | None:
+    """Why a GPU of this compute capability and this version of Triton do not work together; `None` if they do."""
+    for pair in BAD_PAIRS:
+        applies = transposed_product or not pair.transposed_product
+        if applies and pair.first <= capability <= pair.last and pair.since <= version < pair.fixed:
+            return pair.reason
+    return None
+
+
+@functools.cache
+def check_platform(device: torch.device | None = None, transposed_product: bool = False) -> None:
+    """Refuses devices on which the kernels cannot run, or are known to compute wrong numbers.
+
+    Args:
+        device: where the tensors are; the current CUDA device if `None`.
+        transposed_product: whether a kernel about to run multiplies the transpose of a product left in registers.
+
+    Raises:
+        ValueError: for a CPU, unless Triton's interpreter is on.
+        RuntimeError: for a GPU and a version of Triton that do not work together.
+    """
+    if INTERPRETED:
+        return
+    device = torch.device("cuda") if device is None else device
+    if device.type != "cuda":
+        raise ValueError(
+            f"`ham_kernels` takes tensors on a CUDA device, got {str(device)!r}; on a CPU it runs under Triton's "
+            "interpreter only (TRITON_INTERPRET=1, set before triton is imported)."
+        )
+    if torch.version.hip is not None:
+        return  # compute capabilities are NVIDIA's
+    numbers = triton.__version__.split("+")[0].split(".")[:3]
+    version = tuple(int("".join(c for c in x if c.isdigit()) or 0) for x in numbers)
+    problem = known_problem(torch.cuda.get_device_capability(device), version, transposed_product)
+    if problem:
+        raise RuntimeError(
+            f"`ham_kernels` does not run on {torch.cuda.get_device_name(device)} with Triton {triton.__version__}: "
+            f"{problem}."
+        )
