@@ -72,7 +72,7 @@ BAD_PAIRS = (
 
 
 def known_problem(
-    capability: tuple[int, int], version: tuple[int, int, int], transposed_product: bool = False
+    capability: tuple[int, ...], version: tuple[int, ...], transposed_product: bool = False
 ) -> str | None:
     """Why a GPU of this compute capability and this version of Triton do not work together; `None` if they do."""
     for pair in BAD_PAIRS:

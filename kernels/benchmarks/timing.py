@@ -1,0 +1,97 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""How every benchmark of the kernels measures: medians of CUDA events, competitors in turn, the L2 cache flushed."""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# More than any L2 cache, so that nothing which a function reads is left there from the call before.
+FLUSH_BYTES = 256 * 2**20
+
+
+def median_ms(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
+    """The median time of each function in milliseconds on the current GPU.
+
+    The functions take turns, so that a change of the clock meets all of them alike. The flush before each call also
+    gives the CPU a head start of about 0.1 ms; a function of many small launches is to be `captured` first, or its
+    time is that of the launches.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            begin.record()
+            function()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) for name, pairs in events.items()}
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a CUDA graph of `function`, which must neither synchronise nor change the shapes of what it reads."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, tunes and fills the allocator's pools, none of which may happen in a capture
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def copy_bandwidth(num_bytes: int = 2**30) -> float:
+    """Bytes read and written per second by a large copy on the current GPU: what a memory-bound kernel can reach."""
+    source = torch.empty(num_bytes, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * num_bytes / (1e-3 * median_ms({"copy": lambda: target.copy_(source)})["copy"])
+
+
+def row(what: str, against: str, at_most: float, ours_ms: float, other_ms: float) -> dict[str, Any]:
+    """One line of a result table: `meets` says whether our time is at most `at_most` times the other's."""
+    ratio = ours_ms / other_ms
+    return {
+        "what": what,
+        "against": against,
+        "target": round(at_most, 4),
+        "ours_ms": round(ours_ms, 4),
+        "other_ms": round(other_ms, 4),
+        "ratio": round(ratio, 4),
+        "meets": ratio <= at_most,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| what | against | ours, ms | other, ms | ratio | at most | met |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        met = "yes" if r["meets"] else "**no**"
+        lines.append(
+            f"| {r['what']} | {r['against']} | {r['ours_ms']:.3f} | {r['other_ms']:.3f} | {r['ratio']:.3f} "
+            f"| {r['target']:.3f} | {met} |"
+        )
+    return "\n".join(lines)
+
+
+def main(run: Callable[[bool], list[dict[str, Any]]], description: str | None) -> None:
+    """The command line of a benchmark whose rows `run(quick)` returns."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    quick = parser.parse_args().quick
+    if not torch.cuda.is_available():
+        print("No NVIDIA GPU: nothing to measure.")
+        return
+    print(markdown(run(quick)))
