@@ -37,7 +37,7 @@ def median_ms(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `function`, which must neither synchronise nor change the shapes of what it reads."""
+    """The replay of a CUDA graph of `function`, which must neither synchronise nor change shapes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
