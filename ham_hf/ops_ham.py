@@ -2,7 +2,7 @@
 """The operations of a HAM layer, each linear in memory; `reference_ham` defines what they compute."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 QUERY_BLOCK = 128
 # Streams whose kept counts lie within this ratio share one padded batch, which bounds what padding costs.
 GROUP_RATIO = 0.75
+# The mask of such a batch has about this many elements at most: larger ones leave a CPU core's own cache.
+GROUP_ELEMENTS = 2**18
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -277,11 +279,7 @@ def sparse_prefix_attention(
 
 
 class _SparsePrefixAttention(torch.autograd.Function):
-    """`sparse_prefix_attention` over streams, one per row and key/value head, in blocks of queries.
-
-    The keys of a block are the kept ones from before it and, behind them, all of its own, of which a mask shows each
-    query the kept ones before it and itself.
-    """
+    """`sparse_prefix_attention` over streams, one per row and key/value head, in blocks of queries."""
 
     @staticmethod
     def forward(
@@ -299,15 +297,13 @@ class _SparsePrefixAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until)
         ctx.scale = scale
         out = v.new_empty(*q.shape[:3], v.shape[-1])
-        groups = q.shape[1]
-        for streams, rows, columns in _blocks(begin, end):
-            keys = torch.cat([k_kept[streams, columns], k[streams, rows]], 1)
-            values = torch.cat([v_kept[streams, columns], v[streams, rows]], 1)
-            out[streams, :, rows] = F.scaled_dot_product_attention(
-                q[streams, :, rows],
-                keys[:, None].expand(-1, groups, -1, -1),
-                values[:, None].expand(-1, groups, -1, -1),
-                attn_mask=_block_mask(q, begin, end, until, streams, rows, columns),
+        for block in _blocks(k, v, k_kept, v_kept, begin, end, until):
+            queries = q[block.streams, :, block.rows]
+            out[block.streams, :, block.rows] = F.scaled_dot_product_attention(
+                queries,
+                block.keys[:, None].expand(-1, q.shape[1], -1, -1),
+                block.values[:, None].expand(-1, q.shape[1], -1, -1),
+                attn_mask=block.mask,
                 scale=scale,
             )
         return out
@@ -320,27 +316,103 @@ class _SparsePrefixAttention(torch.autograd.Function):
         # Added up over blocks, so in float32 at least.
         dtype = torch.promote_types(q.dtype, torch.float32)
         dk_kept, dv_kept = torch.zeros_like(k_kept, dtype=dtype), torch.zeros_like(v_kept, dtype=dtype)
-        for streams, rows, columns in _blocks(begin, end):
-            keys = torch.cat([k_kept[streams, columns], k[streams, rows]], 1)
-            values = torch.cat([v_kept[streams, columns], v[streams, rows]], 1)
+        for block in _blocks(k, v, k_kept, v_kept, begin, end, until):
+            streams, rows, columns = block.streams, block.rows, block.columns
             queries, dout = q[streams, :, rows] * ctx.scale, grad[streams, :, rows]
-            shape = (*queries.shape[:3], keys.shape[1])
-            mask = _block_mask(q, begin, end, until, streams, rows, columns)
+            shape = (*queries.shape[:3], block.keys.shape[1])
             queries, dout = queries.flatten(1, 2), dout.flatten(1, 2)
-            weights = ((queries @ keys.mT).view(shape) + mask).softmax(-1, dtype=dtype).to(q.dtype).flatten(1, 2)
-            dlogits = dout @ values.mT
+            logits = (queries @ block.keys.mT).view(shape) + block.mask
+            weights = logits.softmax(-1, dtype=dtype).to(q.dtype).flatten(1, 2)
+            dlogits = dout @ block.values.mT
             dlogits = weights * (dlogits - (weights * dlogits).sum(-1, keepdim=True))
-            dq[streams, :, rows] = (dlogits @ keys).view(*shape[:3], -1) * ctx.scale
-            before = columns.stop - columns.start
+            dq[streams, :, rows] = (dlogits @ block.keys).view(*shape[:3], -1) * ctx.scale
             dkeys, dvalues = dlogits.mT @ queries, weights.mT @ dout
-            dk[streams, rows], dv[streams, rows] = dkeys[:, before:], dvalues[:, before:]
-            dk_kept[streams, columns] += dkeys[:, :before]
-            dv_kept[streams, columns] += dvalues[:, :before]
+            dk[streams, rows], dv[streams, rows] = dkeys[:, : shape[2]], dvalues[:, : shape[2]]
+            dk_kept[streams, columns] += dkeys[:, shape[2] :]
+            dv_kept[streams, columns] += dvalues[:, shape[2] :]
         return dq, dk, dv, dk_kept.to(k_kept.dtype), dv_kept.to(v_kept.dtype), None, None, None, None
 
 
-def _block_mask(
-    q: torch.Tensor,
+class _Block(NamedTuple):
+    """A block of queries: of which streams, which tokens, and what they read.
+
+    The keys `[n, t + C, K]` and values `[n, t + C, V]` are those of the block's own `t` tokens and, behind them, of
+    the `C` kept columns from before it; the mask `[n, 1, t, t + C]` is 0 where a query may look, else -inf. They are
+    views that the next block overwrites.
+    """
+
+    streams: torch.Tensor | slice
+    rows: slice
+    columns: slice
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+
+
+def _blocks(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_kept: torch.Tensor,
+    v_kept: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    until: torch.Tensor | None,
+) -> Iterator[_Block]:
+    """Yields every block of every group of streams that see alike numbers of columns."""
+    length = end.shape[1]
+    size = min(QUERY_BLOCK, length)
+    starts = list(range(0, length, size))
+    lows, highs = begin[:, starts].tolist(), end[:, starts].tolist()
+    firsts, lasts, totals = begin[:, 0].tolist(), begin[:, -1].tolist(), (end[:, -1] - begin[:, 0]).tolist()
+    for group in _group_alike(totals):
+        streams = slice(group[0], group[0] + 1) if len(group) == 1 else torch.tensor(group, device=end.device)
+        alike = len(group) == 1 and firsts[group[0]] == lasts[group[0]] and until is None
+        # Room in front for a block's own keys: they are written over columns that no later query sees.
+        keys, values = (F.pad(x[streams], (0, 0, size, 0)) for x in (k_kept, v_kept))
+        inside = _inside_masks(begin, end, until, streams, size, k.dtype)
+        mask = inside.new_zeros(len(group), 1, size, size + max(highs[n][-1] - lows[n][0] for n in group))
+        for i, start in enumerate(starts):
+            own = min(size, length - start)
+            rows, columns = (
+                slice(start, start + own),
+                slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)),
+            )
+            first, last = columns.start + size - own, columns.stop + size
+            keys[:, first : first + own], values[:, first : first + own] = k[streams, rows], v[streams, rows]
+            block_mask = mask[:, :, :own, : last - first]
+            block_mask[..., :own] = inside[:, i : i + 1, :own, :own]
+            if not alike:
+                visible = _visible_columns(begin, end, until, streams, rows, columns)
+                block_mask[:, 0, :, own:] = torch.where(visible, 0.0, -torch.inf)
+            yield _Block(streams, rows, columns, keys[:, first:last], values[:, first:last], block_mask)
+
+
+def _inside_masks(
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    until: torch.Tensor | None,
+    streams: torch.Tensor | slice,
+    size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`[n, N, t, t]` masks of each block's queries over its own tokens; what pads the last block is not to be read."""
+    begin, end = begin[streams], end[streams]
+    query = torch.arange(end.shape[1], device=end.device)
+    # A token is kept if the next one counts one more, and then stands in the column of its own count.
+    kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
+    leaves = torch.where(kept, end.shape[1], 0)
+    if until is not None:
+        leaves = torch.where(kept, until[streams].gather(1, end.clamp(max=until.shape[1] - 1)), 0)
+    begin, end, leaves, query = (
+        F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)) for x in (begin, end, leaves, query)
+    )
+    later = query[..., :, None] > query[..., None, :]
+    visible = later & (query[..., :, None] < leaves.unsqueeze(-2)) & (end.unsqueeze(-2) >= begin.unsqueeze(-1))
+    visible |= torch.eye(size, dtype=torch.bool, device=end.device)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+def _visible_columns(
     begin: torch.Tensor,
     end: torch.Tensor,
     until: torch.Tensor | None,
@@ -348,41 +420,22 @@ def _block_mask(
     rows: slice,
     columns: slice,
 ) -> torch.Tensor:
-    """`[n, 1, t, C + t]` over the kept columns before the block and the block: 0 where a query may look, else -inf."""
-    begin, end = begin[streams, rows], end[streams, rows]
-    column = torch.arange(columns.start, columns.stop, device=q.device)
-    query = torch.arange(rows.start, rows.stop, device=q.device)
-    before = (column >= begin[..., None]) & (column < end[:, :1, None])
-    # A token of the block is kept if the next one counts one more, and then stands in the column of its own count.
-    kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
-    inside = (query[:, None] > query) & kept[:, None] & (end[:, None] >= begin[..., None])
+    """`[n, t, C]` bool: which of the columns from before a block its queries may look at."""
+    column = torch.arange(columns.start, columns.stop, device=end.device)
+    visible = (column >= begin[streams, rows, None]) & (column < end[streams, rows.start, None, None])
     if until is not None:
-        before &= query[:, None] < until[streams, None, columns]
-        last = until[streams].gather(1, end.clamp(max=until.shape[1] - 1))
-        inside &= query[:, None] < last[:, None]
-    visible = torch.cat([before, inside | (query[:, None] == query)], -1)
-    return torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
-
-
-def _blocks(begin: torch.Tensor, end: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, slice, slice]]:
-    """Yields `(streams, rows, columns)`: streams that see alike numbers of columns, a block, the columns before it."""
-    length = end.shape[1]
-    starts = list(range(0, length, QUERY_BLOCK))
-    lows, highs = begin[:, starts].tolist(), end[:, starts].tolist()
-    totals = (end[:, -1] - begin[:, 0]).tolist()
-    for group in _group_alike(totals):
-        streams = slice(None) if len(group) == len(totals) else torch.tensor(group, device=end.device)
-        for i, start in enumerate(starts):
-            columns = slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group))
-            yield streams, slice(start, min(start + QUERY_BLOCK, length)), columns
+        query = torch.arange(rows.start, rows.stop, device=end.device)
+        visible &= query[:, None] < until[streams, None, columns]
+    return visible
 
 
 def _group_alike(counts: list[int]) -> list[list[int]]:
-    """Partitions the indices of `counts` so that in each part every count is at least `GROUP_RATIO` of the largest."""
+    """Partitions the indices of `counts` into small groups whose counts are at least `GROUP_RATIO` of the largest."""
     groups: list[list[int]] = []
     largest = 0
     for n in sorted(range(len(counts)), key=lambda n: -counts[n]):
-        if not groups or counts[n] < GROUP_RATIO * largest:
+        room = max(1, GROUP_ELEMENTS // (QUERY_BLOCK * (QUERY_BLOCK + largest)))
+        if not groups or counts[n] < GROUP_RATIO * largest or len(groups[-1]) == room:
             groups.append([])
             largest = counts[n]
         groups[-1].append(n)
