@@ -1,0 +1,144 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Compiles the shipped cases of an op's module for GPUs that need not be there, and prints what they take as JSON.
+
+It runs in a process of its own (`python aot_compile.py MODULE [CASE ...]`), because a process that has decorated
+kernels for the interpreter cannot compile. MODULE is a module's name or a file that holds `AOT_CASES`, a list of
+
+    {"kernel": <jit function>, "signature": {"x": "*bf16", "T": "i32"}, "constexprs": {"BT": 64, "state": None},
+     "num_warps": 4, "num_stages": 2}
+
+where the two dictionaries together name all of the kernel's arguments.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from types import ModuleType
+from typing import Any
+
+ARCHITECTURES = (80, 90)
+
+
+def load(module: str) -> ModuleType:
+    """The module of this name, or in this file."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    spec = importlib.util.spec_from_file_location("aot_cases", module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
+    """Compiles one case and measures the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = case["kernel"]
+    while not isinstance(kernel, triton.JITFunction):  # tuned kernels wrap the function
+        kernel = kernel.fn
+    missing = set(kernel.arg_names) ^ (set(case["signature"]) | set(case["constexprs"]))
+    if missing:
+        raise ValueError(f"case of {kernel.__name__}: argument {sorted(missing)} is missing or unknown")
+    signature, aligned = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        signature[parameter.name] = case["signature"].get(parameter.name, "constexpr")
+        # PyTorch aligns tensors; integers are multiples of 16 in the shapes that are shipped, unless the kernel is not
+        # to be specialised for it.
+        kind = signature[parameter.name]
+        if kind[0] == "*" or (kind[0] in "iu" and not parameter.do_not_specialize):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, case["constexprs"], aligned)
+    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+    with contextlib.redirect_stdout(sys.stderr):
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {
+        "kernel": kernel.__name__,
+        "arch": arch,
+        "shared": compiled.metadata.shared,
+        "transposed_product": transposes_product(compiled.asm["ttir"]),
+        **resource_usage(compiled.asm["cubin"]),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and its bytes of stack and local memory: what does not fit into registers goes there."""
+    import triton
+
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
+
+
+def transposes_product(ttir: str) -> bool:
+    """Whether a product's left factor is the transpose of what another product left in registers.
+
+    Triton 3.4.0 to 3.7.0 compile that wrongly for Hopper: see `BAD_PAIRS` in `tuning.py`.
+    """
+    sources: dict[str, list[str]] = {}  # of what each value is made, elementwise
+    products, transposed, left_factors = set(), {}, []
+    loops: list[str | None] = []  # the results of the blocks around a line
+    for line in ttir.splitlines():
+        match = re.match(r"\s*(?:(%[\w.-]+)(?::\d+)? = )?\"?([\w.]+)\"?(.*)", line)
+        if not match:
+            continue
+        name, op, rest = match.groups()
+        operands = [x.split("#")[0] for x in re.findall(r"%[\w.#-]+", rest.split(" : ")[0])]
+        if op == "tt.dot":
+            left_factors.append(operands[0])
+            products.add(name)
+        elif op == "tt.trans":
+            transposed[name] = operands[0]
+        elif op in ("scf.yield",) and loops and loops[-1]:
+            sources.setdefault(loops[-1], []).extend(operands)
+        elif op.startswith(("arith.", "math.", "ttg.convert_layout")) and name:
+            sources[name] = operands
+        if line.rstrip().endswith("{") and "} else" not in line:
+            loops.append(name)
+        elif line.strip().startswith("}") and "} else" not in line and loops:
+            loops.pop()
+
+    def is_product(value: str, seen: set[str]) -> bool:
+        if value in products:
+            return True
+        seen.add(value)
+        return any(is_product(x, seen) for x in sources.get(value, []) if x not in seen)
+
+    def reaches(value: str, seen: set[str]) -> bool:
+        """Whether `value` is made of a transposed product."""
+        if value in transposed:
+            return is_product(transposed[value], set())
+        seen.add(value)
+        return any(reaches(x, seen) for x in sources.get(value, []) if x not in seen)
+
+    return any(reaches(x, set()) for x in left_factors)
+
+
+def main(module: str, chosen: list[int]) -> None:
+    """Prints a JSON list of measurements, one a case and architecture; what failed to compile has an `error`."""
+    cases = load(module).AOT_CASES
+    results = []
+    for number in chosen or range(len(cases)):
+        for arch in ARCHITECTURES:
+            try:
+                result = compile_case(cases[number], arch)
+            except Exception as error:  # reported for this case; the others are still compiled
+                result = {"kernel": str(cases[number]["kernel"]), "arch": arch, "error": f"{error!r}"[-2000:]}
+            results.append({"case": number, **result})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(x) for x in sys.argv[2:]])

@@ -1,0 +1,135 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Compiles every kernel at its shipped tile shapes for sm_80 and sm_90, without a GPU: none may spill."""
+
+import importlib
+import json
+import os
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+import ham_kernels
+
+SCRIPT = pathlib.Path(__file__).with_name("aot_compile.py")
+# Bytes of shared memory that a block may have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+OPS = [
+    name
+    for _, name, _ in pkgutil.iter_modules(ham_kernels.__path__, "ham_kernels.")
+    if hasattr(importlib.import_module(name), "AOT_CASES")
+]
+
+
+def compile_cases(module, chosen=()):
+    """What `aot_compile.py` measures."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), str(module), *map(str, chosen)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def problems(results):
+    """One line for everything that is wrong."""
+    lines = []
+    for r in results:
+        where = f"case {r['case']}, {r['kernel']}, sm_{r['arch']}"
+        if "error" in r:
+            lines.append(f"{where}: {r['error']}")
+            continue
+        if r["stack"] or r["local"]:
+            lines.append(f"{where}: spills, stack {r['stack']}, local memory {r['local']}, {r['registers']} registers")
+        if r["shared"] > SHARED_MEMORY[r["arch"]]:
+            lines.append(f"{where}: {r['shared']} bytes of shared memory, at most {SHARED_MEMORY[r['arch']]}")
+        if r["transposed_product"]:
+            lines.append(f"{where}: multiplies a transposed product, which Triton 3.4 to 3.7.0 miscompile on Hopper")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("module", OPS)
+def test_a_representative_case_fits_the_chips(module):
+    results = compile_cases(module, [0])
+    assert {r["arch"] for r in results} == set(SHARED_MEMORY)
+    assert not problems(results), problems(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", OPS)
+def test_every_case_fits_the_chips(module):
+    results = compile_cases(module)
+    cases = importlib.import_module(module).AOT_CASES
+    assert len(results) == 2 * len(cases)
+    assert not problems(results), problems(results)
+
+
+SAMPLES = """
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["n"])
+def product_kernel(x, y, out, n, SIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    row = tl.arange(0, SIZE)
+    square = row[:, None] * SIZE + row[None, :]
+    a, b = tl.load(x + square), tl.load(y + square)
+    acc = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    for i in range(0, n):
+        acc += tl.dot(a, b)
+    ds = (acc * 0.5).to(a.dtype)
+    if TRANSPOSED == 1:
+        tl.store(out + square, tl.dot(tl.trans(ds), b))
+    elif TRANSPOSED == 2:
+        tl.store(out + square, tl.dot(tl.trans(a), ds))
+    else:
+        tl.store(out + square, tl.trans(tl.dot(ds, b)))
+
+
+def product(num_warps=4, **constexprs):
+    return {
+        "kernel": product_kernel,
+        "signature": {"x": "*bf16", "y": "*bf16", "out": "*fp32", "n": "i32"},
+        "constexprs": constexprs,
+        "num_warps": num_warps,
+        "num_stages": 1,
+    }
+
+
+AOT_CASES = [
+    product(SIZE=64, TRANSPOSED=0),
+    product(SIZE=64, TRANSPOSED=1),
+    product(SIZE=64, TRANSPOSED=2),
+    product(SIZE=64, TRANSPOSED=0, num_warps=1),
+    product(SIZE=63, TRANSPOSED=0),
+    product(SIZE=64),
+]
+"""
+
+
+def test_the_harness_sees_spills_errors_and_transposed_products(tmp_path):
+    file = tmp_path / "samples.py"
+    file.write_text(SAMPLES)
+    results = compile_cases(file)
+    assert len(results) == 12
+    case = {number: [r for r in results if r["case"] == number] for number in range(6)}
+    assert not problems(case[0])
+    assert all(r["registers"] > 16 for r in case[0])
+    for r in case[1]:
+        assert "transposed product" in problems([r])
+    assert not problems(case[2])
+    assert "spills" in problems(case[3][:1])
+    for r in case[4]:
+        assert "power of 2" in problems([r])
+    for r in case[5]:
+        assert "TRANSPOSED" in problems([r])
+
+
+def test_too_much_shared_memory_is_a_problem():
+    fitting = {"case": 0, "kernel": "x", "registers": 32, "stack": 0, "local": 0, "transposed_product": False}
+    results = [fitting | {"arch": arch, "shared": 170_000} for arch in (80, 90)]
+    assert "sm_80: 170000 bytes of shared memory" in problems(results)
+    assert "sm_90" not in problems(results)
