@@ -670,7 +670,7 @@ def test_prefill_has_no_loop_over_tokens(tiny_config):
     config = tiny_config(router="random", threshold=0.5)
     model = HAMModel(config).eval()
     short, long = (record_model(model, length, train=False)[0].operations for length in (1024, 2048))
-    # A loop over tokens dispatches ten operations for each; the model a few dozen for each chunk and each head's block.
+    # A loop over tokens dispatches ten operations for each; the model a few dozen for a chunk or a head's block.
     with Recorder() as loop:
         naive_gated_delta_rule_with_prediction(**delta_inputs(1024))
     assert loop.operations > 10 * 1024
