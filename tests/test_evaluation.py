@@ -79,6 +79,16 @@ def test_usage_is_measured_on_the_cache_itself(model):
     assert result["state_bytes"] == cache.state_bytes()
 
 
+def test_recall_is_the_loss_on_a_second_copy(model):
+    tokens = batches(1, rows=1, length=80)[0]
+    again = tokens.clone()
+    again[:, 70:] = tokens[:, :10]
+    labels = again.masked_fill(torch.arange(80) < 71, -100)
+    expected = model(again, labels=labels, threshold=0.0).loss.item()
+    calibrate(model, batches(1))
+    assert usage.recall_loss(model, tokens, 1.0) == pytest.approx(expected, rel=1e-5)
+
+
 def test_usage_table_pairs_windows_and_plot_is_written(model, tmp_path):
     calibrate(model, batches(2))
     windows = [x[:1] for x in batches(3, seed=3)]
@@ -87,6 +97,7 @@ def test_usage_table_pairs_windows_and_plot_is_written(model, tmp_path):
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3
     assert f"| {results[0]['loss']:.4f} |" in rows[0]
+    assert f"| {results[0]['recall_loss']:.3f} |" in rows[0]
     assert "+0.0000 ± 0.0000" in rows[1], "everything kept is compared with itself"
     assert rows[2].startswith("| learned |")
     pytest.importorskip("matplotlib")

@@ -19,6 +19,8 @@ from ham_hf.files import write_whole
 from ham_hf.training.corpus import SPLIT_FILES, read_documents
 
 USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+# The part of a window that comes again at its end when recall is measured.
+REPEATED = 1 / 8
 
 
 def held_out_windows(
@@ -35,11 +37,21 @@ def held_out_windows(
     return windows
 
 
+def recall_loss(model: HAMForCausalLM, tokens: torch.Tensor, kv_usage: float | None) -> float:
+    """Loss (nats per token) at the end of `tokens` `[1, T]`, once its first eighth was put there a second time."""
+    size = int(tokens.shape[1] * REPEATED)
+    again = torch.cat([tokens[:, :-size], tokens[:, :size]], dim=1)
+    # The first token of the second copy cannot be foreseen.
+    logits = model(input_ids=again, use_cache=False, kv_usage=kv_usage, logits_to_keep=size).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits.float(), again[0, 1 - size :]).item()
+
+
 @torch.no_grad()
 def measure_usage(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None) -> dict:
-    """Loss (nats per token), measured usage and cache bytes at a wanted usage; `None` uses the learned thresholds."""
-    losses, usages, caches = [], [], []
+    """Losses (nats per token), usage and cache bytes at a wanted usage; `None` uses the learned thresholds."""
+    losses, recall_losses, usages, caches = [], [], [], []
     for tokens in tqdm(windows, desc=f"usage {kv_usage}", leave=False):
+        recall_losses.append(recall_loss(model, tokens, kv_usage))
         outputs = model(input_ids=tokens, labels=tokens, use_cache=True, kv_usage=kv_usage)
         losses.append(outputs.loss.item())
         usages.append(outputs.past_key_values.kv_usage().mean().item())
@@ -49,6 +61,7 @@ def measure_usage(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: 
         "usage": statistics.mean(usages),
         "loss": statistics.mean(losses),
         "losses": losses,
+        "recall_loss": statistics.mean(recall_losses),
         "kv_bytes": round(statistics.mean(cache.memory_bytes() - cache.state_bytes() for cache in caches)),
         "full_kv_bytes": caches[0].full_kv_bytes(),
         "state_bytes": caches[0].state_bytes(),
@@ -59,8 +72,8 @@ def to_markdown(results: list[dict], context: int) -> str:
     """A row per usage; the difference is paired window by window with everything kept, with its standard error."""
     everything = next(x for x in results if x["kv_usage"] == 1.0)["losses"]
     lines = [
-        "| asked for | kept | loss (nats/token) | above everything kept | cache KiB | full KV cache KiB |",
-        "|---|---|---|---|---|---|",
+        "| asked for | kept | loss (nats/token) | above everything kept | second time | cache KiB | full KV cache KiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for x in results:
         differences = [a - b for a, b in zip(x["losses"], everything, strict=True)]
@@ -68,30 +81,35 @@ def to_markdown(results: list[dict], context: int) -> str:
         name = "learned" if x["kv_usage"] is None else f"{x['kv_usage']:.0%}"
         lines.append(
             f"| {name} | {x['usage']:.1%} | {x['loss']:.4f} | {statistics.mean(differences):+.4f} ± {error:.4f} | "
-            f"{x['kv_bytes'] / 1024:.0f} | {x['full_kv_bytes'] / 1024:.0f} |"
+            f"{x['recall_loss']:.3f} | {x['kv_bytes'] / 1024:.0f} | {x['full_kv_bytes'] / 1024:.0f} |"
         )
     state_kib = results[0]["state_bytes"] / 1024
-    tail = f"{len(everything)} windows of {context} tokens; the states of fixed size add {state_kib:.0f} KiB."
+    tail = (
+        f"{len(everything)} windows of {context} tokens; the states of fixed size add {state_kib:.0f} KiB. "
+        f"Second time: over the last {int(context * REPEATED)} tokens of a window, when they repeat its first ones."
+    )
     return "\n".join([*lines, "", tail]) + "\n"
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Loss and bytes against usage as one picture."""
+    """Losses and bytes against usage as one picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     asked = sorted((x for x in results if x["kv_usage"] is not None), key=lambda x: x["usage"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     usage = [100 * x["usage"] for x in asked]
     left.plot(usage, [x["loss"] for x in asked], "o-", color="#b5432e")
     left.set(xlabel="tokens kept (%)", ylabel="held-out loss (nats/token)", title="Accuracy against memory")
+    middle.plot(usage, [x["recall_loss"] for x in asked], "o-", color="#7a3eb5")
+    middle.set(xlabel="tokens kept (%)", ylabel="loss, second time (nats/token)", title="A passage seen before")
     right.plot(usage, [x["kv_bytes"] / 1024 for x in asked], "o-", color="#2e6db5", label="HAMCache")
     right.axhline(asked[0]["full_kv_bytes"] / 1024, color="grey", linestyle="--", label="full KV cache")
     right.set(xlabel="tokens kept (%)", ylabel="KiB held", title="Bytes of kept tokens", ylim=(0, None))
     right.legend()
-    for axis in (left, right):
+    for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
