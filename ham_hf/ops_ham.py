@@ -1,12 +1,19 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The operations of a HAM layer, each linear in memory; `reference_ham` defines what they compute."""
 
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+try:
+    import ham_kernels
+except ImportError:
+    ham_kernels = None  # type: ignore[assignment]
 
 # The logits of one attention block are held at once: 128 queries keep them small beside the keys they read.
 QUERY_BLOCK = 128
@@ -14,6 +21,28 @@ QUERY_BLOCK = 128
 GROUP_RATIO = 0.75
 # The mask of such a batch has about this many elements at most: larger ones leave a CPU core's own cache.
 GROUP_ELEMENTS = 2**18
+# The kernels hold a whole head in registers.
+MAX_KERNEL_HEAD_DIM = 256
+
+
+def _kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any] | None:
+    """The kernel that runs `op` on tensors like these, or `None`: then PyTorch does.
+
+    PyTorch has everything on a CPU, float64 (the kernels would round it) and wider heads.
+    """
+    device = tensors[0].device
+    if device.type != "cuda" or any(x.dtype == torch.float64 or x.shape[-1] > MAX_KERNEL_HEAD_DIM for x in tensors):
+        return None
+    problem = "it is not installed" if ham_kernels is None else ham_kernels.platform_problem(device)
+    if problem is None:
+        return getattr(ham_kernels, op)
+    _warn_without_kernels(problem)
+    return None
+
+
+@functools.cache
+def _warn_without_kernels(problem: str) -> None:
+    warnings.warn(f"`ham_kernels` is not used on the GPU, PyTorch is, which is slower: {problem}.", stacklevel=4)
 
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -117,6 +146,8 @@ def gated_delta_rule_with_prediction(
     Returns:
         `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider.
     """
+    if kernel := _kernel("gated_delta_rule_with_prediction", k, v):
+        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
@@ -231,6 +262,8 @@ def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch
         each tensor as `[B, Hk, M, D]`, `M` the largest number kept (what lies past a head's own number is
         unspecified), and `[B, T, Hk]` int64, the number of tokens kept before each.
     """
+    if kernel := _kernel("compact_kept", keep, *tensors):
+        return kernel(keep, *tensors)
     counts = keep.cumsum(1)
     largest = int(counts[:, -1].max()) if keep.numel() else 0
     order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :largest].transpose(1, 2)
@@ -270,6 +303,8 @@ def sparse_prefix_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, k_kept, v_kept = (x.to(dtype) for x in (q, k, v, k_kept, v_kept))
+    if kernel := _kernel("sparse_prefix_attention", k, v):
+        return kernel(q, k, v, k_kept, v_kept, begin, end, until, scale)
     q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B * Hk, G, T, K]
     k, v, begin, end = (x.transpose(1, 2).flatten(0, 1) for x in (k, v, begin, end))
     k_kept, v_kept = k_kept.flatten(0, 1), v_kept.flatten(0, 1)
@@ -462,6 +497,8 @@ def ragged_decode_attention(
     Returns:
         `[N, G, V]` in the dtype of `v`.
     """
+    if kernel := _kernel("ragged_decode_attention", k, v):
+        return kernel(q, k, v, pages, tail, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1]

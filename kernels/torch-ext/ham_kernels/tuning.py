@@ -41,54 +41,49 @@ def tuned(configs: list[triton.Config], key: list[str], **kwargs: Any) -> Callab
 
 @dataclass(frozen=True)
 class BadPair:
-    """GPUs of compute capability `first` to `last` fail under `since <= triton < fixed`.
-
-    With `transposed_product`, only those kernels fail that feed a product's transpose, still in registers, to another.
-    """
+    """GPUs of compute capability `first` to `last` are not to be used with `since <= triton < fixed`."""
 
     first: tuple[int, int]
     last: tuple[int, int]
     since: tuple[int, int, int]
     fixed: tuple[int, int, int]
     reason: str
-    transposed_product: bool = False
 
 
 ANY_VERSION, NO_VERSION = (0, 0, 0), (99, 0, 0)
+# Hopper with Triton 3.4.0 to 3.7.0 is not among them. That pair computes `tl.dot(tl.trans(x), y)` wrongly, and without
+# an error, where `x` is a rounded product (flash-linear-attention, issue 640 and pull request 983, which refuses it).
+# No kernel here has such a product: tests/ham_kernels/test_compile.py looks for one in what is compiled.
 BAD_PAIRS = (
     BadPair((0, 0), (7, 9), ANY_VERSION, NO_VERSION, "the kernels need compute capability 8.0 or newer"),
     BadPair((8, 0), (99, 9), ANY_VERSION, (3, 3, 0), "the kernels need Triton 3.3 or newer"),
-    # flash-linear-attention, issue 640 and pull request 983: `tl.dot(tl.trans(ds), q)`, with `ds` a rounded product,
-    # gives wrong gradients and no error.
-    BadPair(
-        (9, 0),
-        (9, 9),
-        (3, 4, 0),
-        (3, 7, 1),
-        "Hopper GPUs get wrong gradients from Triton 3.4.0 to 3.7.0; install Triton 3.7.1 or newer",
-        transposed_product=True,
-    ),
+    # Products in a recurrence race at 8 warps: flash-linear-attention, issue 1228 and `BLACKWELL_8_WARP_RACE` in its
+    # ops/common/chunk_o.py; Triton, issue 10590.
+    BadPair((10, 0), (12, 9), ANY_VERSION, (3, 8, 0), "Blackwell GPUs need Triton 3.8 or newer, others race"),
 )
 
 
-def known_problem(
-    capability: tuple[int, ...], version: tuple[int, ...], transposed_product: bool = False
-) -> str | None:
+def known_problem(capability: tuple[int, ...], version: tuple[int, ...]) -> str | None:
     """Why a GPU of this compute capability and this version of Triton do not work together; `None` if they do."""
     for pair in BAD_PAIRS:
-        applies = transposed_product or not pair.transposed_product
-        if applies and pair.first <= capability <= pair.last and pair.since <= version < pair.fixed:
+        if pair.first <= capability <= pair.last and pair.since <= version < pair.fixed:
             return pair.reason
     return None
 
 
 @functools.cache
-def check_platform(device: torch.device | None = None, transposed_product: bool = False) -> None:
-    """Refuses devices on which the kernels cannot run, or are known to compute wrong numbers.
+def platform_problem(device: torch.device) -> str | None:
+    """Why the kernels do not run on this GPU with this version of Triton; `None` if they do."""
+    if torch.version.hip is not None:
+        return None  # compute capabilities are NVIDIA's
+    numbers = triton.__version__.split("+")[0].split(".")[:3]
+    version = tuple(int("".join(c for c in x if c.isdigit()) or 0) for x in numbers)
+    problem = known_problem(torch.cuda.get_device_capability(device), version)
+    return problem and f"{problem} (this is {torch.cuda.get_device_name(device)} with Triton {triton.__version__})"
 
-    Args:
-        device: where the tensors are; the current CUDA device if `None`.
-        transposed_product: whether a kernel about to run multiplies the transpose of a product left in registers.
+
+def check_platform(device: torch.device) -> None:
+    """Refuses devices on which the kernels cannot run, or are known to compute wrong numbers.
 
     Raises:
         ValueError: for a CPU, unless Triton's interpreter is on.
@@ -96,19 +91,11 @@ def check_platform(device: torch.device | None = None, transposed_product: bool 
     """
     if INTERPRETED:
         return
-    device = torch.device("cuda") if device is None else device
     if device.type != "cuda":
         raise ValueError(
             f"`ham_kernels` takes tensors on a CUDA device, got {str(device)!r}; on a CPU it runs under Triton's "
             "interpreter only (TRITON_INTERPRET=1, set before triton is imported)."
         )
-    if torch.version.hip is not None:
-        return  # compute capabilities are NVIDIA's
-    numbers = triton.__version__.split("+")[0].split(".")[:3]
-    version = tuple(int("".join(c for c in x if c.isdigit()) or 0) for x in numbers)
-    problem = known_problem(torch.cuda.get_device_capability(device), version, transposed_product)
-    if problem:
-        raise RuntimeError(
-            f"`ham_kernels` does not run on {torch.cuda.get_device_name(device)} with Triton {triton.__version__}: "
-            f"{problem}."
-        )
+    problem = platform_problem(device)
+    if problem is not None:
+        raise RuntimeError(f"`ham_kernels` does not run here: {problem}.")
