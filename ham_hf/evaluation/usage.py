@@ -72,7 +72,7 @@ def to_markdown(results: list[dict], context: int) -> str:
     """A row per usage; the difference is paired window by window with everything kept, with its standard error."""
     everything = next(x for x in results if x["kv_usage"] == 1.0)["losses"]
     lines = [
-        "| asked for | kept | loss (nats/token) | above everything kept | second time | cache KiB | full KV cache KiB |",
+        "| asked for | kept | loss (nats/token) | above everything kept | second time | cache KiB | full cache KiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for x in results:
