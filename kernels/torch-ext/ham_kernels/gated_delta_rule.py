@@ -227,7 +227,6 @@ def output_fwd_kernel(
     real, in_v = row < end - start, o_v < V
     head = start * HK + i_h
     offsets, mask = row[:, None] * (HK * V) + o_v[None, :], real[:, None] & in_v[None, :]
-    b_u = tl.load(u + head * V + offsets, mask=mask, other=0.0)
     b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
     b_in = tl.exp2(b_g)[:, None]
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
@@ -236,8 +235,9 @@ def output_fwd_kernel(
         query = start * (HK * GROUP) + i_h * GROUP + i_q
         b_o = tl.zeros([BT, BV], dtype=tl.float32)
         b_A = tl.zeros([BT, BT], dtype=tl.float32)
-        b_p = tl.zeros([BT, BV], dtype=tl.float32)
-        b_kk = tl.zeros([BT, BT], dtype=tl.float32)
+        if i_q == 0:
+            b_p = tl.zeros([BT, BV], dtype=tl.float32)
+            b_kk = tl.zeros([BT, BT], dtype=tl.float32)
         for i_k in range(0, K, BK):
             o_k = i_k + tl.arange(0, BK)
             in_k = o_k < K
@@ -251,6 +251,7 @@ def output_fwd_kernel(
             if i_q == 0:
                 b_p = tl.dot(b_k, b_S, b_p, input_precision=PRECISION)
                 b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
+        b_u = tl.load(u + head * V + offsets, mask=mask, other=0.0)
         if i_q == 0:
             b_kk = (b_kk * _decay(b_g, row[:, None] > row[None, :])).to(b_u.dtype)
             b_p = tl.dot(b_kk, b_u, b_p * b_in, input_precision=PRECISION)
@@ -412,8 +413,8 @@ def output_bwd_kernel(
     tl.store(dw + head * K + offsets_k, (-b_dw).to(dw.dtype.element_ty), mask=mask_k)
     b_k = tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0)
     b_dk *= tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]
-    dg_last = tl.sum(b_across, 0) * tl.exp2(g_last) + tl.sum(tl.sum(b_dk * b_k, 1), 0)
-    b_dg = tl.where(row == last, dg_last, 0.0)
+    b_dg = -tl.sum(b_dk * b_k, 1)
+    b_dg += tl.where(row == last, tl.sum(b_across, 0) * tl.exp2(g_last) - tl.sum(b_dg, 0), 0.0)
 
     for i_q in tl.static_range(GROUP):
         query = start * (HK * GROUP) + i_h * GROUP + i_q
@@ -433,14 +434,16 @@ def output_bwd_kernel(
             b_dAT = tl.dot(b_u, tl.trans(b_do), b_dAT, input_precision=PRECISION)
         offsets_q = row[:, None] * (HK * GROUP * K) + o_k[None, :]
         b_q = tl.load(q + query * K + offsets_q, mask=mask_k, other=0.0)
-        b_dA *= _decay(b_g, row[:, None] >= row[None, :]) * scale
-        b_dq = tl.dot(b_dA.to(b_k.dtype), b_k, b_dq * (tl.exp2(b_g) * scale)[:, None], input_precision=PRECISION)
         # Computed, not transposed (see the head of this file).
         b_dAT *= _decay(-b_g, row[:, None] <= row[None, :]) * scale
         b_dk = tl.dot(b_dAT.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-        b_dg += tl.sum(b_dq * b_q, 1)
+        b_dA *= _decay(b_g, row[:, None] >= row[None, :]) * scale
+        # Rows and columns must lose the same numbers, or what cancels in sums of `dg` would not.
+        b_share = b_dA * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_dq *= (tl.exp2(b_g) * scale)[:, None]
+        b_dg += tl.sum(b_share, 1) - tl.sum(b_share, 0) + tl.sum(b_dq * b_q, 1)
+        b_dq = tl.dot(b_dA.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
         tl.store(dq + query * K + offsets_q, b_dq.to(dq.dtype.element_ty), mask=mask_k)
-    b_dg -= tl.sum(b_dk * b_k, 1)
     tl.store(dk + head * K + offsets_k, b_dk.to(dk.dtype.element_ty), mask=mask_k)
     tl.store(dg + i_k * tokens * HK + head + row * HK, b_dg, mask=real)
 

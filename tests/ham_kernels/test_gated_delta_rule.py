@@ -1,0 +1,307 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds the kernels of the gated delta rule to the token loop in float64: outputs, prediction, state, gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from ham_hf.ops_ham import l2norm  # noqa: E402
+from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction  # noqa: E402
+from ham_kernels import gated_delta_rule as module  # noqa: E402
+from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction, split_documents, split_rows  # noqa: E402
+
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan():
+    """What a kernel leaves unwritten in its buffers shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, and multiplies the integers that it keeps bfloat16 in."""
+    from triton.runtime import interpreter
+
+    builder, bfloat16, float32 = interpreter.InterpreterBuilder, triton.language.bfloat16, triton.language.float32
+    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == float32 and dst_type.scalar == bfloat16:
+            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == bfloat16:
+            a, b = (plain_cast(self, x, float32) for x in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_fp_trunc", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+def amid_nan(x):
+    """A contiguous copy with NaN before and behind it."""
+    buffer = x.new_full((x.numel() + 64,), torch.nan)
+    return buffer[32:-32].view(x.shape).copy_(x)
+
+
+def random_inputs(batch, length, kv_heads, group, key_dim, value_dim, dtype=torch.float32, device="cpu", state=True):
+    q = l2norm(torch.randn(batch, length, kv_heads * group, key_dim))
+    # Keys that lie close together: their inverse is far from the identity.
+    k = l2norm(torch.randn(batch, length, kv_heads, key_dim) + 0.5)
+    v = torch.randn(batch, length, kv_heads, value_dim)
+    g = -0.2 * torch.rand(batch, length, kv_heads)
+    beta = torch.rand(batch, length, kv_heads)
+    inputs = [*(x.to(dtype) for x in (q, k, v)), g, beta]
+    if state:
+        inputs.append(torch.randn(batch, kv_heads, key_dim, value_dim))
+    return [amid_nan(x.to(device)).requires_grad_() for x in inputs]
+
+
+def plain_chunks(q, k, v, g, beta, initial_state=None, chunk=64):
+    """The same maths in PyTorch: products in the dtype of the inputs, gates, inverse and state in float32."""
+    dtype, groups = v.dtype, q.shape[2] // k.shape[2]
+    q, k, v, g, beta = (x.transpose(1, 2) for x in (q, k, v, g, beta))
+    k, v, g, beta = (x.repeat_interleave(groups, 1) for x in (k, v, g[..., None], beta[..., None]))
+    shape = *k.shape[:2], k.shape[3], v.shape[3]
+    state = torch.zeros(shape, device=q.device)
+    if initial_state is not None:
+        state = initial_state.repeat_interleave(groups, 1)
+    outputs, predictions = [], []
+    for parts in zip(*(x.split(chunk, 2) for x in (q, k, v, g, beta)), strict=True):
+        q_, k_, v_, g_, beta_ = parts
+        g_ = g_.cumsum(2)
+        one = torch.ones(k_.shape[2], k_.shape[2], device=q.device)
+        decay = (g_ - g_.mT).masked_fill(one.triu(1).bool(), -torch.inf).exp()
+        within = (k_ @ k_.mT).float() * decay.tril(-1)
+        eye = torch.eye(k_.shape[2], device=q.device).expand_as(within)
+        inverse = torch.linalg.solve_triangular(eye + beta_ * within, eye, upper=False, unitriangular=True).to(dtype)
+        before = state.to(dtype)
+        u = inverse @ (beta_ * v_).to(dtype) - inverse @ (beta_ * g_.exp() * k_).to(dtype) @ before
+        predictions.append(within.to(dtype) @ u + (k_ @ before) * g_.exp().to(dtype))
+        weights = ((q_ @ k_.mT).float() * decay).to(dtype)
+        outputs.append((weights @ u + (q_ @ before) * g_.exp().to(dtype)) * k.shape[-1] ** -0.5)
+        last = g_[:, :, -1:]
+        state = state * last.exp() + (k_.mT @ (u * (last - g_).exp()).to(dtype)).float()
+    o, prediction = torch.cat(outputs, 2).transpose(1, 2), torch.cat(predictions, 2).transpose(1, 2)
+    return o, prediction[:, :, ::groups], state[:, ::groups]
+
+
+def with_gradients(function, inputs, do, dstate):
+    """Outputs of `function`, and the gradients of all inputs for those of the output and of the final state."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    o, prediction, state = function(*inputs)
+    gradients = torch.autograd.grad((o, state), inputs, (do.to(o.dtype), dstate.to(state.dtype)))
+    outputs = {"o": o, "prediction": prediction, "final_state": state}
+    return outputs | {f"d{name}": x for name, x in zip(NAMES, gradients, strict=False)}
+
+
+def call(function, **kwargs):
+    """`function` of `[q, k, v, g, beta]` and perhaps an initial state."""
+    return lambda q, k, v, g, beta, s=None: function(q, k, v, g, beta, initial_state=s, **kwargs)
+
+
+def compare(inputs, assert_error_within, seq_idx=None, chunk_size=64):
+    """Every result against the float64 token loop, within twice the error of the same maths in PyTorch."""
+    q, v = inputs[0], inputs[2]
+    do = torch.randn(*q.shape[:3], v.shape[3], device=q.device)
+    dstate = torch.randn(q.shape[0], v.shape[2], q.shape[3], v.shape[3], device=q.device)
+    actual = with_gradients(
+        call(gated_delta_rule_with_prediction, seq_idx=seq_idx, chunk_size=chunk_size), inputs, do, dstate
+    )
+    exact = with_gradients(
+        call(naive_gated_delta_rule_with_prediction, seq_idx=seq_idx), [x.double() for x in inputs], do, dstate
+    )
+    # Documents do not change what rounding costs: their baseline is one document.
+    plain = with_gradients(call(plain_chunks, chunk=chunk_size), inputs, do, dstate)
+    alone = exact
+    if seq_idx is not None:
+        alone = with_gradients(call(naive_gated_delta_rule_with_prediction), [x.double() for x in inputs], do, dstate)
+    for name, reference in exact.items():
+        baseline = reference + (plain[name].double() - alone[name])
+        assert_error_within(actual[name], reference, baseline, name=name)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "kv_heads", "group", "key_dim", "value_dim"),
+    [
+        (1, 64, 1, 1, 32, 32),
+        (63, 64, 1, 1, 32, 32),
+        (64, 64, 1, 4, 32, 32),
+        (65, 64, 1, 1, 48, 80),
+        (130, 64, 2, 1, 32, 16),
+        (50, 16, 1, 4, 24, 40),
+        (33, 32, 2, 2, 80, 48),
+    ],
+)
+def test_agrees_with_the_token_loop(
+    length, chunk_size, kv_heads, group, key_dim, value_dim, device, assert_error_within
+):
+    inputs = random_inputs(1, length, kv_heads, group, key_dim, value_dim, device=device)
+    compare(inputs, assert_error_within, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_errs_no_more_than_pytorch(dtype, device, assert_error_within):
+    inputs = random_inputs(2, 70, 1, 2, 32, 48, dtype=dtype, device=device)
+    compare(inputs, assert_error_within, chunk_size=32)
+
+
+def test_without_an_initial_state(device, assert_error_within):
+    inputs = random_inputs(2, 40, 1, 2, 32, 32, device=device, state=False)
+    compare(inputs, assert_error_within, chunk_size=16)
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_packed_documents(state, device, assert_error_within):
+    # Borders inside chunks and at their edges, a document of one token, rows that differ, a row that is one document.
+    lengths = [[5, 16, 1, 22, 26], [32, 38], [70]]
+    seq_idx = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in lengths])
+    inputs = random_inputs(3, 70, 1, 2, 32, 32, device=device, state=state)
+    compare(inputs, assert_error_within, seq_idx=seq_idx.to(device), chunk_size=16)
+
+
+def test_documents_are_split_as_rows_are():
+    rows, documents = split_rows(3, 70, 32), split_documents(torch.zeros(3, 70, dtype=torch.long), 32)
+    assert (rows.count, rows.sequences, rows.per_row) == (9, 3, 3)
+    assert (documents.count, documents.sequences) == (9, 3)
+    assert documents.borders.tolist() == [0, 32, 64, 70, 102, 134, 140, 172, 204, 210]
+    assert documents.table.tolist() == [[0, 70, 0, 0, 0], [70, 140, 3, 1, 1], [140, 210, 6, 2, 2]]
+
+
+def test_padding_changes_nothing(device):
+    q, k, v, g, beta, state = (x.detach() for x in random_inputs(1, 45, 1, 1, 32, 32, device=device))
+    real = torch.ones(45, dtype=torch.bool, device=device)
+    real[[0, 1, 2, 15, 16, 17, 40, 44]] = False
+    g, beta = g * real[:, None], beta * real[:, None]
+    padded = gated_delta_rule_with_prediction(q, k, v, g, beta, initial_state=state, chunk_size=16)
+    bare = [x[:, real] for x in (q, k, v, g, beta)]
+    alone = gated_delta_rule_with_prediction(*bare, initial_state=state, chunk_size=16)
+    for i in range(2):
+        torch.testing.assert_close(padded[i][:, real], alone[i], rtol=0, atol=2e-6)  # measured: 5e-7
+    torch.testing.assert_close(padded[2], alone[2], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_the_prediction_is_exactly_zero_where_nothing_was_stored(length, device):
+    q, k, v, g, beta = (x.detach() for x in random_inputs(1, length, 1, 1, 32, 32, device=device, state=False))
+    seq_idx = (torch.arange(length, device=device) >= 21).long()[None]
+    _, prediction, _ = gated_delta_rule_with_prediction(q, k, v, g, beta, seq_idx=seq_idx, chunk_size=16)
+    assert torch.equal(prediction[:, 0], torch.zeros_like(prediction[:, 0]))
+    if length > 21:
+        assert torch.equal(prediction[:, 21], torch.zeros_like(prediction[:, 21]))
+        assert prediction[:, 1:21].abs().amin((0, 2, 3)).min() > 0
+    # A padding token at the front stores nothing either.
+    beta[:, 0] = g[:, 0] = 0
+    _, prediction, _ = gated_delta_rule_with_prediction(q, k, v, g, beta, chunk_size=16)
+    assert torch.equal(prediction[:, :2], torch.zeros_like(prediction[:, :2]))
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_agrees_with_the_token_loop(state, dtype, device, assert_error_within):
+    inputs = random_inputs(3, 1, 2, 4, 48, 80, dtype=dtype, device=device, state=state)
+    with torch.no_grad():
+        actual = call(gated_delta_rule_with_prediction)(*inputs)
+        exact = call(naive_gated_delta_rule_with_prediction)(*(x.double() for x in inputs))
+        baseline = call(naive_gated_delta_rule_with_prediction)(*inputs)
+    for name, a, e, b in zip(("o", "prediction", "final_state"), actual, exact, baseline, strict=True):
+        assert_error_within(a, e, b.to(a.dtype), name=name)
+
+
+def test_one_token_has_a_step_of_its_own_unless_a_gradient_is_needed(device, monkeypatch):
+    inputs = random_inputs(1, 1, 1, 1, 32, 32, device=device)
+    steps = []
+    plain = module.step_fwd
+    monkeypatch.setattr(module, "step_fwd", lambda *args: steps.append(1) or plain(*args))
+    call(gated_delta_rule_with_prediction)(*inputs)[0].sum().backward()
+    assert not steps
+    call(gated_delta_rule_with_prediction)(*(x.detach() for x in inputs))
+    assert steps
+
+
+def test_a_sequence_may_be_cut_anywhere(device):
+    q, k, v, g, beta, state = (x.detach() for x in random_inputs(2, 40, 1, 2, 32, 32, device=device))
+    whole = gated_delta_rule_with_prediction(q, k, v, g, beta, initial_state=state, chunk_size=16)
+    parts = []
+    for tokens in (slice(0, 19), slice(19, 20), slice(20, 40)):
+        part = [x[:, tokens] for x in (q, k, v, g, beta)]
+        *outputs, state = gated_delta_rule_with_prediction(*part, initial_state=state, chunk_size=16)
+        parts.append(outputs)
+    for i in range(2):
+        joined = torch.cat([x[i] for x in parts], 1)
+        torch.testing.assert_close(joined, whole[i], rtol=0, atol=2e-6)  # measured: 5e-7
+    torch.testing.assert_close(state, whole[2], rtol=0, atol=2e-6)
+
+
+def test_nothing_flows_through_the_prediction_and_either_output_may_go_unused(device):
+    inputs = random_inputs(1, 20, 1, 1, 32, 32, device=device)
+    o, prediction, state = call(gated_delta_rule_with_prediction, chunk_size=16)(*inputs)
+    assert o.requires_grad
+    assert not prediction.requires_grad
+    both = torch.autograd.grad((o, state), inputs, (torch.ones_like(o), torch.ones_like(state)), retain_graph=True)
+    of_o = torch.autograd.grad(o, inputs, torch.ones_like(o), retain_graph=True)
+    of_state = torch.autograd.grad(state, inputs, torch.ones_like(state))
+    for name, a, b, c in zip(NAMES, both, of_o, of_state, strict=True):
+        torch.testing.assert_close(a, b + c, rtol=0, atol=1e-5, msg=name)
+
+
+def test_queries_and_keys_may_have_more_precision_than_values(device):
+    q, k, v, g, beta = (x.detach() for x in random_inputs(1, 20, 1, 1, 32, 32, device=device, state=False))
+    v = v.bfloat16()
+    mixed = gated_delta_rule_with_prediction(q, k, v, g, beta, chunk_size=16)
+    rounded = gated_delta_rule_with_prediction(q.bfloat16(), k.bfloat16(), v, g, beta, chunk_size=16)
+    assert [x.dtype for x in mixed] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(mixed, rounded, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", lambda x: x[:, :, :1]),
+        ("k", lambda x: x[:, :-1]),
+        ("v", lambda x: x[..., 0]),
+        ("v", lambda x: x.double()),
+        ("g", lambda x: x[..., None]),
+        ("beta", lambda x: x[:, :, :1]),
+        ("initial_state", lambda x: x.mT),
+        ("seq_idx", lambda x: x[0]),
+        ("chunk_size", lambda _: 48),
+    ],
+)
+def test_wrong_arguments_are_named(name, change, device):
+    q, k, v, g, beta, state = random_inputs(1, 4, 2, 1, 16, 32, device=device)
+    arguments = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state}
+    arguments |= {"seq_idx": torch.zeros(1, 4, dtype=torch.long, device=device), "chunk_size": 64}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        gated_delta_rule_with_prediction(**arguments)
+
+
+def test_head_dimensions_above_256_are_refused(device):
+    inputs = random_inputs(1, 2, 1, 1, 257, 16, device=device, state=False)
+    with pytest.raises(ValueError, match="256"):
+        gated_delta_rule_with_prediction(*inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "key_dim", "value_dim"),
+    [(4, 1, 128, 128), (2, 4, 128, 128), (4, 1, 64, 64), (2, 2, 256, 256), (2, 1, 96, 192), (2, 3, 32, 48)],
+)
+def test_real_shapes_on_the_gpu(dtype, kv_heads, group, key_dim, value_dim, assert_error_within):
+    inputs = random_inputs(2, 517, kv_heads, group, key_dim, value_dim, dtype=dtype, device="cuda")
+    compare(inputs, assert_error_within)
+    seq_idx = (torch.arange(517, device="cuda") // 150).expand(2, -1)
+    compare(inputs, assert_error_within, seq_idx=seq_idx)
