@@ -1,9 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Triton kernels of Hybrid Associative Memories (arXiv 2603.22325): one file an op, each op's function named here."""
 
+from .compact import compact_kept
+from .gated_delta_rule import gated_delta_rule_with_prediction
 from .tuning import check_platform, platform_problem
 
 __all__ = [
     "check_platform",
+    "compact_kept",
+    "gated_delta_rule_with_prediction",
     "platform_problem",
 ]
