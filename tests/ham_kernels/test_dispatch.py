@@ -1,0 +1,212 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds a model on the kernels to the same model on PyTorch, and the choice between the two to its rules."""
+
+import itertools
+import types
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import ham_kernels
+from ham_hf import HAMForCausalLM, ops_ham
+
+OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention", "ragged_decode_attention")
+EACH = pytest.mark.parametrize("on_kernels", [*OPS, "all"], indirect=True)
+ALL = pytest.mark.parametrize("on_kernels", ["all"], indirect=True)
+# Absolute, for logits of order one in float32; gradients relative to the largest of the parameter. Measured: 2e-7 and 2e-6.
+LOGITS, GRADIENT = 1e-6, 2e-5
+LENGTH, PADDING = 70, 9
+THRESHOLDS = (0.0, 0.5, 2.0)
+
+
+@pytest.fixture
+def on_kernels(request, monkeypatch):
+    """A function that sends one op, or all of them, to the kernels, wherever the tensors are; and counts the calls."""
+    chosen = OPS if request.param == "all" else (request.param,)
+    missing = [op for op in chosen if not hasattr(ham_kernels, op)]
+    if missing:
+        pytest.skip(f"ham_kernels has no {', '.join(missing)}")
+    calls = dict.fromkeys(chosen, 0)
+
+    def switch():
+        def kernel(op, *tensors):
+            if op not in chosen:
+                return None
+            calls[op] += 1
+            return getattr(ham_kernels, op)
+
+        monkeypatch.setattr(ops_ham, "_kernel", kernel)
+        return calls
+
+    return switch
+
+
+def tiny_model(tiny_config, **overrides):
+    torch.manual_seed(3)
+    # Keys and values of unequal width, neither a power of two.
+    settings = {"num_hidden_layers": 2, "head_dim": 12, "value_head_dim": 20, "router": "cosine"}
+    return HAMForCausalLM(tiny_config(**(settings | overrides)))
+
+
+def inputs():
+    torch.manual_seed(4)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :PADDING] = 0
+    return {"input_ids": torch.randint(1, 97, (2, LENGTH)), "attention_mask": mask}
+
+
+def kept(cache):
+    """Which tokens each layer holds: (stream, position), in order."""
+    stored = [layer.store.tokens() for layer in cache.layers]
+    return [torch.stack([x.streams, x.positions.long()], 1).tolist() for x in stored]
+
+
+def several_turns(model, threshold):
+    """Logits and kept sets after a prefill, a second turn and two single tokens."""
+    model.eval()
+    whole, cache, logits = inputs(), None, []
+    with torch.no_grad():
+        for begin, end in itertools.pairwise((0, 40, LENGTH - 2, LENGTH - 1, LENGTH)):
+            out = model(
+                whole["input_ids"][:, begin:end],
+                attention_mask=whole["attention_mask"][:, :end],
+                past_key_values=cache,
+                use_cache=True,
+                threshold=threshold,
+            )
+            cache = out.past_key_values
+            logits.append(out.logits)
+    real = whole["attention_mask"].bool()
+    return torch.cat(logits, 1)[real], kept(cache)
+
+
+def loss_and_gradients(model, **arguments):
+    model.train()
+    model.zero_grad()
+    loss = model(**arguments, labels=arguments["input_ids"]).loss
+    loss.backward()
+    return loss.item(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+def assert_same_gradients(actual, expected):
+    assert actual[0] == pytest.approx(expected[0], abs=LOGITS)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        error = (actual[1][name] - grad).abs().max().item()
+        allowed = GRADIENT * max(grad.abs().max().item(), 1e-3)
+        assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
+
+
+@EACH
+def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels):
+    model = tiny_model(tiny_config)
+    expected = {threshold: several_turns(model, threshold) for threshold in THRESHOLDS}
+    numbers = [sum(map(len, sets)) for _, sets in expected.values()]
+    assert numbers[0] > numbers[1] > numbers[2] == 0, "the thresholds do not tell anything apart"
+    calls = on_kernels()
+    for threshold, (logits, sets) in expected.items():
+        actual, actual_sets = several_turns(model, threshold)
+        assert actual_sets == sets, f"threshold {threshold}: another set is kept"
+        error = (actual - logits).abs().max().item()
+        assert error <= LOGITS, f"threshold {threshold}: logits off by {error:.2e}"
+    assert all(calls.values()), f"never called: {calls}"
+
+
+@EACH
+def test_gradients_are_those_of_pytorch(tiny_config, on_kernels):
+    model = tiny_model(tiny_config)
+    arguments = inputs()  # without a threshold, so that the learned ones are at work and have a gradient
+    expected = loss_and_gradients(model, **arguments)
+    assert len(expected[1]) >= len(list(model.parameters())) - 4, "parameters without a gradient prove nothing"
+    on_kernels()
+    assert_same_gradients(loss_and_gradients(model, **arguments), expected)
+
+
+@ALL
+@pytest.mark.parametrize("threshold", [0.0, 2.0], ids=str)
+def test_gradients_at_the_extremes_are_those_of_pytorch(threshold, tiny_config, on_kernels):
+    model = tiny_model(tiny_config)
+    arguments = {**inputs(), "threshold": threshold}
+    expected = loss_and_gradients(model, **arguments)
+    on_kernels()
+    assert_same_gradients(loss_and_gradients(model, **arguments), expected)
+
+
+@ALL
+def test_gradients_of_a_learned_router_in_packed_rows(tiny_config, on_kernels):
+    model = tiny_model(tiny_config, router="learned_error")
+    arguments = {"input_ids": torch.randint(1, 97, (1, LENGTH)), "threshold": 0.5}
+    arguments["position_ids"] = torch.cat([torch.arange(33), torch.arange(LENGTH - 33)])[None]
+    expected = loss_and_gradients(model, **arguments)
+    on_kernels()
+    assert_same_gradients(loss_and_gradients(model, **arguments), expected)
+
+
+@ALL
+@pytest.mark.parametrize("arguments", [{"threshold": 0.5}, {"threshold": 0.0, "kv_budget": 11}], ids=str)
+def test_generated_text_is_that_of_pytorch(arguments, tiny_config, on_kernels):
+    model = tiny_model(tiny_config).eval()
+    arguments = {**inputs(), "max_new_tokens": 8, "do_sample": False, **arguments}
+    expected = model.generate(**arguments)
+    on_kernels()
+    assert model.generate(**arguments).tolist() == expected.tolist()
+
+
+def test_tensors_on_a_cpu_never_reach_the_kernels(tiny_config, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a kernel was called for a tensor on a CPU")
+
+    for op in OPS:
+        monkeypatch.setattr(ham_kernels, op, fail, raising=False)
+    model = tiny_model(tiny_config)
+    loss_and_gradients(model, **inputs())
+    model.eval().generate(**inputs(), max_new_tokens=3, do_sample=False)
+
+
+def on_gpu(dtype=torch.float32, head_dim=16):
+    """What the choice looks at, of a tensor on a GPU that need not be there."""
+    return types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(2, head_dim))
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    """A function that says what `ham_kernels` has against the GPU."""
+    ops_ham._warn_without_kernels.cache_clear()
+
+    def set_problem(problem):
+        module = types.SimpleNamespace(platform_problem=lambda device: problem, compact_kept="the kernel")
+        monkeypatch.setattr(ops_ham, "ham_kernels", module)
+
+    yield set_problem
+    ops_ham._warn_without_kernels.cache_clear()
+
+
+def test_tensors_on_a_gpu_go_to_the_kernels(platform):
+    platform(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert ops_ham._kernel("compact_kept", on_gpu(dtype)) == "the kernel"
+        assert ops_ham._kernel("compact_kept", on_gpu(head_dim=256)) == "the kernel"
+
+
+def test_what_the_kernels_cannot_hold_takes_pytorch(platform):
+    platform(None)
+    assert ops_ham._kernel("compact_kept", on_gpu(), on_gpu(torch.float64)) is None
+    assert ops_ham._kernel("compact_kept", on_gpu(), on_gpu(head_dim=257)) is None
+    assert ops_ham._kernel("compact_kept", torch.zeros(2, 16)) is None
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_gpu_without_kernels_warns_once_and_takes_pytorch(installed, platform, monkeypatch):
+    platform("this GPU is too old")
+    if not installed:
+        monkeypatch.setattr(ops_ham, "ham_kernels", None)
+    with pytest.warns(UserWarning, match="too old" if installed else "not installed"):
+        assert ops_ham._kernel("compact_kept", on_gpu()) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops_ham._kernel("compact_kept", on_gpu()) is None
