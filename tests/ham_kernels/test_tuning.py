@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Counts what the kernels would tune and compile as lengths grow, and holds the refusal of bad platforms to a table."""
+"""Counts what the kernels would tune and compile as lengths grow, and holds the refusal of platforms to its table."""
 
 import inspect
 
