@@ -3,6 +3,7 @@
 
 from .compact import compact_kept
 from .gated_delta_rule import gated_delta_rule_with_prediction
+from .ragged_decode_attention import ragged_decode_attention
 from .tuning import check_platform, platform_problem
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     "compact_kept",
     "gated_delta_rule_with_prediction",
     "platform_problem",
+    "ragged_decode_attention",
 ]

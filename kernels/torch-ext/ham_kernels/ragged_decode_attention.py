@@ -1,0 +1,444 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Attention of one query token over each stream's paged keys: split along the keys, whatever each stream holds.
+
+The pages of a stream lie anywhere in a few slabs. Four launches, none of which waits for the host:
+
+1. `split_plan_fwd_kernel` counts: where each stream's pages begin in a list, and which stream each split belongs to.
+2. `page_list_fwd_kernel` writes that list, the addresses of every page's keys and values ordered by stream. It moves
+   24 bytes a page, where a page of 16 tokens at head dimension 128 in bfloat16 has 8,192.
+3. `ragged_decode_attention_fwd_kernel` reads the pages, `split_pages` a program: work is cut by tokens, not by heads,
+   so that one long stream is as fast as many short ones.
+4. `ragged_decode_merge_fwd_kernel` merges a stream's splits, its open page and the token itself.
+
+A list kept from step to step would save the first two launches, and cost the store a table padded to the longest
+stream, or one to be shifted at every sealed page. Programs that walk the pages of a slab in place would need no list,
+but would write a partial result a page and read it again: an eighth of what the page itself has.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .tuning import INTERPRETED, check_platform
+
+# Numbers of a slab: addresses of keys, values, owners and ranks, pages in the slabs before it, its own pages.
+SLAB_FIELDS = 6
+# A split holds this many pages at most: 512 keys at 16 tokens a page, 500 times the bytes of its partial result.
+MAX_SPLIT_PAGES = 32
+# Splits become shorter when there would be fewer of them than this: 4 blocks on each of an H100's 132 processors.
+WANTED_SPLITS = 528
+# Streams whose pages a program of the plan adds up at once.
+PLAN_BLOCK = 1024
+# Bytes of keys and values that a block loads at once: the 4 blocks a processor holds cover the memory's latency.
+TILE_BYTES = 2**15
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The interpreter multiplies the bits of bfloat16 as if they were integers.
+DOT_IN_FLOAT32 = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if DOT_IN_FLOAT32:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_streams", "split_pages", "num_splits"])
+def split_plan_fwd_kernel(
+    counts, page_start, split_start, split_stream, num_streams, split_pages, num_splits,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First page and first split of a stream, and the stream of each of its splits; the last names the unused ones."""
+    stream = tl.program_id(0)
+    pages_before = tl.zeros([BLOCK], dtype=tl.int32)
+    splits_before = tl.zeros([BLOCK], dtype=tl.int32)
+    for begin in range(0, stream, BLOCK):
+        n = begin + tl.arange(0, BLOCK)
+        pages = (tl.load(counts + n, mask=n < stream, other=0) // PAGE).to(tl.int32)
+        pages_before += pages
+        splits_before += tl.cdiv(pages, split_pages)
+    first_page, first_split = tl.sum(pages_before, 0), tl.sum(splits_before, 0)
+    pages = (tl.load(counts + stream) // PAGE).to(tl.int32)
+    end = first_split + tl.cdiv(pages, split_pages)
+    tl.store(page_start + stream, first_page)
+    tl.store(split_start + stream, first_split)
+    last = end
+    if stream == num_streams - 1:
+        tl.store(page_start + num_streams, first_page + pages)
+        tl.store(split_start + num_streams, end)
+        last = num_splits
+    for begin in range(first_split, last, BLOCK):
+        split = begin + tl.arange(0, BLOCK)
+        tl.store(split_stream + split, tl.where(split < end, stream, -1), mask=split < last)
+
+
+@triton.jit(do_not_specialize=["num_streams", "num_pages"])
+def page_list_fwd_kernel(
+    slabs, page_start, page_list, num_streams, num_pages, key_bytes, value_bytes,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Addresses of keys and of values of a slab's pages, each at its stream's place in the list."""
+    row = slabs + tl.program_id(1) * FIELDS
+    page = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keys, values = tl.load(row), tl.load(row + 1)
+    owners = tl.load(row + 2).to(tl.pointer_type(tl.int32))
+    ranks = tl.load(row + 3).to(tl.pointer_type(tl.int32))
+    # Slabs are filled one after the other, so the number in use tells how far.
+    in_use = tl.load(page_start + num_streams) - tl.load(row + 4)
+    valid = (page < tl.load(row + 5)) & (page < in_use)
+    owner = tl.load(owners + page, mask=valid, other=0)
+    place = tl.load(page_start + owner, mask=valid, other=0) + tl.load(ranks + page, mask=valid, other=0)
+    page = page.to(tl.int64)
+    tl.store(page_list + place, keys + page * key_bytes, mask=valid)
+    tl.store(page_list + num_pages + place, values + page * value_bytes, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_pages", "split_pages"])
+def ragged_decode_attention_fwd_kernel(
+    q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, scale,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Softmax of a stream's queries over a split of its pages: maximum (in powers of 2), sum and weighted values."""
+    split = tl.program_id(0).to(tl.int64)
+    stream = tl.load(split_stream + split).to(tl.int64)
+    if stream < 0:
+        return
+    first = tl.load(page_start + stream) + (split.to(tl.int32) - tl.load(split_start + stream)) * split_pages
+    last = tl.minimum(first + split_pages, tl.load(page_start + stream + 1))
+    element = tl.pointer_type(q.dtype.element_ty)
+    o_g, o_n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N)
+    o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    queries = tl.load(
+        q + (stream * G + o_g[:, None]) * K + o_k[None, :], mask=(o_g < G)[:, None] & (o_k < K)[None, :], other=0.0
+    )
+    m = tl.full([BLOCK_G], -float("inf"), dtype=tl.float32)
+    norm = tl.zeros([BLOCK_G], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_V], dtype=tl.float32)
+    for begin in range(first, last, BLOCK_N // PAGE):
+        index = begin + o_n // PAGE
+        used = index < last
+        key_page = tl.load(page_list + index, mask=used, other=0)
+        value_page = tl.load(page_list + num_pages + index, mask=used, other=0)
+        slot = o_n % PAGE
+        key_page = tl.multiple_of(key_page.to(element), [ALIGNMENT])
+        keys = tl.load(
+            key_page[:, None] + (slot[:, None] * K + o_k[None, :]), mask=used[:, None] & (o_k < K)[None, :], other=0.0
+        )
+        logits = _dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], dtype=tl.float32)) * scale
+        logits = tl.where(used[None, :], logits, -float("inf"))
+        # A step begins with a page in use, so the maximum is finite.
+        m_new = tl.maximum(m, tl.max(logits, 1))
+        weights = tl.exp2(logits - m_new[:, None])
+        decay = tl.exp2(m - m_new)
+        value_page = tl.multiple_of(value_page.to(element), [ALIGNMENT])
+        values = tl.load(
+            value_page[:, None] + (slot[:, None] * V + o_v[None, :]),
+            mask=used[:, None] & (o_v < V)[None, :],
+            other=0.0,
+        )
+        norm = norm * decay + tl.sum(weights, 1)
+        acc = _dot(weights.to(values.dtype), values, acc * decay[:, None])
+        m = m_new
+    row = split * G + o_g
+    tl.store(peak + row, m, mask=o_g < G)
+    tl.store(total + row, norm, mask=o_g < G)
+    tl.store(partial + row[:, None] * V + o_v[None, :], acc, mask=(o_g < G)[:, None] & (o_v < V)[None, :])
+
+
+@triton.jit
+def ragged_decode_merge_fwd_kernel(
+    q, k, v, tail_k, tail_v, fill, split_start, peak, total, partial, out, scale,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One query: the token itself begins the softmax, its stream's open page and splits go on with it."""
+    stream, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_p, o_s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
+    o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    in_k, in_v = o_k < K, o_v < V
+    query = tl.load(q + (stream * G + head) * K + o_k, mask=in_k, other=0.0).to(tl.float32) * scale
+    m = tl.sum(query * tl.load(k + stream * K + o_k, mask=in_k, other=0.0).to(tl.float32), 0)
+    norm = tl.full([], 1.0, dtype=tl.float32)
+    acc = tl.load(v + stream * V + o_v, mask=in_v, other=0.0).to(tl.float32)
+
+    used = o_p < tl.load(fill + stream)
+    slot = stream * PAGE + o_p[:, None]
+    keys = tl.load(tail_k + slot * K + o_k[None, :], mask=used[:, None] & in_k[None, :], other=0.0)
+    values = tl.load(tail_v + slot * V + o_v[None, :], mask=used[:, None] & in_v[None, :], other=0.0)
+    logits = tl.where(used, tl.sum(query[None, :] * keys.to(tl.float32), 1), -float("inf"))
+    m_new = tl.maximum(m, tl.max(logits, 0))
+    weights = tl.exp2(logits - m_new)
+    decay = tl.exp2(m - m_new)
+    norm = norm * decay + tl.sum(weights, 0)
+    acc = acc * decay + tl.sum(weights[:, None] * values.to(tl.float32), 0)
+    m = m_new
+
+    last = tl.load(split_start + stream + 1)
+    for begin in range(tl.load(split_start + stream), last, BLOCK_S):
+        split = begin + o_s
+        used = split < last
+        row = split.to(tl.int64) * G + head
+        peaks = tl.load(peak + row, mask=used, other=-float("inf"))
+        m_new = tl.maximum(m, tl.max(peaks, 0))
+        weights = tl.exp2(peaks - m_new)
+        decay = tl.exp2(m - m_new)
+        norm = norm * decay + tl.sum(weights * tl.load(total + row, mask=used, other=0.0), 0)
+        parts = tl.load(partial + row[:, None] * V + o_v[None, :], mask=used[:, None] & in_v[None, :], other=0.0)
+        acc = acc * decay + tl.sum(weights[:, None] * parts, 0)
+        m = m_new
+    tl.store(out + (stream * G + head) * V + o_v, (acc / norm).to(out.dtype.element_ty), mask=in_v)
+
+
+def index_pages(
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], num_streams: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.Tensor]]:
+    """The `index` of pages that come without one, by a sort, and the ranks `[P]` per slab that it points to."""
+    owner = torch.cat([owner for _, _, owner in pages]).long()
+    order = owner.argsort(stable=True)
+    pages_of = owner.new_zeros(num_streams).index_add_(0, owner, torch.ones_like(owner))
+    rank = torch.empty_like(owner, dtype=torch.int32)
+    before = pages_of.cumsum(0) - pages_of
+    rank[order] = (torch.arange(len(owner), device=owner.device) - before[owner[order]]).int()
+    ranks = list(rank.split([len(x) for _, _, x in pages]))
+    slabs = slab_table([(*slab, rank) for slab, rank in zip(pages, ranks, strict=True)])
+    return (slabs, pages_of * pages[0][0].shape[1]), ranks
+
+
+def slab_table(slabs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """`[S, 6]` int64 on the slabs' device: what the kernels know of each slab `(keys, values, owner, rank)`.
+
+    Addresses of the four tensors, pages in the slabs before, own pages. It holds as long as the tensors live.
+    """
+    rows, before = [], 0
+    for slab in slabs:
+        rows.append([*(x.data_ptr() for x in slab), before, len(slab[0])])
+        before += len(slab[0])
+    device = slabs[0][0].device
+    # From pinned memory the copy does not wait for what the GPU is doing.
+    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def ragged_decode_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    index: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Launches the kernels on arguments that `ragged_decode_attention` has checked."""
+    streams, groups, key_dim = q.shape
+    tail_k, tail_v, fill = tail
+    page, value_dim = tail_v.shape[1:]
+    q, k, v, fill = q.contiguous(), k.contiguous(), v.contiguous(), fill.contiguous()
+    scale = scale * math.log2(math.e)  # the kernels' exponentials are powers of 2
+    block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
+    split_start = peak = total = partial = fill  # never read without pages
+    if pages:
+        if index is None:
+            index, _ranks = index_pages(pages, streams)  # addresses do not keep the ranks alive, their name does
+        num_pages = sum(len(owner) for _, _, owner in pages)
+        split_pages, num_splits = split_sizes(num_pages, streams)
+        page_start, split_start = torch.empty(2, streams + 1, dtype=torch.int32, device=q.device)
+        split_stream = torch.empty(num_splits, dtype=torch.int32, device=q.device)
+        page_list = torch.empty(2, num_pages, dtype=torch.long, device=q.device)
+        peak, total = torch.empty(2, num_splits, groups, dtype=torch.float32, device=q.device)
+        partial = torch.empty(num_splits, groups, value_dim, dtype=torch.float32, device=q.device)
+        slabs, counts = index
+        split_plan_fwd_kernel[(streams,)](
+            counts,
+            page_start,
+            split_start,
+            split_stream,
+            streams,
+            split_pages,
+            num_splits,
+            PAGE=page,
+            BLOCK=PLAN_BLOCK,
+        )
+        largest = max(len(owner) for _, _, owner in pages)
+        key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
+        page_list_fwd_kernel[(triton.cdiv(largest, 256), len(pages))](
+            slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes, FIELDS=SLAB_FIELDS, BLOCK=256
+        )
+        ragged_decode_attention_fwd_kernel[(num_splits,)](
+            q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, scale,
+            G=groups, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages),
+            BLOCK_G=max(16, triton.next_power_of_2(groups)),
+            BLOCK_N=keys_per_tile(page, block_k, block_v, q.element_size()), BLOCK_K=block_k, BLOCK_V=block_v,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    else:
+        split_start = torch.zeros(streams + 1, dtype=torch.int32, device=q.device)
+    out = torch.empty(streams, groups, value_dim, dtype=v.dtype, device=q.device)
+    ragged_decode_merge_fwd_kernel[(streams, groups)](
+        q, k, v, tail_k, tail_v, fill, split_start, peak, total, partial, out, scale,
+        G=groups, K=key_dim, V=value_dim, PAGE=page, BLOCK_P=triton.next_power_of_2(page), BLOCK_S=16,
+        BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def split_sizes(num_pages: int, num_streams: int) -> tuple[int, int]:
+    """Pages a split, and how many splits there can be at most, however the pages belong to streams."""
+    split_pages = min(MAX_SPLIT_PAGES, max(4, triton.next_power_of_2(triton.cdiv(num_pages, WANTED_SPLITS))))
+    return split_pages, num_pages // split_pages + min(num_streams, num_pages)
+
+
+def keys_per_tile(page: int, block_k: int, block_v: int, element_size: int) -> int:
+    """A power of two of keys, at least one page and 16, whose keys and values fill a tile."""
+    keys = TILE_BYTES // (2 * max(block_k, block_v) * element_size)
+    return max(page, 16, min(128, keys))
+
+
+def page_alignment(pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> int:
+    """Bytes, at most 16, of which every page's address is a multiple."""
+    sizes = (x[0].nbytes for keys, values, _ in pages[:1] for x in (keys, values) if len(x))
+    return math.gcd(16, *sizes, *(x.data_ptr() for keys, values, _ in pages for x in (keys, values)))
+
+
+def ragged_decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float | None = None,
+    index: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Softmax attention of one token's queries over its stream's pages and over itself, without a backward.
+
+    Nothing is copied, padded to the longest stream or waited for. Beside the output it takes 16 bytes a page and a
+    float32 result for every 512 keys, fewer where there is little to share out.
+
+    Args:
+        q: `[N, G, K]` bfloat16, float16 or float32, the `G` queries of each of `N` streams (a row and key/value head).
+        k, v: `[N, K]` and `[N, V]`, the current token's own key and value.
+        pages: per slab `(keys [P, p, K], values [P, p, V], owner [P] int32)`, contiguous: full pages and the stream
+            each belongs to; `p` is a power of two.
+        tail: `(keys [N, p, K], values [N, p, V], fill [N] int)`, contiguous: each stream's open page and how much of
+            it is in use.
+        scale: factor of the logits; `K ** -0.5` if `None`.
+        index: `(slab_table(...), counts [N] int64)`: where pages lie and how many tokens each stream holds, of which
+            those in the open page do not matter; a store knows both. If `None`, it is worked out by a sort and a
+            small copy from the host.
+
+    Returns:
+        `[N, G, V]` in the dtype of `v`.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
+    """
+    pages = [slab for slab in pages if len(slab[2])]
+    _check_arguments(q, k, v, pages, tail, index)
+    check_platform(q.device)
+    if not q.shape[0]:
+        return v.new_empty(0, q.shape[1], v.shape[1])
+    return ragged_decode_attention_fwd(q, k, v, pages, tail, q.shape[-1] ** -0.5 if scale is None else scale, index)
+
+
+def _check_arguments(q, k, v, pages, tail, index) -> None:
+    if q.ndim != 3 or q.dtype not in DTYPES:
+        raise ValueError(f"`q` must be [N, G, K] of bfloat16, float16 or float32, got {list(q.shape)} of {q.dtype}.")
+    (streams, _, key_dim), value_dim = q.shape, v.shape[-1]
+    tail_k, tail_v, fill = tail
+    page = tail_k.shape[1] if tail_k.ndim == 3 else 0
+    if page < 1 or page & (page - 1):
+        raise ValueError(f"`tail` must hold pages [N, p, K], `p` a power of two, got {list(tail_k.shape)}.")
+    expected = [("q", q, q.shape), ("k", k, (streams, key_dim)), ("v", v, (streams, value_dim))]
+    expected += [("tail[0]", tail_k, (streams, page, key_dim)), ("tail[1]", tail_v, (streams, page, value_dim))]
+    for i, (keys, values, owner) in enumerate(pages):
+        expected.append((f"pages[{i}][0]", keys, (len(owner), page, key_dim)))
+        expected.append((f"pages[{i}][1]", values, (len(owner), page, value_dim)))
+        _check_integers(f"pages[{i}][2]", owner, (len(owner),), (torch.int32,), q.device)
+    for name, x, shape in expected:
+        if x.shape != shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"`{name}` must be {list(shape)} of {q.dtype} on {q.device}, got {list(x.shape)} of {x.dtype} on "
+                f"{x.device}."
+            )
+        if name[0] in "pt" and not x.is_contiguous():
+            raise ValueError(f"`{name}` must be contiguous, got strides {x.stride()}.")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"`{name}` requires a gradient, got grad mode on; the op takes tensors without.")
+    _check_integers("tail[2]", fill, (streams,), (torch.int32, torch.int64), q.device)
+    if index is not None:
+        _check_integers("index[0]", index[0], (len(pages), SLAB_FIELDS), (torch.int64,), q.device)
+        _check_integers("index[1]", index[1], (streams,), (torch.int64,), q.device)
+
+
+def _check_integers(
+    name: str, x: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if x.shape != shape or x.dtype not in dtypes or x.device != device or not x.is_contiguous():
+        raise ValueError(
+            f"`{name}` must be {list(shape)} of {' or '.join(map(str, dtypes))} on {device}, contiguous; got "
+            f"{list(x.shape)} of {x.dtype} on {x.device}, strides {x.stride()}."
+        )
+
+
+def _aot_case(key_dim: int) -> dict:
+    """The shipped tile of a head dimension in bfloat16, four queries a stream."""
+    integers = dict.fromkeys(("num_pages", "split_pages"), "i32")
+    pointers = {"q": "*bf16", "page_list": "*i64"} | dict.fromkeys(("peak", "total", "partial"), "*fp32")
+    pointers |= dict.fromkeys(("page_start", "split_start", "split_stream"), "*i32")
+    return {
+        "kernel": ragged_decode_attention_fwd_kernel,
+        "signature": pointers | integers | {"scale": "fp32"},
+        "constexprs": {
+            "G": 4,
+            "K": key_dim,
+            "V": key_dim,
+            "PAGE": 16,
+            "ALIGNMENT": 16,
+            "BLOCK_G": 16,
+            "BLOCK_N": keys_per_tile(16, key_dim, key_dim, 2),
+            "BLOCK_K": key_dim,
+            "BLOCK_V": key_dim,
+        },
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def _aot_merge_case(key_dim: int) -> dict:
+    pointers = dict.fromkeys(("q", "k", "v", "tail_k", "tail_v", "out"), "*bf16")
+    pointers |= dict.fromkeys(("peak", "total", "partial"), "*fp32") | {"fill": "*i64", "split_start": "*i32"}
+    sizes = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
+    return {
+        "kernel": ragged_decode_merge_fwd_kernel,
+        "signature": pointers | {"scale": "fp32"},
+        "constexprs": sizes | {"G": 4, "PAGE": 16, "BLOCK_P": 16, "BLOCK_S": 16},
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+AOT_CASES = [
+    _aot_case(128),
+    _aot_case(64),
+    _aot_case(256),
+    _aot_merge_case(128),
+    _aot_merge_case(64),
+    {
+        "kernel": split_plan_fwd_kernel,
+        "signature": {"counts": "*i64"}
+        | dict.fromkeys(("page_start", "split_start", "split_stream"), "*i32")
+        | dict.fromkeys(("num_streams", "split_pages", "num_splits"), "i32"),
+        "constexprs": {"PAGE": 16, "BLOCK": PLAN_BLOCK},
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+    {
+        "kernel": page_list_fwd_kernel,
+        "signature": {"slabs": "*i64", "page_start": "*i32", "page_list": "*i64"}
+        | dict.fromkeys(("num_streams", "num_pages", "key_bytes", "value_bytes"), "i32"),
+        "constexprs": {"FIELDS": SLAB_FIELDS, "BLOCK": 256},
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+]
