@@ -1,0 +1,84 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds the folder `kernels` to what Hugging Face's kernel-builder and the package `kernels` make of it."""
+
+import ast
+import inspect
+import json
+import pathlib
+import shutil
+import sys
+import tomllib
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import ham_kernels
+
+FOLDER = pathlib.Path(__file__).parents[2] / "kernels"
+SOURCE = FOLDER / "torch-ext" / "ham_kernels"
+# What a Python kernel may import besides itself and the standard library; fla serves one op where it is installed.
+IMPORTS = {"torch", "triton", "fla"}
+
+
+def imported(file):
+    """The top-level packages that a file imports, and how many levels its relative imports climb."""
+    names, levels = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            levels.add(node.level)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names, levels
+
+
+def test_the_project_is_a_kernel_of_python_files():
+    settings = tomllib.loads((FOLDER / "build.toml").read_text())
+    assert settings["general"]["name"].replace("-", "_") == SOURCE.name == ham_kernels.__name__
+    assert "torch-noarch" in settings
+    assert not (FOLDER / "__init__.py").exists(), "it would hide the package `kernels`"
+
+
+def test_the_api_is_all_of_the_public_functions_and_the_card_names_them():
+    public = {
+        name for name, x in vars(ham_kernels).items() if inspect.isfunction(inspect.unwrap(x)) and name[0] != "_"
+    }
+    assert public == set(ham_kernels.__all__)
+    card = (FOLDER / "CARD.md").read_text()
+    for name in public - {"check_platform", "platform_problem"}:
+        assert f"`{name}`" in card
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.stem)
+def test_a_kernel_imports_itself_relatively_and_little_else(file):
+    names, levels = imported(file)
+    assert names - set(sys.stdlib_module_names) <= IMPORTS
+    assert levels <= {1}
+
+
+def test_the_package_kernels_reads_and_loads_the_folder(tmp_path):
+    # Not `kernels` itself: this repository's folder answers to that name where nothing is installed.
+    pytest.importorskip("kernels._rust", reason="the package `kernels` is not installed")
+    from kernels._rust import Build
+
+    import kernels
+
+    Build.open(FOLDER)  # an error for what kernel-builder would not take
+    # What kernel-builder writes for a kernel of Python files: a folder a backend.
+    backend = "cuda" if torch.version.cuda else "cpu"
+    variant = tmp_path / "build" / f"torch-{backend}"
+    shutil.copytree(SOURCE, variant, ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = {"id": f"_ham_kernels_{backend}_test", "name": "ham-kernels", "version": 1, "python-depends": []}
+    metadata |= {"license": "Apache-2.0", "backend": {"type": backend}}
+    (variant / "metadata.json").write_text(json.dumps(metadata))
+    loaded = kernels.get_local_kernel(tmp_path)
+    assert loaded is not ham_kernels
+    assert sorted(loaded.__all__) == sorted(ham_kernels.__all__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep = torch.tensor([True, False, True], device=device).view(1, 3, 1)
+    (kept,), before = loaded.compact_kept(keep, torch.arange(3.0, device=device).view(1, 3, 1, 1))
+    assert kept.flatten().tolist() == [0.0, 2.0]
+    assert before.flatten().tolist() == [0, 1, 1]
