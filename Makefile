@@ -23,7 +23,7 @@ HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; th
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,10 @@ format: $(DEV) ## mend what ruff can mend, and format
 
 bench: $(BASE) ## measure speed and memory on this machine
 	@$(BIN)/python -m ham_hf.evaluation.bench $(ARGS)
+
+# A machine with a GPU may have PyTorch and no network, so this takes the Python that is there.
+gpu-check: ## test and measure the kernels on this machine's NVIDIA GPU; installs nothing
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/benchmarks/gpu_check.py $(ARGS)
 
 clean: ## remove the environment, the caches and what was built
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

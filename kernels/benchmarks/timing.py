@@ -72,18 +72,17 @@ def row(what: str, against: str, at_most: float, ours_ms: float, other_ms: float
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| what | against | ours, ms | other, ms | ratio | at most | met |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        met = "yes" if r["meets"] else "**no**"
-        lines.append(
-            f"| {r['what']} | {r['against']} | {r['ours_ms']:.3f} | {r['other_ms']:.3f} | {r['ratio']:.3f} "
-            f"| {r['target']:.3f} | {met} |"
-        )
-    return "\n".join(lines)
+    """The rows, which have the same keys, as a Markdown table."""
+    if not rows:
+        return "No rows."
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(run: Callable[[bool], list[dict[str, Any]]], description: str | None) -> None:

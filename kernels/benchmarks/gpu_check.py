@@ -1,0 +1,178 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""`make gpu-check`: everything that needs an NVIDIA GPU, in one command and a bounded time, with a dated report.
+
+It runs the tests of the kernels on the GPU, the comparison of a whole model with the CPU, and every benchmark, each in
+a process of its own with a share of the time. A stage that fails, or runs out of time, is reported and makes the exit
+status 1, and the others still run; a benchmark that misses its target is a result, not a failure. Without an NVIDIA
+GPU it says so and exits with 0: nothing was found to be wrong.
+
+It needs Python with PyTorch, Triton, Transformers and pytest, nothing installed, and no network.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import timing
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# Shares of the time: the tests and the comparison get at most this, the benchmarks divide what is left.
+TEST_SHARE, PARITY_SHARE = 0.45, 0.2
+PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")
+
+
+def environment() -> dict[str, str]:
+    """What the results depend on."""
+    found = {"gpu": torch.cuda.get_device_name(), "driver": "unknown", "commit": "unknown"}
+    commands = {
+        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        "commit": ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+    }
+    for name, command in commands.items():
+        try:
+            found[name] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        except (OSError, subprocess.CalledProcessError):
+            continue  # the machine may have no git, and the folder no history
+    found |= {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def run_stage(name: str, command: list[str], seconds: float, **variables: str) -> dict[str, Any]:
+    """Runs one command with this repository's packages importable; kills it, and what it started, at its time."""
+    print(f"\n== {name} (at most {seconds:.0f} s)", flush=True)
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(HERE), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"} | variables
+    env.pop("TRITON_INTERPRET", None)
+    begin = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    try:
+        status = process.wait(max(seconds, 1))
+        outcome = "passed" if status == 0 else f"failed, exit status {status}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        outcome = f"stopped after {seconds:.0f} s"
+    took = time.monotonic() - begin
+    print(f"== {name}: {outcome}, {took:.0f} s", flush=True)
+    return {"stage": name, "outcome": outcome, "seconds": round(took, 1)}
+
+
+def run_tests(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
+    """The tests of the kernels; untuned, because measuring tile shapes for every test's shape would take minutes."""
+    report = folder / "tests.xml"
+    # Not the settings in pyproject.toml: they ask for a newer pytest than a bare machine may have.
+    command = [sys.executable, "-m", "pytest", "tests/ham_kernels", "-q", "-c", os.devnull, "--rootdir", str(ROOT)]
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    stage = run_stage("tests on the GPU", command, seconds, HAM_KERNELS_TUNING="0")
+    if report.exists():
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+        stage["outcome"] += " (" + ", ".join(f"{count} {name}" for name, count in counts.items()) + ")"
+        stage["failed"] = [
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in suite.iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
+        ]
+    return stage
+
+
+def run_parity(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
+    """The comparison of a whole model; untuned as the tests are."""
+    output = folder / "parity.json"
+    command = [sys.executable, str(HERE / "parity.py"), "--json", str(output)]
+    stage = run_stage("model, CPU against GPU", command, seconds, HAM_KERNELS_TUNING="0")
+    stage["rows"] = json.loads(output.read_text()) if output.exists() else []
+    return stage
+
+
+def run_benchmark(name: str, seconds: float, quick: bool, folder: pathlib.Path) -> dict[str, Any]:
+    """The rows of one benchmark."""
+    output = folder / f"{name}.json"
+    program = f"import json, {name}; rows = {name}.run({quick}); open({str(output)!r}, 'w').write(json.dumps(rows))"
+    stage = run_stage(name, [sys.executable, "-c", program], seconds)
+    stage["rows"] = json.loads(output.read_text()) if output.exists() else []
+    print(timing.markdown(stage["rows"]), flush=True)
+    return stage
+
+
+def run_all(budget: float, quick: bool) -> list[dict[str, Any]]:
+    """Every stage, within `budget` seconds."""
+    end = time.monotonic() + budget
+    names = sorted(file.stem for file in HERE.glob("bench_*.py"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        stages = [run_tests(TEST_SHARE * budget, folder), run_parity(PARITY_SHARE * budget, folder)]
+        for i, name in enumerate(names):
+            share = (end - time.monotonic()) / (len(names) - i)
+            stages.append(run_benchmark(name, share, quick, folder))
+    return stages
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"# GPU check, {report['date']}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in report["environment"].items()]
+    lines += ["", "| stage | outcome | seconds |", "|---|---|---|"]
+    lines += [f"| {s['stage']} | {s['outcome']} | {s['seconds']:.0f} |" for s in report["stages"]]
+    for stage in report["stages"]:
+        if stage.get("failed"):
+            lines += ["", f"## {stage['stage']}: failed", ""] + [f"- `{name}`" for name in stage["failed"]]
+        if stage.get("rows"):
+            lines += ["", f"## {stage['stage']}", "", timing.markdown(stage["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(stages: list[dict[str, Any]], folder: pathlib.Path) -> pathlib.Path:
+    """Writes the report as JSON and as Markdown, named by date and GPU; returns the second."""
+    now = datetime.datetime.now(datetime.UTC)
+    report = {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "environment": environment(), "stages": stages}
+    gpu = re.sub(r"[^a-z0-9]+", "-", report["environment"]["gpu"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{now:%Y-%m-%d-%H%M}-{gpu}.md"
+    file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    file.write_text(as_markdown(report))
+    return file
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=450, help="seconds for everything (default 450)")
+    parser.add_argument("--full", action="store_true", help="all shapes of the benchmarks; give a larger budget")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="the folder of the reports")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        print("No NVIDIA GPU is visible to PyTorch: there is nothing to check here.")
+        return
+    stages = run_all(arguments.budget, not arguments.full)
+    print(f"\nWrote {write_report(stages, arguments.out)}")
+    for stage in stages:
+        print(f"{stage['stage']}: {stage['outcome']}")
+    if not all(stage["outcome"].startswith("passed") for stage in stages):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds `make gpu-check` to what it promises, as far as a machine without a GPU can: a fault is found and reported."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+FOLDER = pathlib.Path(__file__).parents[2] / "kernels" / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder of the benchmarks importable, as it is for a script in it."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def gpu_check(benchmarks):
+    import gpu_check
+
+    return gpu_check
+
+
+@pytest.fixture
+def timing(benchmarks):
+    import timing
+
+    return timing
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_stops(tmp_path):
+    command = [sys.executable, str(FOLDER / "gpu_check.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No NVIDIA GPU" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_passes_fails_or_is_stopped(gpu_check):
+    def outcome(program, seconds=30):
+        return gpu_check.run_stage("sample", [sys.executable, "-c", program], seconds)["outcome"]
+
+    assert (
+        outcome("import importlib.util as i; assert all(map(i.find_spec, ('ham_hf', 'ham_kernels', 'timing')))")
+        == "passed"
+    )  # importable from anywhere
+    assert outcome("raise SystemExit(3)") == "failed, exit status 3"
+    assert outcome("import time; time.sleep(60)", seconds=1).startswith("stopped")
+
+
+def test_every_stage_runs_and_a_failure_makes_the_exit_status(gpu_check, monkeypatch, tmp_path, capsys):
+    row = {"what": "forward", "against": "all", "target": 0.5, "ours_ms": 1.0, "other_ms": 4.0, "ratio": 0.25}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+
+    def stage(name, failed=(), **more):
+        outcome = "failed, exit status 1" if failed else "passed"
+        return {"stage": name, "outcome": outcome, "seconds": 1.0, "failed": list(failed), **more}
+
+    monkeypatch.setattr(gpu_check, "run_tests", lambda seconds, folder: stage("tests", ["test_ops::test_sum"]))
+    parity = [{"what": "logits", "error": 1e-5, "allowed": 1e-4, "meets": True}]
+    monkeypatch.setattr(gpu_check, "run_parity", lambda seconds, folder: stage("parity", rows=parity))
+    seen = []
+
+    def run_benchmark(name, seconds, quick, folder):
+        seen.append(name)
+        return stage(name, rows=[row | {"meets": False}])
+
+    monkeypatch.setattr(gpu_check, "run_benchmark", run_benchmark)
+    with pytest.raises(SystemExit, match="1"):
+        gpu_check.main()
+    assert seen == sorted(file.stem for file in FOLDER.glob("bench_*.py"))
+    report = json.loads(next(tmp_path.glob("*-nvidia-h100-80gb-hbm3.json")).read_text())
+    assert report["environment"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"gpu", "driver", "triton", "commit"} <= report["environment"].keys()
+    text = next(tmp_path.glob("*.md")).read_text()
+    assert "test_ops::test_sum" in text
+    assert "| logits | 1e-05 | 0.0001 | yes |" in text
+    monkeypatch.setattr(gpu_check, "run_tests", lambda seconds, folder: stage("tests"))
+    gpu_check.main()  # a target that is missed is no failure
+    assert "parity: passed" in capsys.readouterr().out
+
+
+def test_a_row_says_whether_the_target_is_met(timing):
+    assert timing.row("a", "b", 0.5, 1.0, 2.0)["meets"]
+    missed = timing.row("a", "b", 0.5, 1.01, 2.0)
+    assert not missed["meets"]
+    assert timing.markdown([missed]).endswith("| a | b | 0.5 | 1.01 | 2 | 0.505 | **no** |")
+
+
+def test_the_comparison_of_models_finds_a_wrong_kernel(benchmarks, monkeypatch):
+    import parity
+
+    assert all(r["meets"] for r in parity.run("cpu", length=48, new_tokens=3))
+
+    # What the second model of each comparison runs on attends with a wrong scale.
+    from ham_hf import cache_ham
+
+    right = cache_ham.sparse_prefix_attention
+    models = []
+
+    def turns(model, *arguments, original=parity.turns):
+        if model not in models:
+            models.append(model)
+        wrong = models.index(model) == 1
+        kernel = (lambda *x: right(*x, scale=0.1)) if wrong else right
+        monkeypatch.setattr(cache_ham, "sparse_prefix_attention", kernel)
+        return original(model, *arguments)
+
+    monkeypatch.setattr(parity, "turns", turns)
+    monkeypatch.setattr(parity, "THRESHOLDS", (0.0,))
+    failed = [r["what"] for r in parity.exact_rows("cpu", length=48, new_tokens=1) if not r["meets"]]
+    assert failed[0].startswith("logits")
