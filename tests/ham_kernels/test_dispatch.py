@@ -24,38 +24,42 @@ THRESHOLDS = (0.0, 0.5, 2.0)
 
 @pytest.fixture
 def on_kernels(request, monkeypatch):
-    """A function that sends one op, or all of them, to the kernels, wherever the tensors are; and counts the calls."""
+    """A function that sends one op, or all, to the kernels and counts the calls; until then PyTorch has everything."""
     chosen = OPS if request.param == "all" else (request.param,)
     missing = [op for op in chosen if not hasattr(ham_kernels, op)]
     if missing:
         pytest.skip(f"ham_kernels has no {', '.join(missing)}")
     calls = dict.fromkeys(chosen, 0)
 
-    def switch():
-        def kernel(op, *tensors):
-            if op not in chosen:
-                return None
-            calls[op] += 1
-            return getattr(ham_kernels, op)
+    def kernel(op, *tensors):
+        # The table of slabs is an argument of the kernel of this op.
+        if op == "slab_table" and "ragged_decode_attention" in chosen:
+            return ham_kernels.slab_table
+        if op not in chosen:
+            return None
+        calls[op] += 1
+        return getattr(ham_kernels, op)
 
+    def switch():
         monkeypatch.setattr(ops_ham, "_kernel", kernel)
         return calls
 
+    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
     return switch
 
 
-def tiny_model(tiny_config, **overrides):
+def tiny_model(tiny_config, device="cpu", **overrides):
     torch.manual_seed(3)
     # Keys and values of unequal width, neither a power of two.
     settings = {"num_hidden_layers": 2, "head_dim": 12, "value_head_dim": 20, "router": "cosine"}
-    return HAMForCausalLM(tiny_config(**(settings | overrides)))
+    return HAMForCausalLM(tiny_config(**(settings | overrides))).to(device)
 
 
-def inputs():
+def inputs(device="cpu"):
     torch.manual_seed(4)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :PADDING] = 0
-    return {"input_ids": torch.randint(1, 97, (2, LENGTH)), "attention_mask": mask}
+    return {"input_ids": torch.randint(1, 97, (2, LENGTH)).to(device), "attention_mask": mask.to(device)}
 
 
 def kept(cache):
@@ -67,7 +71,7 @@ def kept(cache):
 def several_turns(model, threshold):
     """Logits and kept sets after a prefill, a second turn and two single tokens."""
     model.eval()
-    whole, cache, logits = inputs(), None, []
+    whole, cache, logits = inputs(model.device), None, []
     with torch.no_grad():
         for begin, end in itertools.pairwise((0, 40, LENGTH - 2, LENGTH - 1, LENGTH)):
             out = model(
@@ -101,8 +105,8 @@ def assert_same_gradients(actual, expected):
 
 
 @EACH
-def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels):
-    model = tiny_model(tiny_config)
+def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device)
     expected = {threshold: several_turns(model, threshold) for threshold in THRESHOLDS}
     numbers = [sum(map(len, sets)) for _, sets in expected.values()]
     assert numbers[0] > numbers[1] > numbers[2] == 0, "the thresholds do not tell anything apart"
@@ -116,9 +120,9 @@ def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels):
 
 
 @EACH
-def test_gradients_are_those_of_pytorch(tiny_config, on_kernels):
-    model = tiny_model(tiny_config)
-    arguments = inputs()  # without a threshold, so that the learned ones are at work and have a gradient
+def test_gradients_are_those_of_pytorch(tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device)
+    arguments = inputs(device)  # without a threshold, so that the learned ones are at work and have a gradient
     expected = loss_and_gradients(model, **arguments)
     assert len(expected[1]) >= len(list(model.parameters())) - 4, "parameters without a gradient prove nothing"
     on_kernels()
@@ -127,19 +131,19 @@ def test_gradients_are_those_of_pytorch(tiny_config, on_kernels):
 
 @ALL
 @pytest.mark.parametrize("threshold", [0.0, 2.0], ids=str)
-def test_gradients_at_the_extremes_are_those_of_pytorch(threshold, tiny_config, on_kernels):
-    model = tiny_model(tiny_config)
-    arguments = {**inputs(), "threshold": threshold}
+def test_gradients_at_the_extremes_are_those_of_pytorch(threshold, tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device)
+    arguments = {**inputs(device), "threshold": threshold}
     expected = loss_and_gradients(model, **arguments)
     on_kernels()
     assert_same_gradients(loss_and_gradients(model, **arguments), expected)
 
 
 @ALL
-def test_gradients_of_a_learned_router_in_packed_rows(tiny_config, on_kernels):
-    model = tiny_model(tiny_config, router="learned_error")
-    arguments = {"input_ids": torch.randint(1, 97, (1, LENGTH)), "threshold": 0.5}
-    arguments["position_ids"] = torch.cat([torch.arange(33), torch.arange(LENGTH - 33)])[None]
+def test_gradients_of_a_learned_router_in_packed_rows(tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device, router="learned_error")
+    arguments = {"input_ids": torch.randint(1, 97, (1, LENGTH)).to(device), "threshold": 0.5}
+    arguments["position_ids"] = torch.cat([torch.arange(33), torch.arange(LENGTH - 33)])[None].to(device)
     expected = loss_and_gradients(model, **arguments)
     on_kernels()
     assert_same_gradients(loss_and_gradients(model, **arguments), expected)
@@ -147,9 +151,9 @@ def test_gradients_of_a_learned_router_in_packed_rows(tiny_config, on_kernels):
 
 @ALL
 @pytest.mark.parametrize("arguments", [{"threshold": 0.5}, {"threshold": 0.0, "kv_budget": 11}], ids=str)
-def test_generated_text_is_that_of_pytorch(arguments, tiny_config, on_kernels):
-    model = tiny_model(tiny_config).eval()
-    arguments = {**inputs(), "max_new_tokens": 8, "do_sample": False, **arguments}
+def test_generated_text_is_that_of_pytorch(arguments, tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device).eval()
+    arguments = {**inputs(device), "max_new_tokens": 8, "do_sample": False, **arguments}
     expected = model.generate(**arguments)
     on_kernels()
     assert model.generate(**arguments).tolist() == expected.tolist()
