@@ -171,7 +171,7 @@ def wy_apply_fwd_kernel(
         tl.store(w + offsets, b_w.to(w.dtype.element_ty), mask=mask)
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3, 1), BV=(32, 64, 16)), key=["HK", "K", "V", "BT", "PACKED", "bucket"])
+@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "K", "V", "BT", "PACKED", "bucket"])
 @triton.jit(do_not_specialize=["T", "NT", "bucket"])
 def state_fwd_kernel(
     k, w, u, gc, u_out, states, initial_state, final_state, sequences, T, NT, bucket,
@@ -212,54 +212,65 @@ def state_fwd_kernel(
     tl.store(final_state + (row_out * HK + i_h) * (K * V) + square, b_S, mask=in_square & (row_out >= 0))
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(64, 128, 32)), key=["HK", "GROUP", "K", "V", "BT"])
+@triton.jit
+def _read(
+    x, k, u, states, b_g, real, o_v,
+    HK: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OF_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What vectors `x`, `STEP` heads apart, read from the state and the updates up to their own; keys, before it."""
+    row, in_v = tl.arange(0, BT), o_v < V
+    b_o = tl.zeros([BT, BV], dtype=tl.float32)
+    b_A = tl.zeros([BT, BT], dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        in_k = o_k < K
+        mask = real[:, None] & in_k[None, :]
+        b_k = tl.load(k + row[:, None] * (HK * K) + o_k[None, :], mask=mask, other=0.0)
+        b_S = tl.load(states + o_k[:, None] * V + o_v[None, :], mask=in_k[:, None] & in_v[None, :], other=0.0)
+        if OF_KEYS:
+            b_x = b_k
+        else:
+            b_x = tl.load(x + row[:, None] * (STEP * K) + o_k[None, :], mask=mask, other=0.0)
+        b_o = tl.dot(b_x, b_S, b_o, input_precision=PRECISION)
+        b_A = tl.dot(b_x, tl.trans(b_k), b_A, input_precision=PRECISION)
+    if OF_KEYS:
+        lower = row[:, None] > row[None, :]
+    else:
+        lower = row[:, None] >= row[None, :]
+    b_u = tl.load(u + row[:, None] * (HK * V) + o_v[None, :], mask=real[:, None] & in_v[None, :], other=0.0)
+    b_A = (b_A * _decay(b_g, lower)).to(b_u.dtype)
+    return tl.dot(b_A, b_u, b_o * tl.exp2(b_g)[:, None], input_precision=PRECISION)
+
+
+@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64, 128)), key=["HK", "GROUP", "K", "V", "BT"])
 @triton.jit(do_not_specialize=["T", "NT"])
 def output_fwd_kernel(
     q, k, u, gc, states, o, prediction, borders, scale, T, NT,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a group of query heads in `BV` columns of a chunk, and the prediction beside those of the first."""
+    """The prediction and the outputs of a group of query heads, in `BV` columns of one chunk."""
     i_v, i_c = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_h = tl.program_id(1)
     start, end = _chunk(borders, i_c, T, NT, BT, PACKED)
     row, o_v = tl.arange(0, BT), i_v * BV + tl.arange(0, BV)
-    real, in_v = row < end - start, o_v < V
+    real = row < end - start
+    mask = real[:, None] & (o_v < V)[None, :]
     head = start * HK + i_h
-    offsets, mask = row[:, None] * (HK * V) + o_v[None, :], real[:, None] & in_v[None, :]
     b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
-    b_in = tl.exp2(b_g)[:, None]
+    k += head * K
+    u += head * V
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
 
-    for i_q in tl.static_range(GROUP):
-        query = start * (HK * GROUP) + i_h * GROUP + i_q
-        b_o = tl.zeros([BT, BV], dtype=tl.float32)
-        b_A = tl.zeros([BT, BT], dtype=tl.float32)
-        if i_q == 0:
-            b_p = tl.zeros([BT, BV], dtype=tl.float32)
-            b_kk = tl.zeros([BT, BT], dtype=tl.float32)
-        for i_k in range(0, K, BK):
-            o_k = i_k + tl.arange(0, BK)
-            in_k = o_k < K
-            mask_k = real[:, None] & in_k[None, :]
-            b_k = tl.load(k + head * K + row[:, None] * (HK * K) + o_k[None, :], mask=mask_k, other=0.0)
-            b_q = tl.load(q + query * K + row[:, None] * (HK * GROUP * K) + o_k[None, :], mask=mask_k, other=0.0)
-            p_S = states + o_k[:, None] * V + o_v[None, :]
-            b_S = tl.load(p_S, mask=in_k[:, None] & in_v[None, :], other=0.0)
-            b_o = tl.dot(b_q, b_S, b_o, input_precision=PRECISION)
-            b_A = tl.dot(b_q, tl.trans(b_k), b_A, input_precision=PRECISION)
-            if i_q == 0:
-                b_p = tl.dot(b_k, b_S, b_p, input_precision=PRECISION)
-                b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
-        b_u = tl.load(u + head * V + offsets, mask=mask, other=0.0)
-        if i_q == 0:
-            b_kk = (b_kk * _decay(b_g, row[:, None] > row[None, :])).to(b_u.dtype)
-            b_p = tl.dot(b_kk, b_u, b_p * b_in, input_precision=PRECISION)
-            tl.store(prediction + head * V + offsets, b_p.to(prediction.dtype.element_ty), mask=mask)
-        b_A = (b_A * _decay(b_g, row[:, None] >= row[None, :])).to(b_u.dtype)
-        b_o = tl.dot(b_A, b_u, b_o * b_in, input_precision=PRECISION) * scale
+    b_p = _read(k, k, u, states, b_g, real, o_v, HK, HK, K, V, BT, BK, BV, True, PRECISION)
+    p_p = prediction + head * V + row[:, None] * (HK * V) + o_v[None, :]
+    tl.store(p_p, b_p.to(prediction.dtype.element_ty), mask=mask)
+    for i_q in range(GROUP):
+        query = head * GROUP + i_q
+        b_o = _read(q + query * K, k, u, states, b_g, real, o_v, HK, HK * GROUP, K, V, BT, BK, BV, False, PRECISION)
         p_o = o + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :]
-        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=mask)
+        tl.store(p_o, (b_o * scale).to(o.dtype.element_ty), mask=mask)
 
 
 @tuned(_configs(warps=(4, 1), stages=(1,), BV=(32, 16, 8)), key=["HK", "GROUP", "K", "V", "bucket"])
@@ -291,7 +302,7 @@ def step_fwd_kernel(
 
 @tuned(_configs(warps=(4, 2), stages=(2,), BV=(64, 128, 32)), key=["HK", "GROUP", "K", "V", "BT"])
 @triton.jit(do_not_specialize=["T", "NT"])
-def update_bwd_kernel(
+def local_bwd_kernel(
     q, k, gc, do, du, borders, scale, T, NT,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -309,7 +320,7 @@ def update_bwd_kernel(
     # Row j, column i: token i reads the update of token j <= i.
     b_decay = _decay(-b_g, row[:, None] <= row[None, :]) * scale
     b_du = tl.zeros([BT, BV], dtype=tl.float32)
-    for i_q in tl.static_range(GROUP):
+    for i_q in range(GROUP):
         query = start * (HK * GROUP) + i_h * GROUP + i_q
         b_q = tl.load(q + query * K + row[:, None] * (HK * GROUP * K) + o_k[None, :], mask=mask_k, other=0.0)
         b_do = tl.load(do + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :], mask=mask_v, other=0.0)
@@ -318,9 +329,7 @@ def update_bwd_kernel(
     tl.store(du + head * V + row[:, None] * (HK * V) + o_v[None, :], b_du.to(du.dtype.element_ty), mask=mask_v)
 
 
-@tuned(
-    _configs(warps=(4, 2), stages=(2, 3, 1), BV=(32, 64, 16)), key=["HK", "GROUP", "K", "V", "BT", "PACKED", "bucket"]
-)
+@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT", "PACKED", "bucket"])
 @triton.jit(do_not_specialize=["T", "NT", "bucket"])
 def state_bwd_kernel(
     q, k, w, gc, do, du, du_out, dstates, dfinal_state, dinitial_state, sequences, scale, T, NT, bucket,
@@ -362,7 +371,7 @@ def state_bwd_kernel(
         b_wT = tl.load(w + head * K + o_k[:, None] + row[None, :] * (HK * K), mask=mask_kT, other=0.0)
         b_dS = tl.dot(b_wT, (-b_du).to(b_wT.dtype), b_dS, input_precision=PRECISION)
         b_in = (tl.exp2(b_g) * scale)[:, None]
-        for i_q in tl.static_range(GROUP):
+        for i_q in range(GROUP):
             query = start * (HK * GROUP) + i_h * GROUP + i_q
             b_qT = tl.load(q + query * K + o_k[:, None] + row[None, :] * (HK * GROUP * K), mask=mask_kT, other=0.0)
             b_do = tl.load(do + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :], mask=mask_v, other=0.0)
@@ -372,14 +381,14 @@ def state_bwd_kernel(
         tl.store(p_dS, b_dS, mask=in_square & (row_in >= 0))
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3)), key=["HK", "GROUP", "K", "V", "BT"])
+@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT"])
 @triton.jit(do_not_specialize=["T", "NT", "tokens"])
-def output_bwd_kernel(
-    q, k, u, gc, states, do, du, dstates, dq, dk, dw, dg, borders, scale, T, NT, tokens,
+def key_bwd_kernel(
+    q, k, u, gc, states, do, du, dstates, dk, dw, dg, borders, scale, T, NT, tokens,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's `q` and `w` in `BK` columns, and the parts of `k`'s and `G`'s that bypass `w` and `M`."""
+    """Gradient of a chunk's `w` in `BK` columns; that of `k` but for its part by way of `w`, `M`; a part of `G`'s."""
     i_k, i_c = tl.program_id(0) % tl.cdiv(K, BK), tl.program_id(0) // tl.cdiv(K, BK)
     i_h = tl.program_id(1)
     start, end = _chunk(borders, i_c, T, NT, BT, PACKED)
@@ -391,10 +400,6 @@ def output_bwd_kernel(
     du += head * V
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
     dstates += (i_c.to(tl.int64) * HK + i_h) * (K * V)
-    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
-    last = tl.minimum(end - start, BT) - 1
-    g_last = tl.load(gc + head + last * HK)
-
     b_dk = tl.zeros([BT, BK], dtype=tl.float32)
     b_dw = tl.zeros([BT, BK], dtype=tl.float32)
     b_across = tl.zeros([BK], dtype=tl.float32)
@@ -411,16 +416,55 @@ def output_bwd_kernel(
         b_dk = tl.dot(b_u, b_dST, b_dk, input_precision=PRECISION)
         b_dw = tl.dot(b_du, b_ST, b_dw, input_precision=PRECISION)
     tl.store(dw + head * K + offsets_k, (-b_dw).to(dw.dtype.element_ty), mask=mask_k)
-    b_k = tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0)
-    b_dk *= tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]
-    b_dg = -tl.sum(b_dk * b_k, 1)
-    b_dg += tl.where(row == last, tl.sum(b_across, 0) * tl.exp2(g_last) - tl.sum(b_dg, 0), 0.0)
 
-    for i_q in tl.static_range(GROUP):
-        query = start * (HK * GROUP) + i_h * GROUP + i_q
+    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    last = tl.minimum(end - start, BT) - 1
+    g_last = tl.load(gc + head + last * HK)
+    b_dk *= tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]
+    b_share = tl.sum(b_dk * tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0), 1)
+    dg_last = tl.sum(b_across, 0) * tl.exp2(g_last) + tl.sum(b_share, 0)
+    tl.store(dg + i_k * tokens * HK + head + row * HK, tl.where(row == last, dg_last, 0.0) - b_share, mask=real)
+
+    for i_q in range(GROUP):
+        query = head * GROUP + i_q
+        # Row j, column i: computed, not transposed (see the head of this file).
+        b_dA = tl.zeros([BT, BT], dtype=tl.float32)
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)
+            mask_v = real[:, None] & (o_v < V)[None, :]
+            b_do = tl.load(do + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :], mask=mask_v, other=0.0)
+            b_u = tl.load(u + row[:, None] * (HK * V) + o_v[None, :], mask=mask_v, other=0.0)
+            b_dA = tl.dot(b_u, tl.trans(b_do), b_dA, input_precision=PRECISION)
+        b_dA *= _decay(-b_g, row[:, None] <= row[None, :]) * scale
+        b_q = tl.load(q + query * K + row[:, None] * (HK * GROUP * K) + o_k[None, :], mask=mask_k, other=0.0)
+        b_dk = tl.dot(b_dA.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    tl.store(dk + head * K + offsets_k, b_dk.to(dk.dtype.element_ty), mask=mask_k)
+
+
+@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT"], restore_value=["dg"])
+@triton.jit(do_not_specialize=["T", "NT", "tokens"])
+def query_bwd_kernel(
+    q, k, u, gc, states, do, dq, dg, borders, scale, T, NT, tokens,
+    HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a chunk's `q` in `BK` columns; adds the outputs' part of `G`'s to `dg`."""
+    i_k, i_c = tl.program_id(0) % tl.cdiv(K, BK), tl.program_id(0) // tl.cdiv(K, BK)
+    i_h = tl.program_id(1)
+    start, end = _chunk(borders, i_c, T, NT, BT, PACKED)
+    row, o_k = tl.arange(0, BT), i_k * BK + tl.arange(0, BK)
+    real, in_k = row < end - start, o_k < K
+    head = start * HK + i_h
+    offsets_k, mask_k = row[:, None] * (HK * K) + o_k[None, :], real[:, None] & in_k[None, :]
+    u += head * V
+    states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
+    gates = i_k * tokens * HK + head + row * HK
+    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    b_dg = tl.load(dg + gates, mask=real, other=0.0)
+    for i_q in range(GROUP):
+        query = head * GROUP + i_q
         b_dq = tl.zeros([BT, BK], dtype=tl.float32)
         b_dA = tl.zeros([BT, BT], dtype=tl.float32)
-        b_dAT = tl.zeros([BT, BT], dtype=tl.float32)
         for i_v in range(0, V, BV):
             o_v = i_v + tl.arange(0, BV)
             in_v = o_v < V
@@ -431,21 +475,18 @@ def output_bwd_kernel(
             b_ST = tl.load(states + squareT, mask=in_square, other=0.0)
             b_dq = tl.dot(b_do, b_ST, b_dq, input_precision=PRECISION)
             b_dA = tl.dot(b_do, tl.trans(b_u), b_dA, input_precision=PRECISION)
-            b_dAT = tl.dot(b_u, tl.trans(b_do), b_dAT, input_precision=PRECISION)
         offsets_q = row[:, None] * (HK * GROUP * K) + o_k[None, :]
         b_q = tl.load(q + query * K + offsets_q, mask=mask_k, other=0.0)
-        # Computed, not transposed (see the head of this file).
-        b_dAT *= _decay(-b_g, row[:, None] <= row[None, :]) * scale
-        b_dk = tl.dot(b_dAT.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-        b_dA *= _decay(b_g, row[:, None] >= row[None, :]) * scale
-        # Rows and columns must lose the same numbers, or what cancels in sums of `dg` would not.
-        b_share = b_dA * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dq *= (tl.exp2(b_g) * scale)[:, None]
-        b_dg += tl.sum(b_share, 1) - tl.sum(b_share, 0) + tl.sum(b_dq * b_q, 1)
+        b_dg += tl.sum(b_dq * b_q, 1)
+        b_k = tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0)
+        b_dA *= _decay(b_g, row[:, None] >= row[None, :]) * scale
         b_dq = tl.dot(b_dA.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        # Rows and columns must lose the same numbers, or what cancels in sums of `dg` would not.
+        b_dA *= tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_dg += tl.sum(b_dA, 1) - tl.sum(b_dA, 0)
         tl.store(dq + query * K + offsets_q, b_dq.to(dq.dtype.element_ty), mask=mask_k)
-    tl.store(dk + head * K + offsets_k, b_dk.to(dk.dtype.element_ty), mask=mask_k)
-    tl.store(dg + i_k * tokens * HK + head + row * HK, b_dg, mask=real)
+    tl.store(dg + gates, b_dg, mask=real)
 
 
 @tuned(_configs(warps=(4, 2), stages=(2, 3)), key=["HK", "K", "V", "BT"], restore_value=["dk"])
@@ -693,7 +734,7 @@ def output_and_state_bwd(
     value_dim, group = u.shape[3], q.shape[2] // kv_heads
     shape = {**_shape(k, u, chunks), "V": value_dim, "GROUP": group}
     du_chunk, du, dstates = torch.empty_like(u), torch.empty_like(u), torch.empty_like(states)
-    update_bwd_kernel[lambda meta: (chunks.count * triton.cdiv(value_dim, meta["BV"]), kv_heads)](
+    local_bwd_kernel[lambda meta: (chunks.count * triton.cdiv(value_dim, meta["BV"]), kv_heads)](
         q, k, gc, do, du_chunk, chunks.borders, scale, BK=_tile(key_dim, MAX_HEAD_DIM), **shape
     )
     programs = chunks.sequences * kv_heads
@@ -704,10 +745,10 @@ def output_and_state_bwd(
     block = _tile(key_dim, 64)
     dq, dk, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
     dg_parts = gc.new_empty(triton.cdiv(key_dim, block), *gc.shape)
-    output_bwd_kernel[(chunks.count * len(dg_parts), kv_heads)](
-        q, k, u, gc, states, do, du, dstates, dq, dk, dw, dg_parts, chunks.borders, scale,
-        tokens=gc.shape[0] * gc.shape[1], BK=block, BV=_tile(value_dim, 64), **shape,
-    )  # fmt: skip
+    grid = (chunks.count * len(dg_parts), kv_heads)
+    shape |= {"tokens": gc.shape[0] * gc.shape[1], "BK": block}
+    key_bwd_kernel[grid](q, k, u, gc, states, do, du, dstates, dk, dw, dg_parts, chunks.borders, scale, **shape)
+    query_bwd_kernel[grid](q, k, u, gc, states, do, dq, dg_parts, chunks.borders, scale, **shape)
     return dq, dk, dw, du, dg_parts
 
 
@@ -727,7 +768,7 @@ def wy_bwd(
     dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gc), torch.empty_like(beta)
     wy_bwd_kernel[(chunks.count, k.shape[2])](
         k, v, beta, gc, inverse, dw, du, dg_parts, torch.empty_like(inverse), dk, dv, dg, dbeta, chunks.borders,
-        tokens=gc.shape[0] * gc.shape[1], V=v.shape[3], BK=_tile(k.shape[3], 64), BV=_tile(v.shape[3], 64),
+        tokens=gc.shape[0] * gc.shape[1], V=v.shape[3], BK=_tile(k.shape[3], 64), BV=_tile(v.shape[3], 32),
         PARTS=len(dg_parts), **_shape(k, v, chunks),
     )  # fmt: skip
     return dv, dg, dbeta
@@ -907,15 +948,20 @@ AOT_CASES = [
     case
     for dim in (128, 64)
     for case in (
-        _case(output_fwd_kernel, dim, 4, 2),
-        _case(output_fwd_kernel, dim, 4, 2, GROUP=4),
+        _case(output_fwd_kernel, dim, 4, 2, BV=32),
+        _case(output_fwd_kernel, dim, 4, 2, BV=32, GROUP=4),
         _case(wy_inverse_fwd_kernel, dim, 4, 2),
         _case(wy_apply_fwd_kernel, dim, 4, 2),
         _case(state_fwd_kernel, dim, 4, 2, BK=dim, BV=32),
         _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32),
-        _case(update_bwd_kernel, dim, 4, 2, BK=dim),
+        _case(local_bwd_kernel, dim, 4, 2, BK=dim),
+        _case(local_bwd_kernel, dim, 4, 2, BK=dim, GROUP=4),
+        _case(key_bwd_kernel, dim, 4, 2, BV=32),
+        _case(key_bwd_kernel, dim, 4, 2, BV=32, GROUP=4),
         _case(state_bwd_kernel, dim, 4, 2, BK=dim, BV=32),
-        _case(output_bwd_kernel, dim, 4, 2),
-        _case(wy_bwd_kernel, dim, 4, 2),
+        _case(state_bwd_kernel, dim, 4, 2, BK=dim, BV=32, GROUP=4),
+        _case(query_bwd_kernel, dim, 4, 2, BV=32),
+        _case(query_bwd_kernel, dim, 4, 2, BV=32, GROUP=4),
+        _case(wy_bwd_kernel, dim, 4, 2, BV=32),
     )
 ]

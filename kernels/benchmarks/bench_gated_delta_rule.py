@@ -1,0 +1,101 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""What the prediction adds to the chunked gated delta rule: our kernels with it, fla's without it.
+
+Arithmetic, a token and head of dimension `D` = 128 in bfloat16. A tensor `[T, H, D]` is 256 bytes of it, the states
+before chunks of 64 tokens `2 D D / 64` = 512 bytes, the inverses 128.
+
+| stage of the forward | bytes read + written | multiply-adds |
+|---|---|---|
+| inverses | 256 + 128 | 64 D + 4 * 64 * 64 = 25k |
+| `w`, `u` | 640 + 512 | 2 * 64 D = 16k |
+| states | 768 + 768 | 2 D D = 33k |
+| output | 1280 + 256 | D D + 2 * 64 D = 33k |
+| the prediction beside it | 256; `k`, the states from L2 again | D D + 2 * 64 D = 33k |
+
+So 4,608 bytes without the prediction, which adds 256: at the memory's speed 5.6% (11% in float32: hence it has the
+dtype of `v`). On an H100 (3.35 TB/s, 990 TFLOP/s) the bytes take 1.4 ns, all products 0.28 ns, the prediction's 0.07
+ns: they hide behind the memory as long as the blocks of a multiprocessor overlap. `T = 8192` and 16 heads move 0.64
+GB, 0.19 ms at best. For both sides the states come on top, a recurrence that is bound by latency in a single row; fla
+also sums the gates in a kernel of its own, and clears the inverses first, 128 bytes that we do not write.
+
+Forward and backward are compared where fla allows its backward, which is not on Hopper with Triton 3.4.0 to 3.7.0.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import main, median_ms, row
+
+from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction
+
+HEADS = 16
+HEAD_DIM = 128
+LENGTHS = (8192, 32768)
+# The target of the forward. Nothing is promised of the backward, which the prediction has no part in.
+AT_MOST, AT_MOST_WITH_BACKWARD = 1.08, 1.08
+Tensors = list[torch.Tensor]
+
+
+def random_inputs(length: int) -> Tensors:
+    """`q, k, v, g, beta` of one row, as a trained layer gives them: unit keys, slow decay."""
+    shape = 1, length, HEADS, HEAD_DIM
+    q, k, v = (torch.randn(shape, device="cuda") for _ in range(3))
+    g = -0.1 * torch.rand(shape[:3], device="cuda")
+    beta = torch.rand(shape[:3], device="cuda")
+    return [F.normalize(q, dim=-1).bfloat16(), F.normalize(k, dim=-1).bfloat16(), v.bfloat16(), g, beta]
+
+
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Our output, with the prediction computed beside it."""
+    return gated_delta_rule_with_prediction(q, k, v, g, beta)[0]
+
+
+def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """The output of flash-linear-attention, which has no prediction; it too returns the final state."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True)[0]
+
+
+def both_ways(function: Callable[..., torch.Tensor], inputs: Tensors, dout: torch.Tensor) -> Callable[[], Tensors]:
+    """A call of forward and backward."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    return lambda: list(torch.autograd.grad(function(*inputs), inputs, dout))
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """Rows for each length; both lengths and several input sets unless `quick`."""
+    rows = []
+    for length in LENGTHS[:1] if quick else LENGTHS:
+        forward, backward = [], []
+        for seed in range(1 if quick else 3):
+            torch.manual_seed(seed)
+            inputs = random_inputs(length)
+            dout = torch.randn_like(inputs[2])
+            with torch.no_grad():
+                forward.append(median_ms({"ours": lambda x=inputs: ours(*x), "fla": lambda x=inputs: fla(*x)}))
+            functions = {"ours": both_ways(ours, inputs, dout)}
+            try:
+                both_ways(fla, inputs, dout)()
+                functions["fla"] = both_ways(fla, inputs, dout)
+            except RuntimeError as error:  # fla refuses GPUs on which Triton compiles its backward wrongly
+                print(f"fla's backward: {error}")
+            backward.append(median_ms(functions))
+        what = f"gated delta rule with prediction, T = {length}"
+        rows.append(_middle_row(f"{what}, forward", AT_MOST, forward))
+        if "fla" in backward[0]:
+            rows.append(_middle_row(f"{what}, forward + backward", AT_MOST_WITH_BACKWARD, backward))
+    return rows
+
+
+def _middle_row(what: str, at_most: float, times: list[dict[str, float]]) -> dict[str, Any]:
+    """The row of the input set whose ratio is the median."""
+    times = sorted(times, key=lambda x: x["ours"] / x["fla"])
+    middle = times[len(times) // 2]
+    return row(what, "fla's chunk_gated_delta_rule without it", at_most, middle["ours"], middle["fla"])
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
