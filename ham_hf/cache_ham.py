@@ -20,6 +20,7 @@ from .ops_ham import (
     convolution_state,
     gated_delta_rule_with_prediction,
     ragged_decode_attention,
+    slab_table,
     sparse_prefix_attention,
 )
 from .routing_ham import check_threshold
@@ -83,6 +84,7 @@ class PagedStore:
         self.used: list[int] = []
         self.counts = torch.zeros(num_streams, dtype=torch.long, device=device)
         self.tail = self._new_pages(num_streams, device)
+        self._slab_table: torch.Tensor | None = None
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
     def _new_pages(self, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -92,6 +94,7 @@ class PagedStore:
             "scores": torch.zeros(pages, PAGE_SIZE, dtype=torch.float32, device=device),
             "positions": torch.zeros(pages, PAGE_SIZE, dtype=torch.int32, device=device),
             "owner": torch.zeros(pages, dtype=torch.int32, device=device),
+            "rank": torch.zeros(pages, dtype=torch.int32, device=device),  # which of its stream's pages it is
         }
 
     @property
@@ -105,13 +108,15 @@ class PagedStore:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the store holds: their bytes are the bytes it costs."""
-        return [self.counts, *self.tail.values(), *(x for slab in self.slabs for x in slab.values())]
+        table = [] if self._slab_table is None else [self._slab_table]
+        return [self.counts, *table, *self.tail.values(), *(x for slab in self.slabs for x in slab.values())]
 
     def to(self, device: torch.device) -> None:
         """Moves every tensor to `device`."""
         self.counts = self.counts.to(device)
         self.tail = {name: x.to(device) for name, x in self.tail.items()}
         self.slabs = [{name: x.to(device) for name, x in slab.items()} for slab in self.slabs]
+        self._slab_table = None
 
     def append(self, tokens: KeptTokens) -> None:
         """Appends tokens, ordered by stream and position, behind what their streams hold."""
@@ -120,6 +125,7 @@ class PagedStore:
         added = torch.bincount(tokens.streams, minlength=self.num_streams)
         slot = self.fill[tokens.streams] + _ranks(tokens.streams, added)
         pages, self_fill = (self.fill + added) // PAGE_SIZE, self.fill
+        sealed_before = self.counts // PAGE_SIZE
         self.counts = self.counts + added
         total = int(pages.sum())
         if total == 0:
@@ -134,9 +140,11 @@ class PagedStore:
         stream, opened_column = (in_use & (pages > 0)[:, None]).nonzero(as_tuple=True)
         fields = {name: self.tail[name][stream, opened_column] for name in self.FIELDS}
         opened = KeptTokens(**fields, streams=stream)
-        owner = torch.repeat_interleave(pages, output_size=total).int()
+        owner = torch.repeat_interleave(pages, output_size=total)
+        rank = sealed_before[owner] + _ranks(owner, pages)
         for slab, offset, first, last in self._reserve(total):
             slab["owner"][offset : offset + last - first] = owner[first:last]
+            slab["rank"][offset : offset + last - first] = rank[first:last]
             for part, part_page, part_column in ((opened, start[stream], opened_column), (sealed, page, column)):
                 if last - first < total:
                     here = (part_page >= first) & (part_page < last)
@@ -162,12 +170,20 @@ class PagedStore:
             growth = max(MIN_SLAB_PAGES, int(sum(self.used) * SLAB_GROWTH))
             self.slabs.append(self._new_pages(max(pages - room, growth), self.device))
             self.used.append(pages - room)
+            self._slab_table = None
             spans.append((self.slabs[-1], 0, room, pages))
         return spans
 
     def pages(self) -> list[dict[str, torch.Tensor]]:
         """The full pages of every slab, as views."""
         return [{k: x[:n] for k, x in slab.items()} for slab, n in zip(self.slabs, self.used, strict=True) if n]
+
+    def index(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where the slabs lie and how many tokens each stream holds, if a kernel wants to know."""
+        if self._slab_table is None and self.slabs:
+            fields = ("keys", "values", "owner", "rank")
+            self._slab_table = slab_table([tuple(slab[name] for name in fields) for slab in self.slabs])
+        return None if self._slab_table is None else (self._slab_table, self.counts)
 
     def tokens(self) -> KeptTokens:
         """A copy of everything stored, ordered by stream and position."""
@@ -230,6 +246,7 @@ class PagedStore:
         """Forgets what was appended since `mark`."""
         self.counts, self.tail, self.used = mark["counts"], mark["tail"], list(mark["used"])
         del self.slabs[len(self.used) :]
+        self._slab_table = None
 
 
 @dataclass
@@ -417,7 +434,7 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, store: PagedStore
     q = q.squeeze(1).unflatten(1, (heads, -1)).flatten(0, 1)
     pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
     tail = (store.tail["keys"], store.tail["values"], store.fill)
-    out = ragged_decode_attention(q, k.flatten(0, 2), v.flatten(0, 2), pages, tail)
+    out = ragged_decode_attention(q, k.flatten(0, 2), v.flatten(0, 2), pages, tail, index=store.index())
     return out.unflatten(0, (-1, heads)).flatten(1, 2).unsqueeze(1)
 
 

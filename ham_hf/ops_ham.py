@@ -416,7 +416,9 @@ def _blocks(
             keys[:, first : first + own], values[:, first : first + own] = k[streams, rows], v[streams, rows]
             block_mask = mask[:, :, :own, : last - first]
             block_mask[..., :own] = inside[:, i : i + 1, :own, :own]
-            if not alike:
+            if alike:
+                block_mask[..., own:size] = 0  # where a longer block masked tokens of its own
+            else:
                 visible = _visible_columns(begin, end, until, streams, rows, columns)
                 block_mask[:, 0, :, own:] = torch.where(visible, 0.0, -torch.inf)
             yield _Block(streams, rows, columns, keys[:, first:last], values[:, first:last], block_mask)
@@ -477,6 +479,15 @@ def _group_alike(counts: list[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
+def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor | None:
+    """What the kernel of `ragged_decode_attention` knows of each slab `(keys, values, owner, rank)`; PyTorch: `None`.
+
+    `rank` `[P]` int32 numbers the pages of each stream, from 0. The table holds as long as the tensors stay in place.
+    """
+    kernel = _kernel("slab_table", *slabs[0][:2])
+    return None if kernel is None else kernel(slabs)
+
+
 def ragged_decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -484,6 +495,7 @@ def ragged_decode_attention(
     pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float | None = None,
+    index: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Softmax attention of one query per head over paged keys of any number per head, and over itself; copies no keys.
 
@@ -493,12 +505,14 @@ def ragged_decode_attention(
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
         tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
         scale: factor of the logits; `K ** -0.5` if `None`.
+        index: `(slab_table(...), counts [N] int64)`: where the slabs lie and how many tokens each stream holds, which
+            spares the kernel a sort; `None` if it is not known.
 
     Returns:
         `[N, G, V]` in the dtype of `v`.
     """
     if kernel := _kernel("ragged_decode_attention", k, v):
-        return kernel(q, k, v, pages, tail, scale)
+        return kernel(q, k, v, pages, tail, scale, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1]
@@ -510,8 +524,8 @@ def ragged_decode_attention(
     paged = [(q[owner] @ keys.mT).to(dtype).mul_(scale) for keys, _, owner in pages]
     if pages:
         owner = torch.cat([owner for _, _, owner in pages])
-        index = owner.long()[:, None].expand(-1, groups)
-        peak = peak.scatter_reduce(0, index, torch.cat([logits.amax(-1) for logits in paged]), "amax")
+        owners = owner.long()[:, None].expand(-1, groups)
+        peak = peak.scatter_reduce(0, owners, torch.cat([logits.amax(-1) for logits in paged]), "amax")
     near = (near - peak[..., None]).exp()
     total = near.sum(-1)
     out = (near[..., :-1].to(v.dtype) @ tail_v).to(dtype) + near[..., -1:] * v.unsqueeze(1)
@@ -529,5 +543,6 @@ __all__ = [
     "l2norm",
     "ragged_decode_attention",
     "short_convolution",
+    "slab_table",
     "sparse_prefix_attention",
 ]

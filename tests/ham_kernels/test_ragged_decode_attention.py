@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ham_hf.cache_ham import KeptTokens, PagedStore
 from ham_hf.ops_ham import ragged_decode_attention as torch_ragged_decode_attention
 from ham_kernels.ragged_decode_attention import (
     MAX_SPLIT_PAGES,
@@ -163,6 +164,55 @@ def test_an_index_spares_the_sort(device):
     used = [pages[0], tuple(x[:4] for x in pages[1])]
     expected = ragged_decode_attention(q, k, v, used, tail)
     assert torch.equal(ragged_decode_attention(q, k, v, used, tail, index=(index[0], counts)), expected)
+
+
+def append(store, counts, start):
+    """Puts `counts[n]` random tokens more into stream `n`."""
+    streams = torch.repeat_interleave(torch.tensor(counts))
+    total = len(streams)
+    fields = (torch.randn(total, store.key_dim), torch.randn(total, store.value_dim), torch.rand(total))
+    positions = start + torch.arange(total, dtype=torch.int32)
+    store.append(KeptTokens(*(x.to(store.device) for x in (*fields, positions, streams))))
+
+
+def assert_reads(store):
+    """The kernel reads exactly what the store holds, by what the store itself knows of its pages."""
+    q, k = torch.randn(2, store.num_streams, 1, store.key_dim, device=store.device)
+    v = torch.randn(store.num_streams, store.value_dim, device=store.device)
+    pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
+    fields = ("keys", "values", "owner", "rank")
+    index = slab_table([tuple(slab[x] for x in fields) for slab in store.slabs]), store.counts
+    tail = (store.tail["keys"], store.tail["values"], store.fill)
+    out = ragged_decode_attention(q, k[:, 0], v, pages, tail, index=index)
+    held = store.tokens()
+    for n in range(store.num_streams):
+        keys = torch.cat([held.keys[held.streams == n], k[n]]).double()
+        values = torch.cat([held.values[held.streams == n], v[n : n + 1]]).double()
+        expected = (q[n].double() @ keys.T * store.key_dim**-0.5).softmax(-1) @ values
+        torch.testing.assert_close(out[n].double(), expected, atol=2e-6, rtol=0)
+
+
+def test_reads_what_a_store_holds(device):
+    """After a prefill, turns, single tokens and a rollback: pages of a stream in several slabs, a slab with room."""
+    store = PagedStore(3, 8, 12, torch.float32, torch.device(device))
+    append(store, [70, 3, 33], 0)
+    assert_reads(store)
+    for step in range(60):
+        append(store, [1, 0, step % 2], 100 + step)
+    append(store, [16, 14, 100], 200)
+    assert len(store.slabs) > 2
+    assert_reads(store)
+    mark = store.mark()
+    append(store, [40, 40, 0], 400)
+    assert_reads(store)
+    store.rollback(mark)
+    append(store, [0, 100, 1], 400)
+    assert_reads(store)
+    append(store, [50, 0, 50], 600)
+    append(store, [16, 0, 0], 700)
+    assert len(store.slabs[-1]["owner"]) > store.used[-1]
+    assert_reads(store.selected(torch.tensor([2, 0, 2, 1], device=device)))
+    assert_reads(store)
 
 
 def test_the_same_bits_every_time(device):

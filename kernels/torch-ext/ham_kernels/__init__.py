@@ -3,7 +3,7 @@
 
 from .compact import compact_kept
 from .gated_delta_rule import gated_delta_rule_with_prediction
-from .ragged_decode_attention import ragged_decode_attention
+from .ragged_decode_attention import ragged_decode_attention, slab_table
 from .tuning import check_platform, platform_problem
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "gated_delta_rule_with_prediction",
     "platform_problem",
     "ragged_decode_attention",
+    "slab_table",
 ]
