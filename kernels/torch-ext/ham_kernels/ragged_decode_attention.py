@@ -262,7 +262,7 @@ def ragged_decode_attention_fwd(
         )
         largest = max(len(owner) for _, _, owner in pages)
         key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
-        page_list_fwd_kernel[(triton.cdiv(largest, 256), len(pages))](
+        page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
             slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes, FIELDS=SLAB_FIELDS, BLOCK=256
         )
         ragged_decode_attention_fwd_kernel[(num_splits,)](
@@ -367,7 +367,7 @@ def _check_arguments(q, k, v, pages, tail, index) -> None:
             raise ValueError(f"`{name}` requires a gradient, got grad mode on; the op takes tensors without.")
     _check_integers("tail[2]", fill, (streams,), (torch.int32, torch.int64), q.device)
     if index is not None:
-        _check_integers("index[0]", index[0], (len(pages), SLAB_FIELDS), (torch.int64,), q.device)
+        _check_integers("index[0]", index[0], (len(index[0]), SLAB_FIELDS), (torch.int64,), q.device)
         _check_integers("index[1]", index[1], (streams,), (torch.int64,), q.device)
 
 
