@@ -172,8 +172,8 @@ def test_packed_documents(state, device, assert_error_within):
 
 def test_documents_are_split_as_rows_are():
     rows, documents = split_rows(3, 70, 32), split_documents(torch.zeros(3, 70, dtype=torch.long), 32)
-    assert (rows.count, rows.sequences, rows.per_row) == (9, 3, 3)
-    assert (documents.count, documents.sequences) == (9, 3)
+    assert (rows.total, rows.sequences, rows.per_row) == (9, 3, 3)
+    assert (documents.total, documents.sequences) == (9, 3)
     assert documents.borders.tolist() == [0, 32, 64, 70, 102, 134, 140, 172, 204, 210]
     assert documents.table.tolist() == [[0, 70, 0, 0, 0], [70, 140, 3, 1, 1], [140, 210, 6, 2, 2]]
 

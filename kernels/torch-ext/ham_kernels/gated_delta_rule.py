@@ -423,7 +423,9 @@ def key_bwd_kernel(
     b_dk *= tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]
     b_share = tl.sum(b_dk * tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0), 1)
     dg_last = tl.sum(b_across, 0) * tl.exp2(g_last) + tl.sum(b_share, 0)
-    tl.store(dg + i_k * tokens * HK + head + row * HK, tl.where(row == last, dg_last, 0.0) - b_share, mask=real)
+    tl.store(
+        dg + i_k.to(tl.int64) * tokens * HK + head + row * HK, tl.where(row == last, dg_last, 0.0) - b_share, mask=real
+    )
 
     for i_q in range(GROUP):
         query = head * GROUP + i_q
@@ -458,7 +460,7 @@ def query_bwd_kernel(
     offsets_k, mask_k = row[:, None] * (HK * K) + o_k[None, :], real[:, None] & in_k[None, :]
     u += head * V
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
-    gates = i_k * tokens * HK + head + row * HK
+    gates = i_k.to(tl.int64) * tokens * HK + head + row * HK
     b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
     b_dg = tl.load(dg + gates, mask=real, other=0.0)
     for i_q in range(GROUP):
@@ -565,7 +567,7 @@ def wy_bwd_kernel(
     tl.store(dbeta + head + row * HK, b_dbeta, mask=real)
 
     for i in tl.static_range(PARTS):
-        b_dg += tl.load(dg_parts + i * tokens * HK + head + row * HK, mask=real, other=0.0)
+        b_dg += tl.load(dg_parts + i * tokens.to(tl.int64) * HK + head + row * HK, mask=real, other=0.0)
     # `g_j` is part of every later sum `G_i`.
     b_dg = tl.sum(tl.where(row[:, None] >= row[None, :], b_dg[:, None], 0.0), 0)
     tl.store(dg + head + row * HK, b_dg, mask=real)
@@ -586,7 +588,7 @@ class Chunks(NamedTuple):
     size: int
     length: int
     per_row: int
-    count: int
+    total: int
     sequences: int
     borders: torch.Tensor | None = None
     table: torch.Tensor | None = None
@@ -641,8 +643,8 @@ def wy_fwd(
     """Running sums of the gates `[B, T, Hk]` float32, and inverses `[B, T, Hk, BT]` in the dtype of `k`."""
     gc = torch.empty_like(g)
     inverse = k.new_empty(*k.shape[:3], chunks.size)
-    diagonal = k.new_empty(chunks.count, k.shape[2], chunks.size, BC.value, dtype=torch.float32)
-    wy_inverse_fwd_kernel[(chunks.count, k.shape[2])](
+    diagonal = k.new_empty(chunks.total, k.shape[2], chunks.size, BC.value, dtype=torch.float32)
+    wy_inverse_fwd_kernel[(chunks.total, k.shape[2])](
         k, g, beta, gc, inverse, diagonal, chunks.borders, BK=_tile(k.shape[3], 64), **_shape(k, v, chunks)
     )
     return gc, inverse
@@ -661,12 +663,12 @@ def state_fwd(
     batch, _, kv_heads, key_dim = k.shape
     value_dim, shape = v.shape[3], _shape(k, v, chunks)
     w, from_values = torch.empty_like(k), torch.empty_like(v)
-    wy_apply_fwd_kernel[(chunks.count, kv_heads)](
+    wy_apply_fwd_kernel[(chunks.total, kv_heads)](
         k, v, beta, gc, inverse, w, from_values, chunks.borders,
         V=value_dim, BK=_tile(key_dim, 64), BV=_tile(value_dim, 64), **shape,
     )  # fmt: skip
     u = torch.empty_like(v)
-    states = k.new_empty(chunks.count, kv_heads, key_dim, value_dim)
+    states = k.new_empty(chunks.total, kv_heads, key_dim, value_dim)
     final_state = k.new_empty(batch, kv_heads, key_dim, value_dim, dtype=torch.float32)
     programs = chunks.sequences * kv_heads
     state_fwd_kernel[lambda meta: (programs * triton.cdiv(value_dim, meta["BV"]),)](
@@ -687,7 +689,7 @@ def output_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs `[B, T, H, V]` and predictions `[B, T, Hk, V]`, in the dtype of `u`."""
     o, prediction = u.new_empty(*q.shape[:3], u.shape[3]), torch.empty_like(u)
-    output_fwd_kernel[lambda meta: (chunks.count * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
+    output_fwd_kernel[lambda meta: (chunks.total * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
         q, k, u, gc, states, o, prediction, chunks.borders, scale,
         GROUP=q.shape[2] // k.shape[2], V=u.shape[3], BK=_tile(k.shape[3], 64), **_shape(k, u, chunks),
     )  # fmt: skip
@@ -734,7 +736,7 @@ def output_and_state_bwd(
     value_dim, group = u.shape[3], q.shape[2] // kv_heads
     shape = {**_shape(k, u, chunks), "V": value_dim, "GROUP": group}
     du_chunk, du, dstates = torch.empty_like(u), torch.empty_like(u), torch.empty_like(states)
-    local_bwd_kernel[lambda meta: (chunks.count * triton.cdiv(value_dim, meta["BV"]), kv_heads)](
+    local_bwd_kernel[lambda meta: (chunks.total * triton.cdiv(value_dim, meta["BV"]), kv_heads)](
         q, k, gc, do, du_chunk, chunks.borders, scale, BK=_tile(key_dim, MAX_HEAD_DIM), **shape
     )
     programs = chunks.sequences * kv_heads
@@ -745,7 +747,7 @@ def output_and_state_bwd(
     block = _tile(key_dim, 64)
     dq, dk, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
     dg_parts = gc.new_empty(triton.cdiv(key_dim, block), *gc.shape)
-    grid = (chunks.count * len(dg_parts), kv_heads)
+    grid = (chunks.total * len(dg_parts), kv_heads)
     shape |= {"tokens": gc.shape[0] * gc.shape[1], "BK": block}
     key_bwd_kernel[grid](q, k, u, gc, states, do, du, dstates, dk, dw, dg_parts, chunks.borders, scale, **shape)
     query_bwd_kernel[grid](q, k, u, gc, states, do, dq, dg_parts, chunks.borders, scale, **shape)
@@ -766,7 +768,7 @@ def wy_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Backward of the WY form: `dv`, `dg`, `dbeta`; completes `dk` in place."""
     dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gc), torch.empty_like(beta)
-    wy_bwd_kernel[(chunks.count, k.shape[2])](
+    wy_bwd_kernel[(chunks.total, k.shape[2])](
         k, v, beta, gc, inverse, dw, du, dg_parts, torch.empty_like(inverse), dk, dv, dg, dbeta, chunks.borders,
         tokens=gc.shape[0] * gc.shape[1], V=v.shape[3], BK=_tile(k.shape[3], 64), BV=_tile(v.shape[3], 32),
         PARTS=len(dg_parts), **_shape(k, v, chunks),
@@ -807,7 +809,7 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, do: torch.Tensor | None, _: None, dfinal_state: torch.Tensor | None
+        ctx: Any, do: torch.Tensor | None, dprediction: None, dfinal_state: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         """Runs them backwards; what nobody asked a gradient of counts as zero."""
         q, k, v, beta, initial_state, gc, inverse, borders, table = ctx.saved_tensors
@@ -815,7 +817,7 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
         do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.contiguous()
         dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
         dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
-        w, u, states, _ = state_fwd(k, v, beta, gc, inverse, initial_state, chunks)
+        w, u, states = state_fwd(k, v, beta, gc, inverse, initial_state, chunks)[:3]
         dq, dk, dw, du, dg_parts = output_and_state_bwd(
             q, k, w, u, gc, states, do, dfinal_state, dinitial_state, ctx.scale, chunks
         )
@@ -856,7 +858,7 @@ def gated_delta_rule_with_prediction(
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
             Giving it makes the host wait for the device once.
-        chunk_size: tokens solved at once: 16, 32 or 64.
+        chunk_size: tokens solved at once, 16, 32 or 64; at most 32 are for float32 with `K` above 128.
 
     Returns:
         `o` `[B, T, H, V]` and `prediction` `[B, T, Hk, V]` in the dtype of `v`, final state `[B, Hk, K, V]` float32. A
@@ -877,8 +879,10 @@ def gated_delta_rule_with_prediction(
     given = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
     if v.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return step_fwd(q, k, v, g, beta, initial_state, scale)
+    if v.dtype == torch.float32 and k.shape[3] > 128:
+        chunk_size = min(chunk_size, 32)  # what a block of threads holds at once would not fit
     if seq_idx is None:
-        chunks = split_rows(*v.shape[:2], chunk_size)
+        chunks = split_rows(v.shape[0], v.shape[1], chunk_size)
     else:
         chunks = split_documents(seq_idx, chunk_size)
     return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks)
@@ -929,11 +933,20 @@ def _check_arguments(
 
 def _case(kernel: Any, dim: int, warps: int, stages: int, **constants: int) -> dict[str, Any]:
     """One entry of `AOT_CASES`; what is neither a shape nor a table nor listed here is a bfloat16 tensor."""
-    single = ("g", "beta", "gc", "diagonal", "initial_state", "final_state", "dfinal_state", "dinitial_state")
-    single = dict.fromkeys((*single, "dg", "dg_parts", "dbeta"), "*fp32")
+    states = ("initial_state", "final_state", "dfinal_state", "dinitial_state")
+    single = dict.fromkeys(("g", "beta", "gc", "diagonal", "dg", "dg_parts", "dbeta", *states), "*fp32")
     scalars = dict.fromkeys(("T", "NT", "tokens", "bucket"), "i32") | {"scale": "fp32"}
-    fixed = {"HK": 16, "GROUP": 1, "K": dim, "V": dim, "BT": 64, "PARTS": dim // 64, "PACKED": False}
-    fixed |= {"PRECISION": "tf32", "borders": None, "sequences": None, "BK": 64, "BV": 64} | constants
+    fixed: dict[str, Any] = {
+        "HK": 16,
+        "GROUP": 1,
+        "K": dim,
+        "V": dim,
+        "BT": 64,
+        "BK": 64,
+        "BV": 64,
+        "PARTS": dim // 64,
+    }
+    fixed |= {"PACKED": False, "PRECISION": "tf32", "borders": None, "sequences": None, **constants}
     names = kernel.arg_names
     return {
         "kernel": kernel,
