@@ -1,8 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Compiles the shipped cases of an op's module for GPUs that need not be there, and prints what they take as JSON.
 
-It runs in a process of its own (`python aot_compile.py MODULE [CASE ...]`), because a process that has decorated
-kernels for the interpreter cannot compile. MODULE is a module's name or a file that holds `AOT_CASES`, a list of
+It runs in a process of its own (`python aot_compile.py MODULE [CASE ...] [--arch 80 90]`), because a process that has
+decorated kernels for the interpreter cannot compile. MODULE is the name of a module or a file that holds `AOT_CASES`, of
 
     {"kernel": <jit function>, "signature": {"x": "*bf16", "T": "i32"}, "constexprs": {"BT": 64, "state": None},
      "num_warps": 4, "num_stages": 2}
@@ -10,6 +10,7 @@ kernels for the interpreter cannot compile. MODULE is a module's name or a file 
 where the two dictionaries together name all of the kernel's arguments.
 """
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -21,8 +22,6 @@ import sys
 import tempfile
 from types import ModuleType
 from typing import Any
-
-ARCHITECTURES = (80, 90)
 
 
 def load(module: str) -> ModuleType:
@@ -126,12 +125,12 @@ def transposes_product(ttir: str) -> bool:
     return any(reaches(x, set()) for x in left_factors)
 
 
-def main(module: str, chosen: list[int]) -> None:
+def main(module: str, chosen: list[int], architectures: list[int]) -> None:
     """Prints a JSON list of measurements, one a case and architecture; what failed to compile has an `error`."""
     cases = load(module).AOT_CASES
     results = []
     for number in chosen or range(len(cases)):
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             try:
                 result = compile_case(cases[number], arch)
             except Exception as error:  # reported for this case; the others are still compiled
@@ -141,4 +140,9 @@ def main(module: str, chosen: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(x) for x in sys.argv[2:]])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("module")
+    parser.add_argument("cases", type=int, nargs="*")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    arguments = parser.parse_args()
+    main(arguments.module, arguments.cases, arguments.arch)

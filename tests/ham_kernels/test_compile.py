@@ -25,10 +25,10 @@ OPS = [
 ]
 
 
-def compile_cases(module, chosen=()):
+def compile_cases(module, chosen=(), architectures=tuple(SHARED_MEMORY)):
     """What `aot_compile.py` measures."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), str(module), *map(str, chosen)]
+    command = [sys.executable, str(SCRIPT), str(module), *map(str, chosen), "--arch", *map(str, architectures)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -52,11 +52,11 @@ def problems(results):
 
 
 @pytest.mark.parametrize("module", OPS)
-def test_the_first_case_of_every_kernel_fits_the_chips(module):
+def test_the_first_case_of_every_kernel_fits_a_hopper_chip(module):
     kernels = [id(case["kernel"]) for case in importlib.import_module(module).AOT_CASES]
     first = [kernels.index(kernel) for kernel in dict.fromkeys(kernels)]
-    results = compile_cases(module, first)
-    assert len({(r["kernel"], r["arch"]) for r in results}) == 2 * len(first)
+    results = compile_cases(module, first, [90])
+    assert len({r["kernel"] for r in results}) == len(first)
     assert not problems(results), problems(results)
 
 
