@@ -1,8 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Compaction: the kept tokens of each row and head, in order and without gaps, so that attention pays for them only.
 
-Two passes number the tokens: chunks of tokens are counted, then each chunk adds up what lies before it and scans itself.
-Chunks are independent, so few heads fill the chip as well as many. A third kernel moves the rows.
+Two passes number the tokens: chunks of tokens are counted, then each chunk adds up what lies before it and scans
+itself. Chunks are independent, so few heads fill the chip as well as many. A third kernel moves the rows.
 """
 
 from typing import Any

@@ -1,0 +1,361 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Attention over compacted columns and itself: outputs, log-sum-exp and gradients against dense masked softmax."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ham_hf.reference_ham import naive_sparse_attention
+from ham_kernels import sparse_prefix_attention as module
+from ham_kernels.compact import compact_kept
+from ham_kernels.sparse_prefix_attention import sparse_prefix_attention
+
+NAMES = ("q", "k", "v", "k_kept", "v_kept")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles so small that a hundred tokens need several of them, whole ones and cut ones."""
+    for name, shapes in module.TILES.items():
+        monkeypatch.setitem(module.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
+    monkeypatch.setattr(module, "SELF_ELEMENTS", 512)
+    module._tuned_kernel.cache_clear()
+    yield
+    module._tuned_kernel.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, and multiplies the integers that it keeps bfloat16 in."""
+    import triton
+    from triton.runtime import interpreter
+
+    builder, bfloat16, float32 = interpreter.InterpreterBuilder, triton.language.bfloat16, triton.language.float32
+    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == float32 and dst_type.scalar == bfloat16:
+            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == bfloat16:
+            a, b = (plain_cast(self, x, float32) for x in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_fp_trunc", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def branches(monkeypatch):
+    """Records which steps were masked: a set of (name of the step, masked)."""
+    seen = set()
+
+    def recorded(name, position):
+        step = getattr(module, name)
+
+        def wrapper(*args):
+            seen.add((name, bool(args[position])))
+            return step(*args)
+
+        return wrapper
+
+    for name, position in (("_attend", 12), ("_add_dq", 13), ("_add_dkv", 12)):
+        monkeypatch.setattr(module, name, recorded(name, position))
+    return seen
+
+
+def make_inputs(device, dtype=torch.float32, *, batch=1, length=77, heads=2, groups=1, K=16, V=16, columns=77):
+    """The five differentiable tensors, of unit variance."""
+    shapes = (
+        (batch, length, heads * groups, K),
+        (batch, length, heads, K),
+        (batch, length, heads, V),
+        (batch, heads, columns, K),
+        (batch, heads, columns, V),
+    )
+    return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+
+
+def amid_nan(x):
+    """A contiguous copy with NaN before and behind it."""
+    buffer = torch.full((x.numel() + 64,), torch.nan, dtype=x.dtype, device=x.device)
+    return buffer[32:-32].view(x.shape).copy_(x.detach()).detach().requires_grad_()
+
+
+def counted(keep):
+    """`begin` and `end` of one document without a cache."""
+    end = keep.cumsum(1) - keep.long()
+    return torch.zeros_like(end), end
+
+
+def dense(q, k, v, k_kept, v_kept, begin, end, until=None, scale=None):
+    """The definition, as one softmax over the columns and oneself. Returns outputs and log-sum-exp."""
+    groups = q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    k, v, begin, end = (x.repeat_interleave(groups, dim=2) for x in (k, v, begin, end))
+    k_kept, v_kept = (x.repeat_interleave(groups, dim=1) for x in (k_kept, v_kept))
+    column = torch.arange(k_kept.shape[2], device=q.device)
+    visible = (column >= begin[..., None]) & (column < end[..., None])  # [B, T, H, M]
+    if until is not None:
+        t = torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1)
+        visible &= t < until.repeat_interleave(groups, dim=1)[:, None]
+    logits = torch.einsum("bthk,bhmk->bthm", q, k_kept).masked_fill(~visible, -torch.inf)
+    logits = torch.cat([logits, (q * k).sum(-1, keepdim=True)], -1) * scale
+    weights = logits.softmax(-1)
+    out = torch.einsum("bthm,bhmv->bthv", weights[..., :-1], v_kept) + weights[..., -1:] * v
+    return out, logits.logsumexp(-1)
+
+
+def evaluate(function, inputs, spans, grads, dtype, **options):
+    """Outputs, log-sum-exp and gradients of a function, at a precision."""
+    inputs = [x if x.dtype == dtype else x.detach().to(dtype).requires_grad_() for x in inputs]
+    out, lse = function(*inputs, *spans, **options)
+    gradients = torch.autograd.grad((out, lse), inputs, (grads[0].to(out.dtype), grads[1].to(lse.dtype)))
+    return dict(zip(("o", "lse", *NAMES), (out, lse, *gradients), strict=True))
+
+
+def check(inputs, spans, assert_error_within, **options):
+    """Holds the kernel to the dense softmax in float64, with PyTorch's own error at this precision as the measure."""
+    q, _, v = inputs[:3]
+    grads = (torch.randn(*q.shape[:3], v.shape[3], device=q.device), torch.randn(q.shape[:3], device=q.device))
+    ours = evaluate(sparse_prefix_attention, inputs, spans, grads, q.dtype, return_lse=True, **options)
+    exact = evaluate(dense, inputs, spans, [x.to(q.dtype).double() for x in grads], torch.float64, **options)
+    exact["lse"] = exact["lse"].double()
+    baseline = evaluate(dense, inputs, spans, grads, q.dtype, **options)
+    assert ours["o"].dtype == q.dtype
+    assert ours["lse"].dtype == torch.float32
+    for name, value in ours.items():
+        assert_error_within(value, exact[name], baseline[name], name=name)
+
+
+@pytest.mark.parametrize(("groups", "fraction"), [(1, 0.5), (4, 0.8), (3, 0.3)])
+def test_agrees_with_the_reference_through_compaction(groups, fraction, device, assert_error_within):
+    length = 65
+    q, k, v = make_inputs(device, length=length, groups=groups, columns=0)[:3]
+    keep = torch.rand(1, length, 2, device=device) < fraction
+
+    def ours(q, k, v):
+        (k_kept, v_kept), end = compact_kept(keep, k, v)
+        return sparse_prefix_attention(q, k, v, k_kept, v_kept, torch.zeros_like(end), end)
+
+    def results(function, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+    grad = torch.randn_like(q)
+    exact = results(lambda q, k, v: naive_sparse_attention(q, k, v, keep)[0], torch.float64)
+    baseline = results(lambda q, k, v: naive_sparse_attention(q, k, v, keep)[0], torch.float32)
+    for name, a, b, c in zip(("o", "q", "k", "v"), results(ours, torch.float32), exact, baseline, strict=True):
+        assert_error_within(a, b, c, name=name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "length", "K", "V"),
+    [
+        (torch.float32, 1, 97, 16, 16),
+        (torch.float32, 4, 33, 48, 80),
+        (torch.bfloat16, 4, 41, 32, 16),
+        (torch.bfloat16, 1, 77, 48, 80),
+        (torch.float16, 1, 65, 20, 64),
+        (torch.float32, 4, 1, 16, 16),
+    ],
+)
+def test_random_kept_sets(dtype, groups, length, K, V, device, assert_error_within):
+    keep = torch.rand(1, length, 2, device=device) < torch.tensor([0.9, 0.4], device=device)
+    inputs = make_inputs(device, dtype, length=length, groups=groups, K=K, V=V, columns=length)
+    check([amid_nan(x) for x in inputs], counted(keep), assert_error_within)
+
+
+def test_masked_and_unmasked_tiles_are_both_taken(branches, device, assert_error_within):
+    keep = torch.ones(1, 70, 1, dtype=torch.bool, device=device)
+    check(make_inputs(device, length=70, heads=1, columns=70), counted(keep), assert_error_within)
+    assert branches == {(name, masked) for name in ("_attend", "_add_dq", "_add_dkv") for masked in (False, True)}
+
+
+def test_work_is_proportional_to_what_is_kept(monkeypatch, device):
+    """Of 96 queries, the first 20 kept, each tile of 32 visits two tiles of 16 columns."""
+    starts, attend = [], module._attend
+    monkeypatch.setattr(module, "_attend", lambda *args: starts.append(int(args[7])) or attend(*args))
+    keep = (torch.arange(96, device=device) < 20).view(1, -1, 1)
+    inputs = make_inputs(device, length=96, heads=1, columns=96)
+    sparse_prefix_attention(*inputs, *counted(keep))
+    assert sorted(starts) == [0, 0, 0, 16, 16, 16]
+
+
+@pytest.mark.parametrize("columns", [0, 9])
+def test_nothing_kept(columns, device, assert_error_within):
+    inputs = make_inputs(device, length=35, columns=columns)
+    with torch.no_grad():
+        for x in inputs[3:]:
+            x.fill_(torch.nan)
+    nothing = torch.zeros(1, 35, 2, dtype=torch.long, device=device)
+    out = sparse_prefix_attention(*inputs, nothing, nothing)
+    torch.testing.assert_close(out, inputs[2], rtol=0, atol=0)
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert not any(x.any() for x in (grads[0], grads[1], grads[3], grads[4]))
+    torch.testing.assert_close(grads[2], torch.ones_like(out), rtol=0, atol=0)
+
+
+def test_heads_of_very_different_length_and_garbage_behind_them(device, assert_error_within):
+    """One head keeps everything, one a single token; columns past a head's own count hold NaN."""
+    length = 90
+    keep = torch.ones(1, length, 3, dtype=torch.bool, device=device)
+    keep[:, :, 1] = torch.arange(length, device=device) == 40
+    keep[:, :, 2] = False
+    inputs = make_inputs(device, length=length, heads=3, columns=length + 7)
+    spans = counted(keep)
+    past = torch.arange(length + 7, device=device) >= spans[1][:, -1, :, None]
+    q, _, v = inputs[:3]
+    grads = (torch.randn_like(v), torch.randn(q.shape[:3], device=device))
+    exact = evaluate(dense, inputs, spans, grads, torch.float64)
+    baseline = evaluate(dense, inputs, spans, grads, torch.float32)
+    garbage = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        for x in garbage[3:]:
+            x[past] = torch.nan
+    ours = evaluate(sparse_prefix_attention, garbage, spans, grads, torch.float32, return_lse=True)
+    for name, value in ours.items():
+        assert_error_within(value, exact[name], baseline[name], name=name)
+
+
+def test_packed_documents(branches, device, assert_error_within):
+    """Each document sees its own columns only: `begin` rises where it starts, in the middle of tiles too."""
+    length = 100
+    seq_idx = torch.tensor([0] * 3 + [1] * 58 + [2] * 39, device=device)
+    keep = torch.rand(1, length, 2, device=device) < torch.tensor([0.9, 0.5], device=device)
+    _, end = counted(keep)
+    first = torch.searchsorted(seq_idx, seq_idx)
+    begin = end[:, first]
+    inputs = make_inputs(device, length=length, columns=length)
+    check(inputs, (begin, end), assert_error_within)
+    assert ("_attend", False) in branches
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_cached_columns_before_the_new_ones(groups, branches, device, assert_error_within):
+    """Cached columns are aligned to the right; two rows, one of them with few of them."""
+    width, length = 50, 40
+    keep = torch.rand(2, length, 1, device=device) < 0.6
+    begin, end = counted(keep)
+    begin, end = begin + torch.tensor([0, 33], device=device).view(2, 1, 1), end + width
+    inputs = make_inputs(device, batch=2, length=length, heads=1, groups=groups, columns=width + length)
+    check(inputs, (begin, end), assert_error_within)
+    assert {masked for name, masked in branches if name == "_add_dkv"} == {False, True}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_evicted_columns(dtype, device, assert_error_within):
+    """A column is seen up to its eviction, also when that is at once."""
+    length, width = 70, 5
+    keep = torch.rand(1, length, 2, device=device) < 0.7
+    begin, end = (x.to(dtype) for x in counted(keep))
+    until = torch.randint(0, length + 2, (1, 2, length + width), device=device, dtype=dtype)
+    until[:, :, :20] = length + 1
+    inputs = make_inputs(device, length=length, groups=2, columns=length + width)
+    check(inputs, (begin, end + width, until), assert_error_within)
+
+
+def test_columns_that_stay_need_no_mask(branches, device):
+    """In the gradient of a tile of columns, `until` costs nothing where it evicts nothing."""
+    keep = torch.ones(1, 80, 1, dtype=torch.bool, device=device)
+    until = torch.full((1, 1, 80), 81, device=device)
+    sparse_prefix_attention(
+        *make_inputs(device, length=80, heads=1, columns=80), *counted(keep), until
+    ).sum().backward()
+    assert ("_add_dkv", False) in branches
+    assert ("_attend", False) not in branches
+
+
+def test_large_logits_and_a_scale(device, assert_error_within):
+    # Larger ones err by more than twice PyTorch's in the interpreter, which rounds the product that a GPU fuses.
+    inputs = [x.detach().mul(2).requires_grad_() for x in make_inputs(device, length=40, columns=40)]
+    keep = torch.rand(1, 40, 2, device=device) < 0.7
+    check(inputs, counted(keep), assert_error_within, scale=0.7)
+
+
+def test_strided_inputs(device):
+    keep = torch.rand(1, 40, 2, device=device) < 0.7
+    inputs = make_inputs(device, length=40, columns=40)
+    spans = counted(keep)
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in inputs]
+    expected, out = (
+        sparse_prefix_attention(*inputs, *spans),
+        sparse_prefix_attention(*strided, *(x.mT.contiguous().mT for x in spans)),
+    )
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    grad = torch.randn_like(out)
+    for a, b in zip(
+        torch.autograd.grad(out, strided, grad.mT.contiguous().mT),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_only_the_log_sum_exp_is_differentiated(device):
+    keep = torch.rand(1, 20, 2, device=device) < 0.7
+    inputs, spans = make_inputs(device, length=20, columns=20), counted(keep)
+    _, lse = sparse_prefix_attention(*inputs, *spans, return_lse=True)
+    _, expected = dense(*inputs, *spans)
+    lse.sum().backward()
+    grads = torch.autograd.grad(expected.sum(), inputs, allow_unused=True)
+    for x, grad in zip(inputs, grads, strict=True):
+        torch.testing.assert_close(x.grad, torch.zeros_like(x) if grad is None else grad, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast(device):
+    keep = torch.rand(1, 20, 2, device=device) < 0.7
+    inputs, spans = make_inputs(device, length=20, columns=20), counted(keep)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = sparse_prefix_attention(*inputs, *spans)
+    expected = sparse_prefix_attention(*(x.bfloat16() for x in inputs), *spans)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_no_tokens(device):
+    inputs = make_inputs(device, length=0, columns=3)
+    empty = torch.zeros(1, 0, 2, dtype=torch.long, device=device)
+    out, lse = sparse_prefix_attention(*inputs, empty, empty, return_lse=True)
+    assert out.shape == (1, 0, 2, 16)
+    assert lse.shape == (1, 0, 2)
+
+
+def test_bad_input(device):
+    q, k, v, k_kept, v_kept = make_inputs(device, length=6, columns=4)
+    begin = end = torch.zeros(1, 6, 2, dtype=torch.long, device=device)
+
+    def call(**changes):
+        arguments = {
+            "q": q, "k": k, "v": v, "k_kept": k_kept, "v_kept": v_kept, "begin": begin, "end": end,
+        }  # fmt: skip
+        return sparse_prefix_attention(**(arguments | changes))
+
+    with pytest.raises(TypeError, match=r"`v_kept` must be a tensor, got list"):
+        call(v_kept=[1])
+    with pytest.raises(TypeError, match=r"`k` must be .* like `q`, torch.float32, got torch.bfloat16"):
+        call(k=k.bfloat16())
+    with pytest.raises(TypeError, match=r"`q` must be float32, float16 or bfloat16.*got torch.float64"):
+        call(q=q.double())
+    with pytest.raises(TypeError, match=r"`end` must be an integer tensor, got torch.float32"):
+        call(end=end.float())
+    with pytest.raises(ValueError, match=r"`begin` must have 3 dimensions, got \[6, 2\]"):
+        call(begin=begin[0])
+    with pytest.raises(ValueError, match=r"`end` must be \[1, 6, 2\] .* got \[1, 5, 2\]"):
+        call(end=end[:, :5])
+    with pytest.raises(ValueError, match=r"`k_kept` must be \[1, 2, 4, 16\] .* got \[1, 2, 4, 8\]"):
+        call(k_kept=k_kept[..., :8])
+    with pytest.raises(ValueError, match=r"`until` must be \[1, 2, 4\]"):
+        call(until=begin)
+    with pytest.raises(ValueError, match=r"`q` must have a multiple of the 2 heads of `k`, got 1"):
+        call(q=q[:, :, :1])
+    with pytest.raises(ValueError, match=r"head dimensions of 1 to 256, got 16 and 300"):
+        call(v=torch.zeros(1, 6, 2, 300, device=device), v_kept=torch.zeros(1, 2, 4, 300, device=device))
+    with pytest.raises(ValueError, match=r"`scale` must be positive and finite, got -1"):
+        call(scale=-1)
