@@ -2,7 +2,7 @@
 """Compiles the shipped cases of an op's module for GPUs that need not be there, and prints what they take as JSON.
 
 It runs in a process of its own (`python aot_compile.py MODULE [CASE ...] [--arch 80 90]`), because a process that has
-decorated kernels for the interpreter cannot compile. MODULE is the name of a module or a file that holds `AOT_CASES`, of
+decorated kernels for the interpreter cannot compile. MODULE is the name of a module or a file that holds `AOT_CASES`:
 
     {"kernel": <jit function>, "signature": {"x": "*bf16", "T": "i32"}, "constexprs": {"BT": 64, "state": None},
      "num_warps": 4, "num_stages": 2}
