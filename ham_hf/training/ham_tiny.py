@@ -38,7 +38,7 @@ class Recipe:
     """Everything that decides the result, written into the log."""
 
     seed: int = 0
-    steps: int = 3700
+    steps: int = 4400
     warmup: int = 50
     decay_from: int = 1900
     repeat_until: int = 300
@@ -47,7 +47,7 @@ class Recipe:
     context: int = 512
     tokens_per_step: int = 2048
     text_repeat_rows: float = 0.1
-    late_from: int = 2900
+    late_from: int = 3000
     late_context: int = 1024
     late_tokens_per_step: int = 4096
     late_usage: float = 1.6
