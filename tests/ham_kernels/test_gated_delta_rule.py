@@ -295,13 +295,19 @@ def test_head_dimensions_above_256_are_refused(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "key_dim", "value_dim"),
-    [(4, 1, 128, 128), (2, 4, 128, 128), (4, 1, 64, 64), (2, 2, 256, 256), (2, 1, 96, 192), (2, 3, 32, 48)],
+    ("dtype", "kv_heads", "group", "key_dim", "value_dim", "packed"),
+    [
+        (torch.bfloat16, 4, 1, 128, 128, False),
+        (torch.bfloat16, 2, 4, 128, 128, True),
+        (torch.bfloat16, 2, 2, 256, 256, False),
+        (torch.bfloat16, 2, 1, 96, 192, True),
+        (torch.float16, 2, 3, 64, 64, False),
+        (torch.float32, 2, 2, 128, 64, False),
+        (torch.float32, 2, 1, 256, 256, False),
+    ],
 )
-def test_real_shapes_on_the_gpu(dtype, kv_heads, group, key_dim, value_dim, assert_error_within):
+def test_real_shapes_on_the_gpu(dtype, kv_heads, group, key_dim, value_dim, packed, assert_error_within):
     inputs = random_inputs(2, 517, kv_heads, group, key_dim, value_dim, dtype=dtype, device="cuda")
-    compare(inputs, assert_error_within)
-    seq_idx = (torch.arange(517, device="cuda") // 150).expand(2, -1)
+    seq_idx = (torch.arange(517, device="cuda") // 150).expand(2, -1) if packed else None
     compare(inputs, assert_error_within, seq_idx=seq_idx)
