@@ -16,7 +16,8 @@ from ham_hf import HAMForCausalLM, ops_ham
 OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention", "ragged_decode_attention")
 EACH = pytest.mark.parametrize("on_kernels", [*OPS, "all"], indirect=True)
 TRAINED = pytest.mark.parametrize("on_kernels", [*OPS[:3], "all"], indirect=True)  # decoding has no gradient
-ALL = pytest.mark.parametrize("on_kernels", ["all"], indirect=True)
+# Ten seconds each under the interpreter.
+ALL = pytest.mark.parametrize("on_kernels", [pytest.param("all", marks=pytest.mark.slow)], indirect=True)
 # Absolute for logits, relative to the largest of the parameter for gradients, in float32. Measured: 2e-7 and 2e-6.
 LOGITS, GRADIENT = 1e-6, 2e-5
 LENGTH, PADDING = 70, 9
