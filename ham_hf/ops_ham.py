@@ -511,7 +511,8 @@ def ragged_decode_attention(
     Returns:
         `[N, G, V]` in the dtype of `v`.
     """
-    if kernel := _kernel("ragged_decode_attention", k, v):
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not needs_gradient and (kernel := _kernel("ragged_decode_attention", k, v)):
         return kernel(q, k, v, pages, tail, scale, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,360 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""All that one token does to a layer before it reads the kept keys, in one launch and in place.
+
+A program has one stream, a row's key/value head with the query heads that share it: their channels of the convolution
+and their float32 state belong to no other program, so both are updated where they lie. At head dimension 128 it reads
+and writes 64 KiB of state, beside which everything else is small.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .tuning import check_platform
+
+# How a token's routing score comes about: from the state's prediction, or as it is handed in.
+SCORES = ("cosine", "l2", "residual", "given")
+# Elements of the state that a program of 8 warps holds at once, 32 a thread.
+STATE_TILE = 8192
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+L2_EPS = tl.constexpr(1e-6)
+COSINE_EPS = tl.constexpr(1e-8)
+
+
+@triton.jit
+def _convolved(raw, conv_state, conv_weight, channel, mask, C: tl.constexpr, W: tl.constexpr):
+    """Causal convolution and SiLU of some channels of a row, rounded as a tensor of its own would be."""
+    x = tl.load(raw + channel, mask=mask, other=0.0).to(tl.float32)
+    x *= tl.load(conv_weight + channel * W + W - 1, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(W - 1):
+        tap = tl.load(conv_state + i * C + channel, mask=mask, other=0.0).to(tl.float32)
+        x += tap * tl.load(conv_weight + channel * W + i, mask=mask, other=0.0).to(tl.float32)
+    return (x * tl.sigmoid(x)).to(raw.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _roll(raw, conv_state, channel, mask, C: tl.constexpr, W: tl.constexpr):
+    """Moves some channels of the convolution's state on by one token."""
+    for i in tl.static_range(W - 2):
+        tl.store(conv_state + i * C + channel, tl.load(conv_state + (i + 1) * C + channel, mask=mask), mask=mask)
+    if W > 1:
+        tl.store(conv_state + (W - 2) * C + channel, tl.load(raw + channel, mask=mask), mask=mask)
+
+
+@triton.jit
+def _attention_view(
+    x, partner, weight, cos, sin, dim, mask, eps, K: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr
+):
+    """RMSNorm and rotation of `[rows, K]`; `partner` has, for every entry, the one that it is rotated with."""
+    other = (dim + K // 2) % K
+    if QK_NORM:
+        factor = tl.rsqrt(tl.sum(x * x, 1) / K + eps)[:, None]
+        x = x * factor * tl.load(weight + dim, mask=mask, other=0.0).to(tl.float32)[None, :]
+        partner = partner * factor * tl.load(weight + other, mask=mask, other=0.0).to(tl.float32)[None, :]
+    if ROPE:
+        turned = tl.where((dim < K // 2)[None, :], -partner, partner)
+        x = x * tl.load(cos + dim, mask=mask, other=0.0).to(tl.float32)[None, :]
+        x += turned * tl.load(sin + dim, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def decode_update_fwd_kernel(
+    raw, conv_state, conv_weight, b, a, A_log, dt_bias, state, q_weight, k_weight, cos, sin, given, threshold,
+    o, q_out, k_out, v_out, scores, keep, eps, stride_rope, stride_threshold_row, stride_threshold_head,
+    HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SCORE: tl.constexpr,
+    SCALE_VALUES: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr, ATTENTION_CONV: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_V: tl.constexpr,
+):  # fmt: skip
+    """One token of one stream: convolution, state, prediction, score and what attention takes from it."""
+    stream = tl.program_id(0).to(tl.int64)
+    row, head = stream // HK, (stream % HK).to(tl.int32)
+    C: tl.constexpr = HK * G * K + HK * K + HK * V
+    raw += row * C
+    conv_state += row * (W - 1) * C
+    o_g, o_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
+    in_k = o_k < K
+    in_q = (o_g < G)[:, None] & in_k[None, :]
+    q_channel = (head * G + o_g[:, None]) * K + o_k[None, :]
+    k_channel = HK * G * K + head * K + o_k
+    v_channel = HK * (G + 1) * K + head * V
+    q = _convolved(raw, conv_state, conv_weight, q_channel, in_q, C, W)
+    k = _convolved(raw, conv_state, conv_weight, k_channel, in_k, C, W)
+
+    # What attention sees of the query heads and, as one more row of the same, of the key.
+    other = (o_k + K // 2) % K - o_k
+    if ATTENTION_CONV:
+        q_seen, k_seen = q, k
+        q_partner = _convolved(raw, conv_state, conv_weight, q_channel + other[None, :], in_q, C, W)
+        k_partner = _convolved(raw, conv_state, conv_weight, k_channel + other, in_k, C, W)
+    else:
+        q_seen = tl.load(raw + q_channel, mask=in_q, other=0.0).to(tl.float32)
+        k_seen = tl.load(raw + k_channel, mask=in_k, other=0.0).to(tl.float32)
+        q_partner = tl.load(raw + q_channel + other[None, :], mask=in_q, other=0.0).to(tl.float32)
+        k_partner = tl.load(raw + k_channel + other, mask=in_k, other=0.0).to(tl.float32)
+    if ROPE:
+        cos += row * stride_rope
+        sin += row * stride_rope
+    q_seen = _attention_view(q_seen, q_partner, q_weight, cos, sin, o_k, in_k, eps, K, QK_NORM, ROPE)
+    k_seen = _attention_view(k_seen[None, :], k_partner[None, :], k_weight, cos, sin, o_k, in_k, eps, K, QK_NORM, ROPE)
+    q_place = (stream * G + o_g[:, None]) * K + o_k[None, :]
+    tl.store(q_out + q_place, q_seen.to(q_out.dtype.element_ty), mask=in_q)
+    tl.store(k_out + stream * K + o_k[None, :], k_seen.to(k_out.dtype.element_ty), mask=in_k[None, :])
+
+    beta = tl.sigmoid(tl.load(b + stream).to(tl.float32))
+    step = tl.load(a + stream).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+    step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
+    decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
+    q = q * tl.rsqrt(tl.sum(q * q, 1) + L2_EPS)[:, None] * (K**-0.5)
+    k = k * tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
+    score = tl.full([], 0.0, dtype=tl.float32)
+    if SCORE == "given":
+        score = tl.load(given + stream).to(tl.float32)
+    # Squared lengths of value, prediction and their difference, and the product of the two.
+    v_square = tl.zeros([TILE_V], dtype=tl.float32)
+    p_square = tl.zeros([TILE_V], dtype=tl.float32)
+    d_square = tl.zeros([TILE_V], dtype=tl.float32)
+    product = tl.zeros([TILE_V], dtype=tl.float32)
+    for begin in tl.static_range(0, BLOCK_V, TILE_V):
+        o_v = begin + tl.arange(0, TILE_V)
+        in_v = o_v < V
+        v = _convolved(raw, conv_state, conv_weight, v_channel + o_v, in_v, C, W)
+        cells = state + (stream * K + o_k[:, None]) * V + o_v[None, :]
+        in_state = in_k[:, None] & in_v[None, :]
+        S = tl.load(cells, mask=in_state, other=0.0) * decay
+        prediction = tl.sum(k[:, None] * S, 0)
+        S += k[:, None] * (beta * (v - prediction))[None, :]
+        # Small blocks are loaded by several threads at once, and none may find what another has written.
+        tl.debug_barrier()
+        tl.store(cells, S, mask=in_state)
+        for g in tl.static_range(G):
+            query = tl.sum(tl.where((o_g == g)[:, None], q, 0.0), 0)
+            read = tl.sum(query[:, None] * S, 0)
+            tl.store(o + (stream * G + g) * V + o_v, read.to(o.dtype.element_ty), mask=in_v)
+        v_square += v * v
+        p_square += prediction * prediction
+        d_square += (v - prediction) * (v - prediction)
+        product += v * prediction
+        v_seen = v
+        if not ATTENTION_CONV:
+            v_seen = tl.load(raw + v_channel + o_v, mask=in_v, other=0.0).to(tl.float32)
+        if SCALE_VALUES:
+            v_seen = v_seen * score.to(v_out.dtype.element_ty).to(tl.float32)
+        tl.store(v_out + stream * V + o_v, v_seen.to(v_out.dtype.element_ty), mask=in_v)
+
+    v_norm, p_norm, d_norm = tl.sqrt(tl.sum(v_square, 0)), tl.sqrt(tl.sum(p_square, 0)), tl.sqrt(tl.sum(d_square, 0))
+    if SCORE == "cosine":
+        score = (1.0 - tl.sum(product, 0) / tl.maximum(v_norm * p_norm, COSINE_EPS)) / 2.0
+    if SCORE == "l2":
+        score = d_norm / tl.maximum(v_norm + p_norm, COSINE_EPS)
+        score = score * score
+    if SCORE == "residual":
+        score = beta * d_norm / (beta * d_norm + tl.maximum(v_norm, COSINE_EPS))
+    if SCORE != "given":
+        score = tl.minimum(tl.maximum(score, 0.0), 1.0)
+    limit = tl.load(threshold + row * stride_threshold_row + head * stride_threshold_head)
+    tl.store(scores + stream, score)
+    tl.store(keep + stream, score >= limit)
+
+    tl.debug_barrier()
+    _roll(raw, conv_state, q_channel, in_q, C, W)
+    _roll(raw, conv_state, k_channel, in_k, C, W)
+    o_v = tl.arange(0, BLOCK_V)
+    _roll(raw, conv_state, v_channel + o_v, o_v < V, C, W)
+
+
+class DecodeUpdate(NamedTuple):
+    """What one token leaves for attention and for the mix of the two memories.
+
+    Attributes:
+        o: `[B, H, V]` output of the RNN.
+        q, k, v: `[B, H, K]`, `[B, Hk, K]` and `[B, Hk, V]` of the attention view.
+        scores: `[B, Hk]` float32 routing scores.
+        keep: `[B, Hk]` bool, whether the score reaches the threshold.
+    """
+
+    o: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scores: torch.Tensor
+    keep: torch.Tensor
+
+
+def decode_update_fwd(
+    qkv: torch.Tensor,
+    conv_state: torch.Tensor,
+    conv_weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    threshold: torch.Tensor,
+    score: str,
+    given: torch.Tensor | None,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    attention_conv: bool,
+    scale_values: bool,
+    eps: float,
+) -> DecodeUpdate:
+    """Launches the kernel on arguments that `decode_update` has checked."""
+    batch, kv_heads, key_dim, value_dim = state.shape
+    heads = query_heads(qkv, state)
+    out = DecodeUpdate(
+        o=qkv.new_empty(batch, heads, value_dim),
+        q=qkv.new_empty(batch, heads, key_dim),
+        k=qkv.new_empty(batch, kv_heads, key_dim),
+        v=qkv.new_empty(batch, kv_heads, value_dim),
+        scores=qkv.new_empty(batch, kv_heads, dtype=torch.float32),
+        keep=qkv.new_empty(batch, kv_heads, dtype=torch.bool),
+    )
+    threshold = threshold.expand(batch, kv_heads)
+    q_weight, k_weight = norm_weights or (None, None)
+    cos, sin = rope or (None, None)
+    decode_update_fwd_kernel[(batch * kv_heads,)](
+        qkv, conv_state, conv_weight, b, a, A_log, dt_bias, state, q_weight, k_weight, cos, sin, given, threshold,
+        *out, eps, 0 if cos is None or len(cos) == 1 else key_dim, *threshold.stride(),
+        HK=kv_heads, G=heads // kv_heads, K=key_dim, V=value_dim, W=conv_weight.shape[1], SCORE=score,
+        SCALE_VALUES=scale_values, QK_NORM=norm_weights is not None, ROPE=rope is not None,
+        ATTENTION_CONV=attention_conv, **block_sizes(heads // kv_heads, key_dim, value_dim), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def query_heads(qkv: torch.Tensor, state: torch.Tensor) -> int:
+    """Query heads among the channels of `qkv` `[B, C]`, beside a key and a value for each head of `state`."""
+    _, kv_heads, key_dim, value_dim = state.shape
+    return (qkv.shape[1] - kv_heads * (key_dim + value_dim)) // key_dim
+
+
+def block_sizes(groups: int, key_dim: int, value_dim: int) -> dict[str, int]:
+    """The kernel's blocks: powers of two that hold the sizes, and as many columns of the state as a tile has."""
+    block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    tile_v = min(block_v, max(1, STATE_TILE // block_k))
+    return {"BLOCK_G": triton.next_power_of_2(groups), "BLOCK_K": block_k, "BLOCK_V": block_v, "TILE_V": tile_v}
+
+
+def decode_update(
+    qkv: torch.Tensor,
+    conv_state: torch.Tensor,
+    conv_weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    threshold: torch.Tensor,
+    score: str = "cosine",
+    given: torch.Tensor | None = None,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_conv: bool = True,
+    scale_values: bool = False,
+    eps: float = 1e-6,
+) -> DecodeUpdate:
+    """One token, from its projections to what attention reads; `conv_state` and `state` are updated in place.
+
+    Causal convolution and SiLU; the gated delta rule (arXiv 2412.06464) on L2-normalised queries and keys, with the
+    prediction of the value; the routing score and whether it reaches the threshold; RMSNorm and rotation of the
+    queries and keys that attention sees. One launch, no backward, no waiting for the host.
+
+    Args:
+        qkv: `[B, C]` bfloat16, float16 or float32 projections: `H` queries and `Hk` keys of size `K`, then `Hk` values
+            of size `V`; `H` is a multiple of `Hk`. What has no dtype below has this one.
+        conv_state: `[B, W - 1, C]` last inputs of the convolution, oldest first.
+        conv_weight: `[C, W]`; `conv_weight[:, W - 1]` multiplies the current token.
+        a, b: `[B, Hk]` projections for the decay and the write strength.
+        A_log, dt_bias: `[Hk]` float32: the decay is `exp(-exp(A_log) softplus(a + dt_bias))`.
+        state: `[B, Hk, K, V]` float32.
+        threshold: `[B or 1, Hk or 1]` float32.
+        score: `"cosine"`, `"l2"` or `"residual"`, the prediction's error, or `"given"`.
+        given: `[B, Hk]` float32 scores for `"given"`.
+        norm_weights: `[K]` each, of the RMSNorm of queries and of keys, or `None` for no norm.
+        rope: cosines and sines `[B or 1, K]`, or `None` for no rotation.
+        attention_conv: whether attention sees the convolved projections; otherwise `qkv` itself.
+        scale_values: whether attention sees the values multiplied by their given scores.
+        eps: of the RMSNorms.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
+    """
+    if score not in SCORES:
+        raise ValueError(f"`score` must be one of {', '.join(map(repr, SCORES))}, got {score!r}.")
+    if (given is not None) != (score == "given"):
+        raise ValueError(f"`given` must hold scores if `score` is 'given' and else be None, got {score!r}.")
+    if scale_values and given is None:
+        raise ValueError("`scale_values` takes `given` scores, got None.")
+    if qkv.ndim != 2 or qkv.dtype not in DTYPES:
+        raise ValueError(
+            f"`qkv` must be [B, C] of bfloat16, float16 or float32, got {list(qkv.shape)} of {qkv.dtype}."
+        )
+    if state.ndim != 4:
+        raise ValueError(f"`state` must be [B, Hk, K, V], got {list(state.shape)}.")
+    batch, kv_heads, key_dim, value_dim = state.shape
+    heads = query_heads(qkv, state)
+    channels, width = heads * key_dim + kv_heads * (key_dim + value_dim), conv_weight.shape[-1]
+    if heads < 1 or heads % kv_heads or channels != qkv.shape[1]:
+        raise ValueError(
+            f"`qkv` must have the channels of {kv_heads} keys of {key_dim}, {kv_heads} values of {value_dim} and a "
+            f"multiple of {kv_heads} queries, as `state` does; got {qkv.shape[1]}."
+        )
+    own, wide = qkv.dtype, torch.float32
+    expected = {
+        "qkv": (qkv, (batch, channels), own),
+        "conv_state": (conv_state, (batch, width - 1, channels), own),
+        "conv_weight": (conv_weight, (channels, width), own),
+        "a": (a, (batch, kv_heads), own),
+        "b": (b, (batch, kv_heads), own),
+        "A_log": (A_log, (kv_heads,), wide),
+        "dt_bias": (dt_bias, (kv_heads,), wide),
+        "state": (state, (batch, kv_heads, key_dim, value_dim), wide),
+    }
+    if given is not None:
+        expected["given"] = (given, (batch, kv_heads), wide)
+    for i, weight in enumerate(norm_weights or ()):
+        expected[f"norm_weights[{i}]"] = (weight, (key_dim,), own)
+    for i, angle in enumerate(rope or ()):
+        expected[f"rope[{i}]"] = (angle, (1 if len(angle) == 1 else batch, key_dim), own)
+    for name, (x, shape, dtype) in expected.items():
+        if x.shape != shape or x.dtype != dtype or x.device != qkv.device or not x.is_contiguous():
+            raise ValueError(
+                f"`{name}` must be {list(shape)} of {dtype} on {qkv.device}, contiguous; got {list(x.shape)} of "
+                f"{x.dtype} on {x.device}, strides {x.stride()}."
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"`{name}` requires a gradient, got grad mode on; the op has no backward.")
+    if threshold.ndim != 2 or threshold.shape[0] not in (1, batch) or threshold.shape[1] not in (1, kv_heads):
+        raise ValueError(f"`threshold` must be [{batch} or 1, {kv_heads} or 1], got {list(threshold.shape)}.")
+    if threshold.dtype != wide or threshold.device != qkv.device:
+        raise ValueError(f"`threshold` must be {wide} on {qkv.device}, got {threshold.dtype} on {threshold.device}.")
+    if rope is not None and key_dim % 2:
+        raise ValueError(f"`rope` turns pairs, so `K` must be even, got {key_dim}.")
+    check_platform(qkv.device)
+    return decode_update_fwd(
+        qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, threshold, score, given, norm_weights, rope,
+        attention_conv, scale_values, eps,
+    )  # fmt: skip
+
+
+def _aot_case(key_dim: int, groups: int) -> dict:
+    """The shipped blocks of a head dimension in bfloat16: one row of 16 query heads."""
+    pointers = ("raw", "conv_state", "conv_weight", "b", "a", "q_weight", "k_weight", "cos", "sin", "o")
+    signature = dict.fromkeys((*pointers, "q_out", "k_out", "v_out"), "*bf16")
+    signature |= dict.fromkeys(("A_log", "dt_bias", "state", "threshold", "scores"), "*fp32") | {"keep": "*i1"}
+    signature |= dict.fromkeys(("stride_rope", "stride_threshold_row", "stride_threshold_head"), "i32")
+    sizes = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "W": 4, "SCORE": "cosine", "given": None}
+    switches = {"SCALE_VALUES": False, "QK_NORM": True, "ROPE": True, "ATTENTION_CONV": True}
+    return {
+        "kernel": decode_update_fwd_kernel,
+        "signature": signature | {"eps": "fp32"},
+        "constexprs": sizes | switches | block_sizes(groups, key_dim, key_dim),
+        "num_warps": 8,
+        "num_stages": 3,
+    }
+
+
+AOT_CASES = [_aot_case(128, 1), _aot_case(64, 1), _aot_case(128, 4), _aot_case(256, 1)]

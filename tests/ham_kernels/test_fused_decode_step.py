@@ -1,0 +1,280 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds the fused update of a decoding step to the same step composed of the model's own PyTorch operations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+pytest.importorskip("triton")
+
+from ham_hf import HAMCache, HAMForCausalLM
+from ham_hf.inputs_ham import TokenLayout
+from ham_hf.ops_ham import gated_delta_rule_with_prediction, l2norm, short_convolution
+from ham_hf.routing_ham import cosine_score, l2_score, residual_score
+from ham_kernels import fused_decode_step
+from ham_kernels.fused_decode_step import SCORES, decode_update
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rms_norm(x, weight, eps):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def composed(
+    qkv,
+    conv_state,
+    conv_weight,
+    a,
+    b,
+    A_log,
+    dt_bias,
+    state,
+    threshold,
+    score="cosine",
+    given=None,
+    norm_weights=None,
+    rope=None,
+    attention_conv=True,
+    scale_values=False,
+    eps=1e-6,
+):
+    """What the model computes, as `HAMMixer.forward` does: the outputs by name, the two new states among them."""
+    _, kv_heads, key_dim, value_dim = state.shape
+    sizes = [qkv.shape[1] - kv_heads * (key_dim + value_dim), kv_heads * key_dim, kv_heads * value_dim]
+    wide = A_log.dtype
+
+    def split(x):
+        q, k, v = x.split(sizes, -1)
+        return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
+
+    convolved, conv_state = short_convolution(qkv[:, None], conv_weight, conv_state)
+    q, k, v = split(convolved)
+    beta = b[:, None].to(wide).sigmoid()
+    g = -A_log.exp() * F.softplus(a[:, None].to(wide) + dt_bias)
+    o, prediction, state = gated_delta_rule_with_prediction(l2norm(q), l2norm(k), v, g, beta, initial_state=state)
+    if score == "given":
+        scores = given[:, None]
+    elif score == "residual":
+        scores = residual_score(v.to(wide), prediction, beta)
+    else:
+        scores = {"cosine": cosine_score, "l2": l2_score}[score](v.to(wide), prediction)
+    q, k, v = split(convolved if attention_conv else qkv[:, None])
+    if scale_values:
+        v = v * scores[..., None].to(v.dtype)
+    if norm_weights is not None:
+        q, k = rms_norm(q, norm_weights[0], eps), rms_norm(k, norm_weights[1], eps)
+    if rope is not None:
+        q, k = apply_rotary_pos_emb(q, k, *(x[:, None] for x in rope), unsqueeze_dim=2)
+    named = {"o": o.to(qkv.dtype), "q": q, "k": k, "v": v, "scores": scores}
+    return {name: x.squeeze(1) for name, x in named.items()} | {
+        "keep": scores.squeeze(1) >= threshold,
+        "conv_state": conv_state,
+        "state": state,
+    }
+
+
+def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, width=4, dtype=torch.float32, **options):
+    """Random arguments of a step in the middle of a sequence; `rope` and `qk_norm` are on unless `options` say no."""
+    channels = kv_heads * (groups * key_dim + key_dim + value_dim)
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    arguments = {
+        "qkv": randn(batch, channels),
+        "conv_state": randn(batch, width - 1, channels),
+        "conv_weight": randn(channels, width) / 2,
+        "a": 2 * randn(batch, kv_heads),
+        "b": randn(batch, kv_heads),
+        "A_log": torch.rand(kv_heads, device=device) - 2,
+        "dt_bias": torch.randn(kv_heads, device=device),
+        "state": torch.randn(batch, kv_heads, key_dim, value_dim, device=device),
+        "threshold": torch.full((1, 1), 0.5, device=device),
+    }
+    if options.pop("qk_norm", True):
+        arguments["norm_weights"] = (1 + 0.2 * randn(key_dim), 1 + 0.2 * randn(key_dim))
+    if options.pop("rope", True):
+        angle = 6 * torch.rand(batch, key_dim // 2, device=device).repeat(1, 2)
+        arguments["rope"] = (angle.cos().to(dtype), angle.sin().to(dtype))
+    if options.get("score") == "given":
+        arguments["given"] = torch.rand(batch, kv_heads, device=device)
+    return arguments | options
+
+
+def cast(arguments, convert):
+    """The arguments with `convert` applied to every tensor."""
+
+    def one(x):
+        if isinstance(x, tuple):
+            return tuple(map(one, x))
+        return convert(x) if isinstance(x, torch.Tensor) else x
+
+    return {name: one(x) for name, x in arguments.items()}
+
+
+def run(arguments):
+    """The kernel's outputs by name, and the states it updated in place; NaN lies around every tensor it is given."""
+    buffers = []
+
+    def inside_nan(x):
+        buffers.append(x.new_full((x.numel() + 128,), torch.nan))
+        return buffers[-1][64:-64].view(x.shape).copy_(x)
+
+    arguments = cast(arguments, inside_nan)
+    out = decode_update(**arguments)
+    assert all(x[:64].isnan().all() and x[-64:].isnan().all() for x in buffers), "something was written out of bounds"
+    return out._asdict() | {name: arguments[name] for name in ("conv_state", "state")}
+
+
+def check(arguments, assert_error_within):
+    out, reference, baseline = run(arguments), composed(**cast(arguments, torch.Tensor.double)), composed(**arguments)
+    assert out.keys() == reference.keys()
+    for name in reference.keys() - {"keep", "conv_state"}:
+        assert out[name].dtype == baseline[name].dtype, name
+        assert_error_within(out[name], reference[name], baseline[name], name=name)
+    assert torch.equal(out["conv_state"], baseline["conv_state"])
+    assert torch.equal(out["keep"], out["scores"] >= arguments["threshold"])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_composed_step(dtype, score, device, assert_error_within):
+    # Enough streams for the largest errors of both to be alike, not a matter of luck.
+    arguments = make(device, batch=16, groups=2, dtype=dtype, score=score, scale_values=score == "given")
+    check(arguments, assert_error_within)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 1, "kv_heads": 1, "groups": 1, "key_dim": 16, "value_dim": 16},
+        {"batch": 3, "kv_heads": 2, "groups": 3, "key_dim": 12, "value_dim": 20},
+        {"batch": 1, "kv_heads": 3, "groups": 4, "key_dim": 6, "value_dim": 5},
+        {"batch": 2, "kv_heads": 1, "groups": 1, "key_dim": 40, "value_dim": 72, "width": 3},
+        {"batch": 2, "kv_heads": 1, "groups": 2, "key_dim": 8, "value_dim": 4, "width": 1},
+        {"batch": 2, "kv_heads": 1, "groups": 2, "key_dim": 8, "value_dim": 4, "width": 2},
+    ],
+    ids=str,
+)
+def test_odd_sizes(sizes, device, assert_error_within):
+    check(make(device, **sizes), assert_error_within)
+
+
+def test_a_state_of_several_tiles(device, assert_error_within, monkeypatch):
+    monkeypatch.setattr(fused_decode_step, "STATE_TILE", 64)
+    check(make(device, groups=2, key_dim=12, value_dim=20), assert_error_within)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rope": False}, {"qk_norm": False}, {"rope": False, "qk_norm": False}, {"attention_conv": False}],
+    ids=str,
+)
+def test_options(options, device, assert_error_within):
+    check(make(device, **options), assert_error_within)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_thresholds_of_every_shape(shape, device):
+    arguments = make(device, batch=3, rope=False)
+    arguments["threshold"] = torch.rand(shape, device=device)
+    out = run(arguments)
+    assert torch.equal(out["keep"], out["scores"] >= arguments["threshold"])
+    out = run(arguments | {"threshold": out["scores"].clone()})
+    assert out["keep"].all(), "a score that equals the threshold is kept"
+
+
+@pytest.mark.parametrize("score", ["cosine", "l2", "residual"])
+def test_an_empty_state_and_values_of_zero(score, device):
+    """What nothing is known of scores as in PyTorch: 0.5 for the cosine with a vector of zeros."""
+    arguments = make(device, score=score)
+    arguments["state"].zero_()
+    arguments["qkv"][1] = 0
+    arguments["conv_state"][1] = 0
+    out, expected = run(arguments), composed(**arguments)
+    torch.testing.assert_close(out["scores"], expected["scores"], atol=1e-6, rtol=0)
+
+
+def test_one_table_of_angles_serves_all_rows(device):
+    arguments = make(device, batch=3)
+    angles = tuple(x[:1].contiguous() for x in arguments["rope"])
+    shared = run(arguments | {"rope": angles})
+    own = run(arguments | {"rope": tuple(x.expand(3, -1).contiguous() for x in angles)})
+    assert torch.equal(shared["q"], own["q"])
+    assert torch.equal(shared["k"], own["k"])
+
+
+def test_follows_the_mixer_token_by_token(device, tiny_config):
+    """Ten tokens through a layer of the model, its cache included, and through the kernel's states."""
+    config = tiny_config(num_hidden_layers=1, head_dim=16, value_head_dim=24)
+    mixer = HAMForCausalLM(config).eval().to(device).model.layers[0].mixer
+    mixer.threshold.data.uniform_(0.3, 0.7)
+    cache = HAMCache(config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    conv_state = torch.zeros(2, config.conv_kernel_size - 1, sum(mixer.sizes), device=device)
+    state = torch.zeros(2, kv_heads, 16, 24, device=device)
+    seen = {}
+    mixer.rnn_norm.register_forward_pre_hook(lambda module, inputs: seen.update(o=inputs[0]))
+    original = cache.layers[0].update
+    cache.layers[0].update = lambda step, budget: (seen.update(step=step), original(step, budget))
+    kept = 0
+    with torch.inference_mode():
+        for t in range(10):
+            hidden = torch.randn(2, 1, config.hidden_size, device=device)
+            angle = t * 10000.0 ** (-torch.arange(8, device=device) / 8).repeat(2)
+            rope = (angle.cos()[None], angle.sin()[None])
+            position = torch.full((2, 1), t, device=device)
+            tokens = TokenLayout(real=None, positions=position, seq_idx=None, past_real=None)
+            mixer(hidden, tuple(x[:, None] for x in rope), tokens, cache)
+            x = hidden[:, 0]
+            out = decode_update(
+                torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1),
+                conv_state,
+                mixer.conv.weight,
+                mixer.a_proj(x),
+                mixer.b_proj(x),
+                mixer.A_log,
+                mixer.dt_bias,
+                state,
+                mixer.threshold[None],
+                norm_weights=(mixer.q_norm.weight, mixer.k_norm.weight),
+                rope=rope,
+                eps=config.rms_norm_eps,
+            )
+            step = seen["step"]
+            expected = (seen["o"], step.keys, step.values, step.scores, step.conv_state, step.recurrent_state)
+            expected = [x.squeeze(1) for x in expected[:4]] + list(expected[4:])
+            for found, wanted in zip((out.o, out.k, out.v, out.scores, conv_state, state), expected, strict=True):
+                torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+            assert torch.equal(out.keep, step.keep[:, 0])
+            kept += int(out.keep.sum())
+    assert 0 < kept < 10 * 2 * kv_heads
+    assert out.q.shape == (2, heads, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "cosin"}, "`score` must be one of 'cosine', .* got 'cosin'"),
+        ({"score": "given"}, "`given` must hold scores"),
+        ({"scale_values": True}, "`scale_values` takes `given` scores"),
+        ({"qkv": torch.zeros(2, 3, 4)}, r"`qkv` must be \[B, C\]"),
+        ({"qkv": torch.zeros(2, 97)}, "`qkv` must have the channels"),
+        ({"state": torch.zeros(2, 2, 16)}, r"`state` must be \[B, Hk, K, V\]"),
+        ({"state": torch.zeros(2, 2, 16, 16).double()}, "`state` must be .*float64"),
+        ({"conv_state": torch.zeros(2, 2, 96)}, r"`conv_state` must be \[2, 3, 96\]"),
+        ({"conv_state": torch.zeros(2, 96, 3).mT}, "`conv_state` must be .* contiguous"),
+        ({"A_log": torch.zeros(2).bfloat16()}, "`A_log` must be .*bfloat16"),
+        ({"b": torch.zeros(2, 2, requires_grad=True)}, "`b` requires a gradient"),
+        ({"norm_weights": (torch.ones(16), torch.ones(15))}, r"`norm_weights\[1\]` must be \[16\]"),
+        ({"rope": (torch.ones(1, 8), torch.ones(1, 8))}, r"`rope\[0\]` must be \[1, 16\]"),
+        ({"threshold": torch.zeros(3, 2)}, r"`threshold` must be \[2 or 1, 2 or 1\]"),
+        ({"threshold": torch.zeros(1, 1).double()}, "`threshold` must be torch.float32"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decode_update(**(make("cpu", rope=False) | changes))
