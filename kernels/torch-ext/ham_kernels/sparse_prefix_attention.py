@@ -29,26 +29,32 @@ MAX_LENGTH = 2**24  # rows of a group, counted in 32 bits
 # warps, stages). The first is taken where nothing is measured. None for 2 bytes and up to 128 spills: see `AOT_CASES`.
 TILES = {
     "fwd": {
-        (2, 64): [(128, 128, 8, 2), (128, 64, 4, 3)],
-        (2, 128): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
-        (2, 256): [(128, 64, 8, 2), (64, 32, 4, 2)],
+        (2, 64): [(128, 64, 8, 3), (128, 64, 4, 3)],
+        (2, 128): [(128, 64, 8, 2), (64, 64, 4, 2)],
+        (2, 256): [(128, 32, 8, 2), (64, 32, 4, 1)],
         (4, 128): [(64, 32, 4, 2)],
         (4, 256): [(32, 32, 4, 1)],
     },
     "dq": {
         (2, 64): [(128, 64, 8, 2), (64, 64, 4, 2)],
-        (2, 128): [(128, 64, 8, 2), (64, 64, 4, 2)],
+        (2, 128): [(64, 128, 8, 2), (64, 64, 8, 2)],
         (2, 256): [(64, 32, 8, 1)],
         (4, 128): [(32, 32, 4, 1)],
         (4, 256): [(16, 16, 4, 1)],
     },
     "dkv": {
-        (2, 64): [(64, 128, 8, 2), (64, 64, 4, 2)],
-        (2, 128): [(64, 128, 8, 2), (64, 64, 4, 2)],
-        (2, 256): [(32, 64, 8, 1)],
+        (2, 64): [(32, 64, 4, 2)],
+        (2, 128): [(64, 64, 8, 2), (32, 64, 8, 2)],
+        (2, 256): [(32, 32, 8, 1)],
         (4, 128): [(32, 32, 4, 1)],
         (4, 256): [(16, 16, 4, 1)],
     },
+}
+# Compute capability 9.0 tries these first: warp groups multiply from shared memory, which leaves registers for more.
+HOPPER_TILES = {
+    "fwd": {(2, 64): [(128, 128, 8, 2)], (2, 128): [(128, 128, 8, 2), (128, 64, 8, 3)]},
+    "dq": {(2, 128): [(128, 64, 8, 2)]},
+    "dkv": {(2, 64): [(64, 128, 8, 2), (64, 64, 4, 2)], (2, 128): [(32, 128, 8, 2)]},
 }
 # Elements of a head that a program of the self term holds at once.
 SELF_ELEMENTS, SELF_WARPS = 4096, 8
@@ -90,11 +96,14 @@ def _stream_and_tile(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _query_rows(row, stream, T, HK: tl.constexpr, GROUP: tl.constexpr):
-    """Of rows of a stream: the query, its place among all queries and heads, and among all tokens and heads."""
-    t = row // GROUP
-    token = ((stream // HK) * T + t) * HK + stream % HK
-    return t, token * GROUP + row % GROUP, token
+def _query_rows(start, stream, T, HK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the rows from `start` on: their queries; where the first's token is among all tokens and heads (64 bits, of
+    queries `GROUP` times that), and how far from there each row's token and its query are.
+    """
+    r = start % GROUP + tl.arange(0, BLOCK)
+    base = ((stream // HK) * T + start // GROUP) * HK + stream % HK
+    token = (r // GROUP) * HK
+    return start // GROUP + r // GROUP, base, token, token * GROUP + r % GROUP
 
 
 @triton.jit
@@ -129,7 +138,7 @@ def _attend(
     v = _load_tile(v_kept + start.to(tl.int64) * V, c * V, column < last, V, BLOCK_V)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     if masked:
-        visible = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
+        visible = (c[None, :] >= (begin - start)[:, None]) & (c[None, :] < (end - start)[:, None])
         if until is not None:
             visible &= t[:, None] < tl.load(until + column, mask=column < last, other=0).to(tl.int32)[None, :]
         logits = tl.where(visible, logits, float("-inf"))
@@ -148,25 +157,24 @@ def sparse_prefix_attention_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     stream, tile = _stream_and_tile(T * GROUP, BLOCK_M, True)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t, query, token = _query_rows(row, stream, T, HK, GROUP)
+    t, base, token, query = _query_rows(tile * BLOCK_M, stream, T, HK, GROUP, BLOCK_M)
     real = t < T
     first, last, all_first, all_last = _visible_columns(
         begin, end, tile * BLOCK_M // GROUP, (tile * BLOCK_M + BLOCK_M - 1) // GROUP, T, M, stream, HK
     )
-    begin_of = tl.load(begin + token, mask=real, other=0).to(tl.int32)
-    end_of = tl.load(end + token, mask=real, other=0).to(tl.int32)
+    begin_of = tl.load(begin + base + token, mask=real, other=0).to(tl.int32)
+    end_of = tl.load(end + base + token, mask=real, other=0).to(tl.int32)
     k_kept += stream * M * K
     v_kept += stream * M * V
     if until is not None:
         until += stream * M
         all_last = first  # which tile every query sees whole, `begin` and `end` do not tell
 
-    queries = _load_tile(q, query * K, real, K, BLOCK_K)
-    own_key = _load_tile(k, token * K, real, K, BLOCK_K)
+    queries = _load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
+    own_key = _load_tile(k + base * K, token * K, real, K, BLOCK_K)
     peak = tl.sum(queries.to(tl.float32) * own_key.to(tl.float32), 1) * log2_scale
     total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
-    acc = _load_tile(v, token * V, real, V, BLOCK_V).to(tl.float32)
+    acc = _load_tile(v + base * V, token * V, real, V, BLOCK_V).to(tl.float32)
     tiles, inside, inside_end = _tiles(first, last, all_first, all_last, BLOCK_N)
     for i in range(0, tiles):
         masked = (i < inside) | (i >= inside_end)
@@ -174,8 +182,8 @@ def sparse_prefix_attention_fwd_kernel(
             acc, total, peak, queries, k_kept, v_kept, until, first + i * BLOCK_N, last, begin_of, end_of, t,
             masked, log2_scale, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
         )  # fmt: skip
-    _store_tile(o, query * V, acc / total[:, None], real, V, BLOCK_V)
-    tl.store(lse + query, peak + tl.log2(total), mask=real)
+    _store_tile(o + base * GROUP * V, query * V, acc / total[:, None], real, V, BLOCK_V)
+    tl.store(lse + base * GROUP + query, peak + tl.log2(total), mask=real)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -225,7 +233,7 @@ def _add_dq(
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     weights = tl.exp2(logits * log2_scale - log_sum[:, None])
     if masked:
-        visible = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
+        visible = (c[None, :] >= (begin - start)[:, None]) & (c[None, :] < (end - start)[:, None])
         if until is not None:
             visible &= t[:, None] < tl.load(until + column, mask=column < last, other=0).to(tl.int32)[None, :]
         weights = tl.where(visible, weights, 0.0)
@@ -241,26 +249,25 @@ def sparse_prefix_attention_bwd_dq_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     stream, tile = _stream_and_tile(T * GROUP, BLOCK_M, True)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t, query, token = _query_rows(row, stream, T, HK, GROUP)
+    t, base, token, query = _query_rows(tile * BLOCK_M, stream, T, HK, GROUP, BLOCK_M)
     real = t < T
     first, last, all_first, all_last = _visible_columns(
         begin, end, tile * BLOCK_M // GROUP, (tile * BLOCK_M + BLOCK_M - 1) // GROUP, T, M, stream, HK
     )
-    begin_of = tl.load(begin + token, mask=real, other=0).to(tl.int32)
-    end_of = tl.load(end + token, mask=real, other=0).to(tl.int32)
+    begin_of = tl.load(begin + base + token, mask=real, other=0).to(tl.int32)
+    end_of = tl.load(end + base + token, mask=real, other=0).to(tl.int32)
     k_kept += stream * M * K
     v_kept += stream * M * V
     if until is not None:
         until += stream * M
         all_last = first
 
-    queries = _load_tile(q, query * K, real, K, BLOCK_K)
-    grad = _load_tile(do, query * V, real, V, BLOCK_V)
-    log_sum = tl.load(lse + query, mask=real, other=0.0)
-    mean = tl.load(delta + query, mask=real, other=0.0)
-    own_slope = tl.load(self_slope + query, mask=real, other=0.0)
-    acc = own_slope[:, None] * _load_tile(k, token * K, real, K, BLOCK_K).to(tl.float32)
+    queries = _load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
+    grad = _load_tile(do + base * GROUP * V, query * V, real, V, BLOCK_V)
+    log_sum = tl.load(lse + base * GROUP + query, mask=real, other=0.0)
+    mean = tl.load(delta + base * GROUP + query, mask=real, other=0.0)
+    own_slope = tl.load(self_slope + base * GROUP + query, mask=real, other=0.0)
+    acc = own_slope[:, None] * _load_tile(k + base * K, token * K, real, K, BLOCK_K).to(tl.float32)
     tiles, inside, inside_end = _tiles(first, last, all_first, all_last, BLOCK_N)
     for i in range(0, tiles):
         masked = (i < inside) | (i >= inside_end)
@@ -268,7 +275,7 @@ def sparse_prefix_attention_bwd_dq_kernel(
             acc, queries, grad, log_sum, mean, k_kept, v_kept, until, first + i * BLOCK_N, last, begin_of, end_of, t,
             masked, log2_scale, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
         )  # fmt: skip
-    _store_tile(dq, query * K, acc * scale, real, K, BLOCK_K)
+    _store_tile(dq + base * GROUP * K, query * K, acc * scale, real, K, BLOCK_K)
 
 
 @triton.jit
@@ -310,20 +317,22 @@ def _add_dkv(
 
     Weights and slopes are computed transposed: Triton 3.4 to 3.7.0 miscompile the product of a transposed product.
     """
-    row = start + tl.arange(0, BLOCK_M)
-    t, query, _ = _query_rows(row, stream, T, HK, GROUP)
-    real = row < last
-    queries = _load_tile(q, query * K, real, K, BLOCK_K)
-    log_sum = tl.load(lse + query, mask=real, other=0.0)
+    r = tl.arange(0, BLOCK_M)
+    _, base, _, query = _query_rows(start, stream, T, HK, GROUP, BLOCK_M)
+    real = r < last - start
+    queries = _load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
+    log_sum = tl.load(lse + base * GROUP + query, mask=real, other=0.0)
     logits = tl.dot(k, tl.trans(queries), input_precision="ieee")
     weights = tl.exp2(logits * log2_scale - log_sum[None, :])
     if masked:
-        visible = (t[None, :] >= seen_from[:, None]) & (t[None, :] < seen_until[:, None])
+        visible = (r[None, :] >= (seen_from * GROUP - start)[:, None]) & (
+            r[None, :] < (seen_until * GROUP - start)[:, None]
+        )
         weights = tl.where(visible, weights, 0.0)
-    grad = _load_tile(do, query * V, real, V, BLOCK_V)
+    grad = _load_tile(do + base * GROUP * V, query * V, real, V, BLOCK_V)
     dvalue = tl.dot(weights.to(grad.dtype), grad, dvalue, input_precision="ieee")
     slopes = tl.dot(v, tl.trans(grad), input_precision="ieee")
-    mean = tl.load(delta + query, mask=real, other=0.0)
+    mean = tl.load(delta + base * GROUP + query, mask=real, other=0.0)
     slopes = weights * (slopes - mean[None, :])
     dkey = tl.dot(slopes.to(queries.dtype), queries, dkey, input_precision="ieee")
     return dkey, dvalue
@@ -336,7 +345,8 @@ def sparse_prefix_attention_bwd_dkv_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     stream, tile = _stream_and_tile(M, BLOCK_N, False)
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_N)
+    column = tile * BLOCK_N + c
     seen += 2 * stream * M
     seen_from = tl.load(seen + column, mask=column < M, other=0)
     seen_until = tl.load(seen + M + column, mask=column < M, other=0)
@@ -347,9 +357,9 @@ def sparse_prefix_attention_bwd_dkv_kernel(
     all_first = tl.max(tl.where(exists, seen_from, 0), 0) * GROUP
     all_last = tl.minimum(tl.min(tl.where(exists, seen_until, T), 0) * GROUP, last)
 
-    offsets = stream * M + column
-    k = _load_tile(k_kept, offsets * K, exists, K, BLOCK_K)
-    v = _load_tile(v_kept, offsets * V, exists, V, BLOCK_V)
+    start = stream * M + tile * BLOCK_N
+    k = _load_tile(k_kept + start * K, c * K, exists, K, BLOCK_K)
+    v = _load_tile(v_kept + start * V, c * V, exists, V, BLOCK_V)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     tiles, inside, inside_end = _tiles(first, last, all_first, all_last, BLOCK_M)
@@ -360,8 +370,8 @@ def sparse_prefix_attention_bwd_dkv_kernel(
             stream, T, log2_scale, HK, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
     dkey, dvalue = tl.where(exists[:, None], dkey * scale, 0.0), tl.where(exists[:, None], dvalue, 0.0)
-    _store_tile(dk_kept, offsets * K, dkey, column < M, K, BLOCK_K)
-    _store_tile(dv_kept, offsets * V, dvalue, column < M, V, BLOCK_V)
+    _store_tile(dk_kept + start * K, c * K, dkey, column < M, K, BLOCK_K)
+    _store_tile(dv_kept + start * V, c * V, dvalue, column < M, V, BLOCK_V)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,9 +386,10 @@ KERNELS = {
 
 
 @functools.cache
-def _tuned_kernel(name: str, itemsize: int, width: int) -> Any:
+def _tuned_kernel(name: str, itemsize: int, width: int, hopper: bool) -> Any:
     """The kernel with the tile shapes for a type of `itemsize` bytes and heads up to `width` wide."""
-    tiles = next(tiles for (size, limit), tiles in TILES[name].items() if size == itemsize and width <= limit)
+    kind = next((size, limit) for size, limit in TILES[name] if size == itemsize and width <= limit)
+    tiles = (HOPPER_TILES[name].get(kind, []) if hopper else []) + TILES[name][kind]
     configs = [
         triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
         for block_m, block_n, warps, stages in tiles
@@ -406,7 +417,8 @@ def _launch(name: str, q: torch.Tensor, k_kept: torch.Tensor, v_kept: torch.Tens
             return (triton.cdiv(columns, meta["BLOCK_N"]) * streams,)
         return (triton.cdiv(length * sizes["GROUP"], meta["BLOCK_M"]) * streams,)
 
-    kernel = _tuned_kernel(name, q.element_size(), max(sizes["K"], sizes["V"]))
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    kernel = _tuned_kernel(name, q.element_size(), max(sizes["K"], sizes["V"]), hopper)
     kernel[grid](*arguments, length, columns, next_bucket(length), next_bucket(columns), **sizes)
 
 
@@ -608,40 +620,49 @@ def _check(floats: dict[str, Any], ints: dict[str, Any]) -> None:
         raise ValueError(f"`q` and `k_kept` must have at most {MAX_LENGTH} tokens, got {length} and {columns}.")
 
 
-def _aot_cases() -> list[dict[str, Any]]:
-    """The shipped tiles for bfloat16 at head dimensions 64 and 128; each kernel's first with groups and `until` too."""
+def _aot_cases(tiles: dict[str, dict[tuple[int, int], list[tuple[int, int, int, int]]]]) -> list[dict[str, Any]]:
+    """Tiles for bfloat16 at head dimensions 64 and 128, the first of each kernel also with groups and `until`."""
+    return [
+        _aot_case(KERNELS[name], dim, group, warps, stages, {"BLOCK_M": block_m, "BLOCK_N": block_n}, optional)
+        for dim in (128, 64)
+        for name in KERNELS
+        for i, (block_m, block_n, warps, stages) in enumerate(tiles[name].get((2, dim), []))
+        for group, optional in ((1, ""), (4, "until"))[: 2 if i == 0 else 1]
+    ]
+
+
+def _aot_case(
+    kernel: Any, dim: int, group: int, warps: int, stages: int, blocks: dict[str, int], optional: str
+) -> dict[str, Any]:
+    """One entry of `AOT_CASES`; of the tensors that may be absent, only `optional` is there."""
     pointers = {"begin": "*i64", "end": "*i64", "until": "*i64", "seen": "*i32"}
     pointers |= dict.fromkeys(("lse", "delta", "self_slope", "dlse"), "*fp32")
     scalars = {"scale": "fp32", "log2_scale": "fp32"} | dict.fromkeys(("T", "M", "T_BUCKET", "M_BUCKET"), "i32")
-
-    def case(
-        kernel: Any, dim: int, group: int, warps: int, stages: int, blocks: dict[str, int], optional: str = ""
-    ) -> dict[str, Any]:
-        sizes = {"HK": 16, "GROUP": group, "K": dim, "V": dim, "BLOCK_K": dim, "BLOCK_V": dim, **blocks}
-        absent = dict.fromkeys({"until", "dlse"} & set(kernel.arg_names) - {optional})
-        signature = {
-            name: scalars.get(name) or pointers.get(name, "*bf16")
-            for name in kernel.arg_names
-            if name not in sizes and name not in absent
-        }
-        return {
-            "kernel": kernel, "signature": signature, "constexprs": sizes | absent,
-            "num_warps": warps, "num_stages": stages,
-        }  # fmt: skip
-
-    cases = []
-    for dim in (128, 64):
-        for name, kernel in KERNELS.items():
-            for i, (block_m, block_n, warps, stages) in enumerate(TILES[name][2, dim]):
-                blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-                cases.append(case(kernel, dim, 1, warps, stages, blocks))
-                if i == 0:
-                    cases.append(case(kernel, dim, 4, warps, stages, blocks, "until"))
-        kernel = sparse_prefix_attention_bwd_self_kernel
-        cases.append(case(kernel, dim, 4, SELF_WARPS, 3, {"BLOCK_T": SELF_ELEMENTS // dim}, "dlse"))
-    return cases
+    sizes = {"HK": 16, "GROUP": group, "K": dim, "V": dim, "BLOCK_K": dim, "BLOCK_V": dim, **blocks}
+    names = [name for name in kernel.arg_names if name not in sizes]
+    constexprs: dict[str, Any] = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+    constexprs |= {name: None for name in names if name in ("until", "dlse") and name != optional}
+    signature = {name: scalars.get(name) or pointers.get(name, "*bf16") for name in names if name not in constexprs}
+    return {
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
-AOT_CASES = _aot_cases()
+AOT_CASES = [
+    *_aot_cases(TILES),
+    *(
+        _aot_case(
+            sparse_prefix_attention_bwd_self_kernel, dim, 4, SELF_WARPS, 3, {"BLOCK_T": SELF_ELEMENTS // dim}, "dlse"
+        )
+        for dim in (64, 128)
+    ),
+    _aot_case(sparse_prefix_attention_bwd_seen_kernel, 128, 1, 4, 3, {"BLOCK_N": SEEN_COLUMNS}, "until"),
+]
+# For sm_90 only.
+HOPPER_AOT_CASES = _aot_cases(HOPPER_TILES)
 
 __all__ = ["sparse_prefix_attention"]
