@@ -2,16 +2,21 @@
 """Attention over compacted columns and itself: outputs, log-sum-exp and gradients against dense masked softmax."""
 
 import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from ham_hf.reference_ham import naive_sparse_attention
-from ham_kernels.compact import compact_kept
-from ham_kernels.sparse_prefix_attention import sparse_prefix_attention
+from ham_hf.reference_ham import naive_sparse_attention  # noqa: E402
+from ham_kernels.compact import compact_kept  # noqa: E402
+from ham_kernels.sparse_prefix_attention import sparse_prefix_attention  # noqa: E402
 
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.sparse_prefix_attention")
@@ -32,7 +37,6 @@ def small_tiles(monkeypatch):
 @pytest.fixture(autouse=True)
 def bfloat16_as_on_a_gpu(monkeypatch):
     """Triton's interpreter cuts float32 off to bfloat16, and multiplies the integers that it keeps bfloat16 in."""
-    import triton
     from triton.runtime import interpreter
 
     builder, bfloat16, float32 = interpreter.InterpreterBuilder, triton.language.bfloat16, triton.language.float32
@@ -362,3 +366,39 @@ def test_bad_input(device):
         call(v=torch.zeros(1, 6, 2, 300, device=device), v_kept=torch.zeros(1, 2, 4, 300, device=device))
     with pytest.raises(ValueError, match=r"`scale` must be positive and finite, got -1"):
         call(scale=-1)
+
+
+@pytest.mark.slow
+def test_tiles_for_hopper_fit_it(tmp_path):
+    """`AOT_CASES`, which `test_compile.py` compiles for sm_80 as well, has the other tiles."""
+    (tmp_path / "cases.py").write_text("from ham_kernels.sparse_prefix_attention import HOPPER_AOT_CASES as AOT_CASES")
+    script = pathlib.Path(__file__).with_name("aot_compile.py")
+    command = [sys.executable, str(script), str(tmp_path / "cases.py"), "--arch", "90"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    results = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert len(results) == len(module.HOPPER_AOT_CASES)
+    for r in results:
+        assert "error" not in r, r
+        assert r["stack"] == r["local"] == 0, r
+        assert r["shared"] <= 227 * 1024, r
+        assert not r["transposed_product"], r
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_new_length_neither_compiles_nor_tunes(monkeypatch):
+    """Within a bucket of lengths, forward and backward run what they ran before."""
+
+    def attend(length):
+        keep = torch.rand(1, length, 2, device="cuda") < 0.7
+        inputs = make_inputs("cuda", torch.bfloat16, length=length, columns=length)
+        sparse_prefix_attention(*inputs, *counted(keep)).sum().backward()
+
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs))
+    attend(100)
+    assert compiled
+    compiled.clear()
+    for length in (65, 97, 112, 128):
+        attend(length)
+    assert not compiled
