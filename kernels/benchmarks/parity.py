@@ -18,8 +18,15 @@ import ham_hf
 from ham_hf import HAMForCausalLM, ops_ham
 
 CHECKPOINT = pathlib.Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
-OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention", "ragged_decode_attention")
-THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 2.0)
+OPS = (
+    "gated_delta_rule_with_prediction",
+    "compact_kept",
+    "sparse_prefix_attention",
+    "ragged_decode_attention",
+    "decode_update",
+)
+# A threshold, and how many rows: two are padded, one is not and has no mask, which a kernel for a single token wants.
+CASES = ((0.0, 1), (0.4, 2), (0.5, 1), (0.6, 2), (2.0, 2))
 # Absolute, in float32. On a CPU, of logits up to 19, float32 is 1.4e-5 from float64.
 LOGITS = 1e-4
 # Devices round differently, so a score nearer to the threshold than this may fall on either side: on a CPU float32 is
@@ -33,10 +40,10 @@ TEXTS = (
 )
 
 
-def tokenized(length: int) -> dict[str, torch.Tensor]:
-    """Two rows of at most `length` tokens, padded on the left."""
+def tokenized(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
+    """One or two rows of at most `length` tokens, padded on the left."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, padding_side="left")
-    return dict(tokenizer(list(TEXTS), return_tensors="pt", padding=True, truncation=True, max_length=length))
+    return dict(tokenizer(list(TEXTS[:rows]), return_tensors="pt", padding=True, truncation=True, max_length=length))
 
 
 def turns(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def turns(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float
         for begin, end in itertools.pairwise((0, length // 2, length - 2, length - 1, length)):
             out = model(
                 ids[:, begin:end],
-                attention_mask=mask[:, :end],
+                attention_mask=None if len(ids) == 1 else mask[:, :end],
                 past_key_values=cache,
                 use_cache=True,
                 threshold=threshold,
@@ -89,7 +96,7 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
     """Logits, kept sets and text in float32, and how often each kernel was asked for."""
     cpu, other = (HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval() for _ in range(2))
     other.to(device)
-    rows, table = tokenized(length), []
+    table = []
     choose, calls = ops_ham._kernel, dict.fromkeys(OPS, 0)
 
     def counted(op: str, *tensors: torch.Tensor) -> Any:
@@ -99,7 +106,8 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
 
     ops_ham._kernel = counted
     try:
-        for wanted in THRESHOLDS:
+        for wanted, number in CASES:
+            rows = tokenized(length, number)
             threshold, expected = clear_of_scores(cpu, rows, wanted)
             actual = turns(other, rows, threshold)
             error = (actual["logits"] - expected["logits"]).abs().max().item()

@@ -13,15 +13,17 @@ pytest.importorskip("triton")
 import ham_kernels
 from ham_hf import HAMForCausalLM, ops_ham
 
-OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention", "ragged_decode_attention")
+TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention")
+OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update")
 EACH = pytest.mark.parametrize("on_kernels", [*OPS, "all"], indirect=True)
-TRAINED = pytest.mark.parametrize("on_kernels", [*OPS[:3], "all"], indirect=True)  # decoding has no gradient
+TRAINED = pytest.mark.parametrize("on_kernels", [*TRAINED_OPS, "all"], indirect=True)  # decoding has no gradient
 # Ten seconds each under the interpreter.
 ALL = pytest.mark.parametrize("on_kernels", [pytest.param("all", marks=pytest.mark.slow)], indirect=True)
 # Absolute for logits, relative to the largest of the parameter for gradients, in float32. Measured: 2e-7 and 2e-6.
 LOGITS, GRADIENT = 1e-6, 2e-5
 LENGTH, PADDING = 70, 9
-THRESHOLDS = (0.0, 0.5, 2.0)
+# A threshold, and whether the first row is padded: a single token has a kernel of its own only where no mask is given.
+TURNS = ((0.0, False), (0.45, True), (0.5, False), (2.0, True))
 
 
 @pytest.fixture
@@ -71,22 +73,22 @@ def kept(cache):
     return [torch.stack([x.streams, x.positions.long()], 1).tolist() for x in stored]
 
 
-def several_turns(model, threshold):
+def several_turns(model, threshold, padded):
     """Logits and kept sets after a prefill, a second turn and two single tokens."""
     model.eval()
     whole, cache, logits = inputs(model.device), None, []
+    real = whole["attention_mask"].bool() if padded else torch.ones_like(whole["input_ids"]).bool()
     with torch.no_grad():
         for begin, end in itertools.pairwise((0, 40, LENGTH - 2, LENGTH - 1, LENGTH)):
             out = model(
                 whole["input_ids"][:, begin:end],
-                attention_mask=whole["attention_mask"][:, :end],
+                attention_mask=real[:, :end].long() if padded else None,
                 past_key_values=cache,
                 use_cache=True,
                 threshold=threshold,
             )
             cache = out.past_key_values
             logits.append(out.logits)
-    real = whole["attention_mask"].bool()
     return torch.cat(logits, 1)[real], kept(cache)
 
 
@@ -110,15 +112,15 @@ def assert_same_gradients(actual, expected):
 @EACH
 def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels, device):
     model = tiny_model(tiny_config, device)
-    expected = {threshold: several_turns(model, threshold) for threshold in THRESHOLDS}
+    expected = {turn: several_turns(model, *turn) for turn in TURNS}
     numbers = [sum(map(len, sets)) for _, sets in expected.values()]
-    assert numbers[0] > numbers[1] > numbers[2] == 0, "the thresholds do not tell anything apart"
+    assert numbers[0] > numbers[1] > numbers[2] > numbers[3] == 0, "the thresholds do not tell anything apart"
     calls = on_kernels()
-    for threshold, (logits, sets) in expected.items():
-        actual, actual_sets = several_turns(model, threshold)
-        assert actual_sets == sets, f"threshold {threshold}: another set is kept"
+    for turn, (logits, sets) in expected.items():
+        actual, actual_sets = several_turns(model, *turn)
+        assert actual_sets == sets, f"{turn}: another set is kept"
         error = (actual - logits).abs().max().item()
-        assert error <= LOGITS, f"threshold {threshold}: logits off by {error:.2e}"
+        assert error <= LOGITS, f"{turn}: logits off by {error:.2e}"
     assert all(calls.values()), f"never called: {calls}"
 
 
@@ -130,7 +132,7 @@ def test_gradients_are_those_of_pytorch(tiny_config, on_kernels, device):
     assert len(expected[1]) >= len(list(model.parameters())) - 4, "parameters without a gradient prove nothing"
     calls = on_kernels()
     assert_same_gradients(loss_and_gradients(model, **arguments), expected)
-    assert all(calls[op] for op in OPS[:3] if op in calls), f"never called: {calls}"
+    assert all(calls[op] for op in TRAINED_OPS if op in calls), f"never called: {calls}"
 
 
 @ALL

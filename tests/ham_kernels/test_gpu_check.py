@@ -116,6 +116,6 @@ def test_the_comparison_of_models_finds_a_wrong_kernel(benchmarks, monkeypatch):
         return original(model, *arguments)
 
     monkeypatch.setattr(parity, "turns", turns)
-    monkeypatch.setattr(parity, "THRESHOLDS", (0.0,))
+    monkeypatch.setattr(parity, "CASES", ((0.0, 2),))
     failed = [r["what"] for r in parity.exact_rows("cpu", length=48, new_tokens=1) if not r["meets"]]
     assert failed[0].startswith("logits")
