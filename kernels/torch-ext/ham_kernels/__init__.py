@@ -5,6 +5,7 @@ from .compact import compact_kept
 from .fused_decode_step import decode_update
 from .gated_delta_rule import gated_delta_rule_with_prediction
 from .ragged_decode_attention import ragged_decode_attention, slab_table
+from .sparse_prefix_attention import sparse_prefix_attention
 from .tuning import check_platform, platform_problem
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "platform_problem",
     "ragged_decode_attention",
     "slab_table",
+    "sparse_prefix_attention",
 ]
