@@ -2,7 +2,7 @@
 """Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_ham import HAMCache, HAMCacheLayer, LayerStep, attend_new
-from .configuration_ham import LEARNED_ROUTERS, HAMConfig
+from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
 from .inputs_ham import (
     TokenLayout,
     check_inputs,
@@ -34,7 +34,7 @@ from .inputs_ham import (
     packed_documents,
     token_layout,
 )
-from .ops_ham import gated_delta_rule_with_prediction, l2norm, short_convolution
+from .ops_ham import decode_update_kernel, gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
     NUM_QUANTILES,
     HAMRouter,
@@ -220,6 +220,13 @@ class HAMMixer(nn.Module):
             cache.prefetch()
         if self.layer_type != "hybrid":
             kv_budget = None
+        if cache is not None and not output_attentions:
+            kernel = self._decoding_kernel(hidden_states, tokens, cache)
+            if kernel is not None:
+                out = self._decode(kernel, hidden_states, position_embeddings, tokens, cache, threshold, kv_budget)
+                if offloaded:
+                    cache.offload()
+                return out
         step = LayerStep(positions=tokens.positions, real=tokens.real)
         raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
         convolved = raw
@@ -252,6 +259,59 @@ class HAMMixer(nn.Module):
         if self.training and self.layer_type == "hybrid" and threshold is None:
             control = self._control(keep, tokens)
         return self._mix(hidden_states, o_rnn, o_kv), weights, scores, control
+
+    def _decoding_kernel(
+        self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer
+    ) -> Callable[..., Any] | None:
+        """The kernel that takes a single token past everything but the kept ones, where there is one."""
+        one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
+        known_score = self.layer_type == "hybrid" and self.config.router in ERROR_ROUTERS
+        # It updates the states in place, which a cache that is to be rolled back needs as they were.
+        if not one_token or not known_score or self.training or cache.record_past:
+            return None
+        if cache.conv_state is None or cache.recurrent_state is None:
+            return None
+        # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
+        if cache.conv_state.dtype != self.conv.weight.dtype:
+            return None
+        return decode_update_kernel(cache.recurrent_state)
+
+    def _decode(
+        self,
+        kernel: Callable[..., Any],
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer,
+        threshold: torch.Tensor | None,
+        kv_budget: int | None,
+    ) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+        """`forward` for a single token, with all but the projections and the attention in one kernel."""
+        x = hidden_states.squeeze(1)
+        threshold = self.threshold.detach().float()[None] if threshold is None else threshold.to(x.device)
+        out = kernel(
+            torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
+            cache.conv_state,
+            self.conv.weight,
+            self.a_proj(x),
+            self.b_proj(x),
+            self.A_log.float(),
+            self.dt_bias.float(),
+            cache.recurrent_state,
+            threshold,
+            score=self.config.router,
+            real=None if tokens.real is None else tokens.real.squeeze(1).contiguous(),
+            norm_weights=(self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else None,
+            rope=position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
+            attention_conv=self.config.attention_conv,
+            eps=self.config.rms_norm_eps,
+        )
+        o_rnn, q, k, v, scores, keep = (y.unsqueeze(1) for y in out)
+        o_kv = self._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
+        step = LayerStep(tokens.positions, tokens.real, keys=k, values=v, scores=scores, keep=keep)
+        step.conv_state, step.recurrent_state = cache.conv_state, cache.recurrent_state
+        cache.update(step, kv_budget)
+        return self._mix(hidden_states, o_rnn, o_kv), None, scores, None
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""

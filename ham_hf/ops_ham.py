@@ -251,6 +251,19 @@ def _document_borders(seq_idx: torch.Tensor, chunk: int) -> tuple[torch.Tensor, 
     return carried.unsqueeze(1), ending.unsqueeze(1), (before == after).unsqueeze(1)
 
 
+def decode_update_kernel(state: torch.Tensor) -> Callable[..., Any] | None:
+    """The kernel that takes one token through a layer in place, or `None`: then the operations of this file do.
+
+    It has no backward and no mixed precision.
+
+    Args:
+        state: `[B, Hk, K, V]` recurrent state of the layer.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
+        return None
+    return _kernel("decode_update", state, state.mT)
+
+
 def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Gathers the kept tokens of each row and head, in order, to the front.
 
@@ -540,6 +553,7 @@ def ragged_decode_attention(
 __all__ = [
     "compact_kept",
     "convolution_state",
+    "decode_update_kernel",
     "gated_delta_rule_with_prediction",
     "l2norm",
     "ragged_decode_attention",

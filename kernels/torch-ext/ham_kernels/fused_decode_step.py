@@ -62,7 +62,7 @@ def _attention_view(
 
 @triton.jit
 def decode_update_fwd_kernel(
-    raw, conv_state, conv_weight, b, a, A_log, dt_bias, state, q_weight, k_weight, cos, sin, given, threshold,
+    raw, conv_state, conv_weight, b, a, A_log, dt_bias, state, q_weight, k_weight, cos, sin, given, threshold, real,
     o, q_out, k_out, v_out, scores, keep, eps, stride_rope, stride_threshold_row, stride_threshold_head,
     HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SCORE: tl.constexpr,
     SCALE_VALUES: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr, ATTENTION_CONV: tl.constexpr,
@@ -107,6 +107,11 @@ def decode_update_fwd_kernel(
     step = tl.load(a + stream).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
     decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
+    is_real = tl.full([], 1, dtype=tl.int1)
+    if real is not None:
+        # Padding neither decays nor writes the state.
+        is_real = tl.load(real + row) != 0
+        beta, decay = tl.where(is_real, beta, 0.0), tl.where(is_real, decay, 1.0)
     q = q * tl.rsqrt(tl.sum(q * q, 1) + L2_EPS)[:, None] * (K**-0.5)
     k = k * tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
     score = tl.full([], 0.0, dtype=tl.float32)
@@ -156,13 +161,13 @@ def decode_update_fwd_kernel(
         score = tl.minimum(tl.maximum(score, 0.0), 1.0)
     limit = tl.load(threshold + row * stride_threshold_row + head * stride_threshold_head)
     tl.store(scores + stream, score)
-    tl.store(keep + stream, score >= limit)
+    tl.store(keep + stream, (score >= limit) & is_real)
 
     tl.debug_barrier()
-    _roll(raw, conv_state, q_channel, in_q, C, W)
-    _roll(raw, conv_state, k_channel, in_k, C, W)
+    _roll(raw, conv_state, q_channel, in_q & is_real, C, W)
+    _roll(raw, conv_state, k_channel, in_k & is_real, C, W)
     o_v = tl.arange(0, BLOCK_V)
-    _roll(raw, conv_state, v_channel + o_v, o_v < V, C, W)
+    _roll(raw, conv_state, v_channel + o_v, (o_v < V) & is_real, C, W)
 
 
 class DecodeUpdate(NamedTuple):
@@ -195,6 +200,7 @@ def decode_update_fwd(
     threshold: torch.Tensor,
     score: str,
     given: torch.Tensor | None,
+    real: torch.Tensor | None,
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
     rope: tuple[torch.Tensor, torch.Tensor] | None,
     attention_conv: bool,
@@ -217,7 +223,7 @@ def decode_update_fwd(
     cos, sin = rope or (None, None)
     decode_update_fwd_kernel[(batch * kv_heads,)](
         qkv, conv_state, conv_weight, b, a, A_log, dt_bias, state, q_weight, k_weight, cos, sin, given, threshold,
-        *out, eps, 0 if cos is None or len(cos) == 1 else key_dim, *threshold.stride(),
+        real, *out, eps, 0 if cos is None or len(cos) == 1 else key_dim, *threshold.stride(),
         HK=kv_heads, G=heads // kv_heads, K=key_dim, V=value_dim, W=conv_weight.shape[1], SCORE=score,
         SCALE_VALUES=scale_values, QK_NORM=norm_weights is not None, ROPE=rope is not None,
         ATTENTION_CONV=attention_conv, **block_sizes(heads // kv_heads, key_dim, value_dim), num_warps=8,
@@ -250,6 +256,7 @@ def decode_update(
     threshold: torch.Tensor,
     score: str = "cosine",
     given: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_conv: bool = True,
@@ -273,6 +280,8 @@ def decode_update(
         threshold: `[B or 1, Hk or 1]` float32.
         score: `"cosine"`, `"l2"` or `"residual"`, the prediction's error, or `"given"`.
         given: `[B, Hk]` float32 scores for `"given"`.
+        real: `[B]` bool, false for padding, which changes no state, is not kept and has unspecified outputs; `None` if
+            every row has a token.
         norm_weights: `[K]` each, of the RMSNorm of queries and of keys, or `None` for no norm.
         rope: cosines and sines `[B or 1, K]`, or `None` for no rotation.
         attention_conv: whether attention sees the convolved projections; otherwise `qkv` itself.
@@ -315,6 +324,8 @@ def decode_update(
     }
     if given is not None:
         expected["given"] = (given, (batch, kv_heads), wide)
+    if real is not None:
+        expected["real"] = (real, (batch,), torch.bool)
     for i, weight in enumerate(norm_weights or ()):
         expected[f"norm_weights[{i}]"] = (weight, (key_dim,), own)
     for i, angle in enumerate(rope or ()):
@@ -335,7 +346,7 @@ def decode_update(
         raise ValueError(f"`rope` turns pairs, so `K` must be even, got {key_dim}.")
     check_platform(qkv.device)
     return decode_update_fwd(
-        qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, threshold, score, given, norm_weights, rope,
+        qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, threshold, score, given, real, norm_weights, rope,
         attention_conv, scale_values, eps,
     )  # fmt: skip
 
@@ -344,7 +355,10 @@ def _aot_case(key_dim: int, groups: int) -> dict:
     """The shipped blocks of a head dimension in bfloat16: one row of 16 query heads."""
     pointers = ("raw", "conv_state", "conv_weight", "b", "a", "q_weight", "k_weight", "cos", "sin", "o")
     signature = dict.fromkeys((*pointers, "q_out", "k_out", "v_out"), "*bf16")
-    signature |= dict.fromkeys(("A_log", "dt_bias", "state", "threshold", "scores"), "*fp32") | {"keep": "*i1"}
+    signature |= dict.fromkeys(("A_log", "dt_bias", "state", "threshold", "scores"), "*fp32") | {
+        "keep": "*i1",
+        "real": "*i1",
+    }
     signature |= dict.fromkeys(("stride_rope", "stride_threshold_row", "stride_threshold_head"), "i32")
     sizes = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "W": 4, "SCORE": "cosine", "given": None}
     switches = {"SCALE_VALUES": False, "QK_NORM": True, "ROPE": True, "ATTENTION_CONV": True}
