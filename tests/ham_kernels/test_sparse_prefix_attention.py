@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 from ham_hf.reference_ham import naive_sparse_attention  # noqa: E402
 from ham_kernels.compact import compact_kept  # noqa: E402
 from ham_kernels.sparse_prefix_attention import sparse_prefix_attention  # noqa: E402
+from ham_kernels.tuning import INTERPRETED  # noqa: E402
 
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.sparse_prefix_attention")
@@ -24,11 +25,13 @@ NAMES = ("q", "k", "v", "k_kept", "v_kept")
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles so small that a hundred tokens need several of them, whole ones and cut ones."""
-    for name, shapes in module.TILES.items():
-        monkeypatch.setitem(module.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
-    monkeypatch.setattr(module, "SELF_ELEMENTS", 512)
+def small_tiles(request, monkeypatch):
+    """Tiles so small that a hundred tokens need several of them, whole and cut ones; the shipped ones on a GPU."""
+    if "gpu" not in request.keywords:
+        for name, shapes in module.TILES.items():
+            monkeypatch.setitem(module.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
+            monkeypatch.setitem(module.HOPPER_TILES, name, {})
+        monkeypatch.setattr(module, "SELF_ELEMENTS", 512)
     module._tuned_kernel.cache_clear()
     yield
     module._tuned_kernel.cache_clear()
@@ -59,22 +62,29 @@ def bfloat16_as_on_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def branches(monkeypatch):
-    """Records which steps were masked: a set of (name of the step, masked)."""
-    seen = set()
+def steps(monkeypatch):
+    """Records the steps of the kernels' loops: a list of (name, where it starts, whether it was masked)."""
+    if not INTERPRETED:
+        pytest.skip("only the interpreter's steps can be recorded")
+    taken = []
 
-    def recorded(name, position):
+    def recorded(name, start, masked):
         step = getattr(module, name)
 
         def wrapper(*args):
-            seen.add((name, bool(args[position])))
+            taken.append((name, int(args[start]), bool(args[masked])))
             return step(*args)
 
         return wrapper
 
-    for name, position in (("_attend", 12), ("_add_dq", 13), ("_add_dkv", 12)):
-        monkeypatch.setattr(module, name, recorded(name, position))
-    return seen
+    for name, start, masked in (("_attend", 7, 12), ("_add_dq", 8, 13), ("_add_dkv", 8, 12)):
+        monkeypatch.setattr(module, name, recorded(name, start, masked))
+    return taken
+
+
+def branches(steps, name):
+    """Which branches a kernel took."""
+    return {masked for step, _, masked in steps if step == name}
 
 
 def make_inputs(device, dtype=torch.float32, *, batch=1, length=77, heads=2, groups=1, K=16, V=16, columns=77):
@@ -180,20 +190,19 @@ def test_random_kept_sets(dtype, groups, length, K, V, device, assert_error_with
     check([amid_nan(x) for x in inputs], counted(keep), assert_error_within)
 
 
-def test_masked_and_unmasked_tiles_are_both_taken(branches, device, assert_error_within):
+def test_masked_and_unmasked_tiles_are_both_taken(steps, device, assert_error_within):
     keep = torch.ones(1, 70, 1, dtype=torch.bool, device=device)
     check(make_inputs(device, length=70, heads=1, columns=70), counted(keep), assert_error_within)
-    assert branches == {(name, masked) for name in ("_attend", "_add_dq", "_add_dkv") for masked in (False, True)}
+    for name in ("_attend", "_add_dq", "_add_dkv"):
+        assert branches(steps, name) == {False, True}
 
 
-def test_work_is_proportional_to_what_is_kept(monkeypatch, device):
+def test_work_is_proportional_to_what_is_kept(steps, device):
     """Of 96 queries, the first 20 kept, each tile of 32 visits two tiles of 16 columns."""
-    starts, attend = [], module._attend
-    monkeypatch.setattr(module, "_attend", lambda *args: starts.append(int(args[7])) or attend(*args))
     keep = (torch.arange(96, device=device) < 20).view(1, -1, 1)
     inputs = make_inputs(device, length=96, heads=1, columns=96)
     sparse_prefix_attention(*inputs, *counted(keep))
-    assert sorted(starts) == [0, 0, 0, 16, 16, 16]
+    assert sorted(start for _, start, _ in steps) == [0, 0, 0, 16, 16, 16]
 
 
 @pytest.mark.parametrize("columns", [0, 9])
@@ -232,7 +241,7 @@ def test_heads_of_very_different_length_and_garbage_behind_them(device, assert_e
         assert_error_within(value, exact[name], baseline[name], name=name)
 
 
-def test_packed_documents(branches, device, assert_error_within):
+def test_packed_documents(device, assert_error_within):
     """Each document sees its own columns only: `begin` rises where it starts, in the middle of tiles too."""
     length = 100
     seq_idx = torch.tensor([0] * 3 + [1] * 58 + [2] * 39, device=device)
@@ -242,11 +251,19 @@ def test_packed_documents(branches, device, assert_error_within):
     begin = end[:, first]
     inputs = make_inputs(device, length=length, columns=length)
     check(inputs, (begin, end), assert_error_within)
-    assert ("_attend", False) in branches
+
+
+def test_packed_documents_have_unmasked_tiles(steps, device):
+    """A document begins in the first tile of columns, and another in the last."""
+    _, end = counted(torch.ones(1, 96, 1, dtype=torch.bool, device=device))
+    begin = torch.where(end < 8, 0, torch.where(end < 90, 8, 90))
+    sparse_prefix_attention(*make_inputs(device, length=96, heads=1, columns=96), begin, end).sum().backward()
+    for name in ("_attend", "_add_dq", "_add_dkv"):
+        assert branches(steps, name) == {False, True}
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_cached_columns_before_the_new_ones(groups, branches, device, assert_error_within):
+def test_cached_columns_before_the_new_ones(groups, device, assert_error_within):
     """Cached columns are aligned to the right; two rows, one of them with few of them."""
     width, length = 50, 40
     keep = torch.rand(2, length, 1, device=device) < 0.6
@@ -254,7 +271,6 @@ def test_cached_columns_before_the_new_ones(groups, branches, device, assert_err
     begin, end = begin + torch.tensor([0, 33], device=device).view(2, 1, 1), end + width
     inputs = make_inputs(device, batch=2, length=length, heads=1, groups=groups, columns=width + length)
     check(inputs, (begin, end), assert_error_within)
-    assert {masked for name, masked in branches if name == "_add_dkv"} == {False, True}
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -269,15 +285,14 @@ def test_evicted_columns(dtype, device, assert_error_within):
     check(inputs, (begin, end + width, until), assert_error_within)
 
 
-def test_columns_that_stay_need_no_mask(branches, device):
+def test_columns_that_stay_need_no_mask(steps, device):
     """In the gradient of a tile of columns, `until` costs nothing where it evicts nothing."""
     keep = torch.ones(1, 80, 1, dtype=torch.bool, device=device)
     until = torch.full((1, 1, 80), 81, device=device)
-    sparse_prefix_attention(
-        *make_inputs(device, length=80, heads=1, columns=80), *counted(keep), until
-    ).sum().backward()
-    assert ("_add_dkv", False) in branches
-    assert ("_attend", False) not in branches
+    inputs = make_inputs(device, length=80, heads=1, columns=80)
+    sparse_prefix_attention(*inputs, *counted(keep), until).sum().backward()
+    assert branches(steps, "_add_dkv") == {False, True}
+    assert branches(steps, "_attend") == {True}
 
 
 def test_large_logits_and_a_scale(device, assert_error_within):
@@ -382,6 +397,21 @@ def test_tiles_for_hopper_fit_it(tmp_path):
         assert r["stack"] == r["local"] == 0, r
         assert r["shared"] <= 227 * 1024, r
         assert not r["transposed_product"], r
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("groups", "K", "V"), [(1, 128, 128), (4, 64, 64), (3, 96, 192), (2, 256, 256)])
+def test_real_shapes_on_the_gpu(dtype, groups, K, V, assert_error_within):
+    length, cached = 1531, 300
+    keep = torch.rand(2, length, 3, device="cuda") < torch.tensor([1.0, 0.5, 0.02], device="cuda")
+    begin, end = counted(keep)
+    begin = begin + torch.tensor([0, 120, cached], device="cuda")
+    inputs = make_inputs(
+        "cuda", dtype, batch=2, length=length, heads=3, groups=groups, K=K, V=V, columns=cached + length
+    )
+    check([amid_nan(x) for x in inputs], (begin, end + cached), assert_error_within)
 
 
 @pytest.mark.gpu
