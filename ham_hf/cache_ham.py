@@ -86,6 +86,10 @@ class PagedStore:
         self.tail = self._new_pages(num_streams, device)
         self._slab_table: torch.Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: not the table, whose addresses are those of this store's tensors."""
+        return vars(self) | {"_slab_table": None}
+
     @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
     def _new_pages(self, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
         return {

@@ -418,13 +418,11 @@ def _blocks(
         # Room in front for a block's own keys: they are written over columns that no later query sees.
         keys, values = (F.pad(x[streams], (0, 0, size, 0)) for x in (k_kept, v_kept))
         inside = _inside_masks(begin, end, until, streams, size, k.dtype)
-        mask = inside.new_zeros(len(group), 1, size, size + max(highs[n][-1] - lows[n][0] for n in group))
-        for i, start in enumerate(starts):
+        spans = [slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)) for i in range(len(starts))]
+        mask = inside.new_zeros(len(group), 1, size, size + max(x.stop - x.start for x in spans))
+        for i, (start, columns) in enumerate(zip(starts, spans, strict=True)):
             own = min(size, length - start)
-            rows, columns = (
-                slice(start, start + own),
-                slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)),
-            )
+            rows = slice(start, start + own)
             first, last = columns.start + size - own, columns.stop + size
             keys[:, first : first + own], values[:, first : first + own] = k[streams, rows], v[streams, rows]
             block_mask = mask[:, :, :own, : last - first]

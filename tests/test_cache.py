@@ -324,6 +324,19 @@ def test_bytes_follow_kept_tokens(make_model, others, dtype):
     assert min(ratios.values()) >= 1
 
 
+def test_a_copy_does_not_take_over_addresses(monkeypatch):
+    """What a kernel knows of the slabs is where they lie, and a copy's lie elsewhere."""
+    addresses = lambda slabs: torch.tensor([[x.data_ptr() for x in slab] for slab in slabs])  # noqa: E731
+    monkeypatch.setattr(cache_ham, "slab_table", addresses)
+    store = PagedStore(1, 3, 2, torch.float32, torch.device("cpu"))
+    store.append(as_tokens([(0, (float(i), 0.5, i)) for i in range(3 * PAGE_SIZE)]))
+    table, _ = store.index()
+    twin = copy.deepcopy(store)
+    assert torch.equal(store.index()[0], table)
+    assert twin.index()[0][0, 0] == twin.slabs[0]["keys"].data_ptr() != table[0, 0]
+    assert torch.equal(twin.tokens().keys, store.tokens().keys)
+
+
 def test_turns_fill_what_is_left_of_a_slab():
     """Turns a little longer than what is left of the last slab must not leave room behind, turn after turn."""
     store = PagedStore(1, 4, 4, torch.float32, torch.device("cpu"))

@@ -410,6 +410,21 @@ def test_columns_that_nobody_may_see_have_no_influence():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+def test_heads_whose_columns_lie_apart_share_a_block(blocks):
+    """As two heads of a cache do, one right-aligned behind the other, when nothing new is kept."""
+    inputs = {name: x.double() for name, x in attention_inputs(5, batch=1).items()}
+    k_kept, v_kept = torch.randn(1, 2, 10, 4).double(), torch.randn(1, 2, 10, 6).double()
+    begin, end = (torch.tensor(x).expand(1, 5, 2) for x in ([0, 4], [6, 10]))
+    out = sparse_prefix_attention(**inputs, k_kept=k_kept, v_kept=v_kept, begin=begin, end=end)
+    assert blocks == [(2, 5, 10)], "one block of both heads over all columns"
+    column = torch.arange(10)
+    kept = (column >= begin.transpose(1, 2)[..., None]) & (column < end.transpose(1, 2)[..., None])
+    visible = torch.cat([kept, torch.eye(5, dtype=torch.bool).expand(1, 2, -1, -1)], -1)
+    k = torch.cat([k_kept.transpose(1, 2), inputs["k"]], 1)
+    v = torch.cat([v_kept.transpose(1, 2), inputs["v"]], 1)
+    assert_close(out, masked_attention(inputs["q"], k, v, visible), 1e-12)
+
+
 def test_sparse_attention_is_stable_for_large_logits():
     inputs = {name: 100 * x for name, x in attention_inputs(40).items()}
     keep = torch.rand(2, 40, 2) < 0.5
