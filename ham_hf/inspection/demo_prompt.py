@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The story that `ham-hf demo` lets a model continue; the next word is a name from its first sentence.
+"""The story that `ham-hf demo` lets a model continue; it breaks off within a name from its first sentence.
 
 Written for this project, in the manner of the novels that the embedded checkpoint was trained on.
 """
@@ -7,9 +7,10 @@ Written for this project, in the manner of the novels that the embedded checkpoi
 DEMO_INTRODUCTION = """\
 A HAM layer has two memories: an RNN that has read everything, and a KV cache
 of the tokens that the RNN predicted badly. Here one story is continued while
-the cache shrinks from every token to none. The story ends within a name that
-its first sentence gave in full: Theodosia Quillinan. The embedded checkpoint
-is too small to recall it; what its cache is worth shows in the last column."""
+the cache shrinks from every token to none. It breaks off within a name that
+its first sentence gave in full: Theodosia Quillinan. With half of the tokens
+kept the embedded checkpoint recalls most of it, with few less, with none
+nothing; what its cache is worth on the rest shows in the last column."""
 
 DEMO_PROMPT = """\
 In the autumn of that year there came to live at Harrowmere a young lady of the name of Theodosia Quillinan, who \
@@ -35,4 +36,4 @@ sea. At length, on the first mild evening of the spring, a letter was brought to
 among his friends in town. It was short, and it had been wetted by the rain. "Sir," it said, "my uncle, Captain \
 Barnaby Trescothick, is no more. He spoke of you at the last with kindness, and desired that you should have the \
 ship in the bottle, which you were so good as to envy. I shall be always at home to a friend of his. I am, sir, \
-your obliged and humble servant, Theodosia"""
+your obliged and humble servant, Theodosia Qu"""
