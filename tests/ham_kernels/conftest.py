@@ -1,8 +1,9 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of the kernels share: where they run, poisoned buffers, and the bound on a kernel's error."""
+"""What the tests of the kernels share: where they run, a GPU's bfloat16, poisoned buffers, and the bound on an error."""
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,31 @@ import torch
 def device() -> str:
     """The GPU if there is one; otherwise the CPU, under Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts float32 off to bfloat16, and multiplies the integers that it keeps bfloat16 in."""
+    import triton
+    from triton.runtime import interpreter
+
+    builder, bfloat16, float32 = interpreter.InterpreterBuilder, triton.language.bfloat16, triton.language.float32
+    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == float32 and dst_type.scalar == bfloat16:
+            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == bfloat16:
+            a, b = (plain_cast(self, x, float32) for x in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_fp_trunc", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Holds the kernels of the gated delta rule to the token loop in float64: outputs, prediction, state, gradients."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from ham_kernels import gated_delta_rule as module  # noqa: E402
 from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction, split_documents, split_rows  # noqa: E402
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -22,30 +22,6 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, and multiplies the integers that it keeps bfloat16 in."""
-    from triton.runtime import interpreter
-
-    builder, bfloat16, float32 = interpreter.InterpreterBuilder, triton.language.bfloat16, triton.language.float32
-    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar == float32 and dst_type.scalar == bfloat16:
-            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16).numpy()
-            return interpreter.TensorHandle(rounded, bfloat16)
-        return plain_cast(self, src, dst_type)
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == bfloat16:
-            a, b = (plain_cast(self, x, float32) for x in (a, b))
-        return plain_dot(self, a, b, *rest)
-
-    monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    monkeypatch.setattr(builder, "create_fp_trunc", cast_impl)
-    monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
 def amid_nan(x):

@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from ham_kernels.tuning import INTERPRETED  # noqa: E402
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.sparse_prefix_attention")
 NAMES = ("q", "k", "v", "k_kept", "v_kept")
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -35,30 +35,6 @@ def small_tiles(request, monkeypatch):
     module._tuned_kernel.cache_clear()
     yield
     module._tuned_kernel.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, and multiplies the integers that it keeps bfloat16 in."""
-    from triton.runtime import interpreter
-
-    builder, bfloat16, float32 = interpreter.InterpreterBuilder, triton.language.bfloat16, triton.language.float32
-    plain_cast, plain_dot = builder.cast_impl, builder.create_dot
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar == float32 and dst_type.scalar == bfloat16:
-            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16).numpy()
-            return interpreter.TensorHandle(rounded, bfloat16)
-        return plain_cast(self, src, dst_type)
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == bfloat16:
-            a, b = (plain_cast(self, x, float32) for x in (a, b))
-        return plain_dot(self, a, b, *rest)
-
-    monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    monkeypatch.setattr(builder, "create_fp_trunc", cast_impl)
-    monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
 @pytest.fixture
