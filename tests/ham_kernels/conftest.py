@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of the kernels share: where they run, a GPU's bfloat16, poisoned buffers, and the bound on an error."""
+"""What the tests of the kernels share: where they run, bfloat16, poisoned buffers, and the bound on an error."""
 
 from collections.abc import Callable
 
