@@ -21,6 +21,8 @@ QUERY_BLOCK = 128
 GROUP_RATIO = 0.75
 # The mask of such a batch has about this many elements at most: larger ones leave a CPU core's own cache.
 GROUP_ELEMENTS = 2**18
+# The chunkwise delta rule works on this many tokens, over all rows and heads, at once: more leave a CPU's cache.
+SEGMENT_TOKENS = 8192
 # The kernels hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
 
@@ -124,7 +126,7 @@ def gated_delta_rule_with_prediction(
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with what the state predicted for each token.
 
@@ -141,13 +143,13 @@ def gated_delta_rule_with_prediction(
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
-        chunk_size: tokens solved at once.
+        chunk_size: tokens solved at once; by default what is fastest, 64 in the kernel and 32 in PyTorch.
 
     Returns:
         `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider.
     """
     if kernel := _kernel("gated_delta_rule_with_prediction", k, v):
-        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size)
+        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size or 64)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
@@ -156,12 +158,18 @@ def gated_delta_rule_with_prediction(
     # Scores decide what is kept, so autocast must not lower the precision of the state they come from.
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 1:
-            return _delta_rule_step(q * scale, k, v, g, beta, initial_state)
-        return _delta_rule_chunks(q * scale, k, v, g, beta, initial_state, seq_idx, min(chunk_size, q.shape[1]))
+            return _delta_rule_step(q, k, v, g, beta, initial_state, scale)
+        return _delta_rule(q, k, v, g, beta, initial_state, seq_idx, scale, chunk_size or 32)
 
 
 def _delta_rule_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of the gated delta rule: the recurrence itself."""
     q, k, v, g, beta = (x.squeeze(1) for x in (q, k, v, g, beta))
@@ -169,8 +177,36 @@ def _delta_rule_step(
     prediction = (k.unsqueeze(-2) @ state).squeeze(-2)
     update = beta[..., None] * (v - prediction)
     state = torch.addcmul(state, k.unsqueeze(-1), update.unsqueeze(-2))
-    out = q.unflatten(1, (k.shape[1], -1)) @ state
+    out = (q * scale).unflatten(1, (k.shape[1], -1)) @ state
     return out.flatten(1, 2).unsqueeze(1), prediction.unsqueeze(1), state
+
+
+def _delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    seq_idx: torch.Tensor | None,
+    scale: float,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gated delta rule over segments of whole chunks, short enough to be worked on in the cache of a CPU."""
+    length = q.shape[1]
+    chunk = min(chunk, length)
+    segment = max(1, SEGMENT_TOKENS // (q.shape[0] * q.shape[2] * chunk)) * chunk
+    outputs, predictions = [], []
+    for start in range(0, length, segment):
+        part = slice(start, start + segment)
+        if seq_idx is not None and start:
+            state = state * (seq_idx[:, start] == seq_idx[:, start - 1])[:, None, None, None]
+        documents = None if seq_idx is None else seq_idx[:, part]
+        inputs = (x[:, part] for x in (q, k, v, g, beta))
+        out, prediction, state = _delta_rule_chunks(*inputs, state, documents, scale, chunk)
+        outputs.append(out)
+        predictions.append(prediction)
+    return torch.cat(outputs, 1), torch.cat(predictions, 1), state
 
 
 def _delta_rule_chunks(
@@ -181,74 +217,76 @@ def _delta_rule_chunks(
     beta: torch.Tensor,
     state: torch.Tensor,
     seq_idx: torch.Tensor | None,
+    scale: float,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule over chunks: everything but the state's own recurrence is one batched product."""
-    length, kv_heads = k.shape[1:3]
-    groups = q.shape[2] // kv_heads
-    q, k, v, g, beta = (_split_chunks(x, chunk) for x in (q, k, v, g, beta))
-    q = q.unflatten(3, (kv_heads, groups)).permute(0, 3, 1, 4, 2, 5)  # [B, Hk, N, G, C, K]
-    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k, v))  # [B, Hk, N, C, D]
-    g, beta = (x.permute(0, 3, 1, 2) for x in (g, beta))  # [B, Hk, N, C]
+    length = q.shape[1]
+    q = q.unflatten(2, (k.shape[2], -1))
+    q, k, v, g, beta = (_split_chunks(x, chunk) for x in (q, k, v, g, beta))  # [N, B, Hk, C, ...], q: [..., C, G, K]
+    documents = None if seq_idx is None else _split_chunks(seq_idx.unsqueeze(2), chunk)
 
     g = g.cumsum(-1)
-    within = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(_later(chunk, seq_idx, k.device), -torch.inf).exp()
+    within = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(_unseen(chunk, documents, g.device), -torch.inf).exp()
     from_start, to_end, across = g.exp(), (g[..., -1:] - g).exp(), g[..., -1].exp()
-    if seq_idx is not None:
-        carried, ending, continues = _document_borders(seq_idx, chunk)
+    if documents is not None:
+        carried, ending, continues = _document_borders(documents)
         from_start, to_end, across = from_start * carried, to_end * ending, across * continues
 
     products = (k @ k.mT * within).tril(-1)
     k_in, k_out = k * from_start[..., None], k * to_end[..., None]
+    # The solver works on columns: a transposed system is one that it takes and gives in the layout of ours.
     solved = torch.linalg.solve_triangular(
-        products * beta[..., None], torch.cat([v, k_in], -1) * beta[..., None], upper=False, unitriangular=True
-    )
-    from_values, from_state = solved.split([v.shape[-1], k.shape[-1]], -1)
+        (products * beta[..., None]).mT,
+        (torch.cat([v, k_in], -1) * beta[..., None]).mT,
+        upper=True,
+        left=False,
+        unitriangular=True,
+    ).mT
+    from_values, from_state = solved.flatten(1, 2).split([v.shape[-1], k.shape[-1]], -1)
+    to_state, across = k_out.flatten(1, 2).mT, across.flatten(1, 2)[..., None, None]
+    shape, state = state.shape, state.flatten(0, 1)
     state_of_chunk, update_of_chunk = [], []
-    for n in range(k.shape[2]):
+    for n in range(len(k)):
         state_of_chunk.append(state)
-        update_of_chunk.append(from_values[:, :, n] - from_state[:, :, n] @ state)
-        state = state * across[:, :, n, None, None] + k_out[:, :, n].mT @ update_of_chunk[-1]
-    states, updates = torch.stack(state_of_chunk, 2), torch.stack(update_of_chunk, 2)
+        update_of_chunk.append(torch.baddbmm(from_values[n], from_state[n], state, alpha=-1))
+        state = torch.baddbmm(state * across[n], to_state[n], update_of_chunk[n])
+    states, updates = torch.cat(state_of_chunk), torch.cat(update_of_chunk)
 
-    prediction = products @ updates + k_in @ states
-    weights = (q.flatten(3, 4) @ k.mT).unflatten(3, (groups, chunk)) * within.unsqueeze(3)
-    q_in = q * from_start[:, :, :, None, :, None]
-    out = weights.flatten(3, 4) @ updates + q_in.flatten(3, 4) @ states
-    out = out.unflatten(3, (groups, chunk)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2, 3)
-    return out[:, :length], prediction.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length], state
+    # One matrix a stream and chunk from here on: `[N * B * Hk, rows, columns]`.
+    prediction = torch.baddbmm(k_in.flatten(0, 2) @ states, products.flatten(0, 2), updates)
+    weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * within.unsqueeze(4)
+    weights, q_in = (x.flatten(0, 2).flatten(1, 2) for x in (weights, q * from_start[..., None, None]))
+    out = torch.baddbmm(q_in @ states, weights, updates, beta=scale, alpha=scale)
+    out, prediction = out.view(*q.shape[:-1], -1), prediction.view(v.shape)
+    return _join_chunks(out)[:, :length].flatten(2, 3), _join_chunks(prediction)[:, :length], state.view(shape)
 
 
 def _split_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """`[B, T, ...]` to `[B, N, C, ...]`, padded with zeros to whole chunks."""
+    """`[B, T, Hk, ...]` to `[N, B, Hk, C, ...]`; zeros, or the last document, pad the last chunk."""
     missing = -x.shape[1] % chunk
     if missing:
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-    return x.unflatten(1, (-1, chunk))
+        filling = torch.zeros_like(x[:, -1:]) if x.is_floating_point() else x[:, -1:]
+        x = torch.cat([x, filling.repeat_interleave(missing, 1)], 1)
+    return x.unflatten(1, (-1, chunk)).movedim((1, 3), (0, 2)).contiguous()
 
 
-def _split_documents(seq_idx: torch.Tensor, chunk: int) -> torch.Tensor:
-    """`[B, T]` documents to `[B, N, C]`; what pads the last chunk belongs to the last document."""
-    missing = -seq_idx.shape[1] % chunk
-    return torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, chunk))
+def _join_chunks(x: torch.Tensor) -> torch.Tensor:
+    """`[N, B, Hk, C, ...]` to `[B, N * C, Hk, ...]`."""
+    return x.movedim((0, 2), (1, 3)).flatten(1, 2)
 
 
-def _later(chunk: int, seq_idx: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Which tokens of a chunk a token must not see, later and other documents': `[C, C]` or `[B, 1, N, C, C]`."""
+def _unseen(chunk: int, documents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Which tokens of a chunk a token must not see, later and other documents': `[C, C]` or `[N, B, 1, C, C]`."""
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
-    if seq_idx is None:
-        return later
-    documents = _split_documents(seq_idx, chunk)
-    return later | (documents.unsqueeze(-1) != documents.unsqueeze(-2)).unsqueeze(1)
+    return later if documents is None else later | (documents.unsqueeze(-1) != documents.unsqueeze(-2))
 
 
-def _document_borders(seq_idx: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _document_borders(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per chunk: which tokens read the state before it, which reach that after it, and whether a state crosses it."""
-    documents = _split_documents(seq_idx, chunk)
-    before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], dim=1)
-    after = documents[:, :, -1]
-    carried, ending = documents == before[..., None], documents == after[..., None]
-    return carried.unsqueeze(1), ending.unsqueeze(1), (before == after).unsqueeze(1)
+    before = torch.cat([documents[:1, ..., :1], documents[:-1, ..., -1:]])
+    after = documents[..., -1:]
+    return documents == before, documents == after, (before == after).squeeze(-1)
 
 
 def decode_update_kernel(state: torch.Tensor) -> Callable[..., Any] | None:
@@ -412,52 +450,49 @@ def _blocks(
     starts = list(range(0, length, size))
     lows, highs = begin[:, starts].tolist(), end[:, starts].tolist()
     firsts, lasts, totals = begin[:, 0].tolist(), begin[:, -1].tolist(), (end[:, -1] - begin[:, 0]).tolist()
+    # A token is kept if the next one counts one more, and then stands in the column of its own count.
+    kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
+    dropped = torch.zeros_like(kept, dtype=k.dtype).masked_fill_(~kept, -torch.inf)
+    later = k.new_full((size, size), -torch.inf).triu()
     for group in _group_alike(totals):
         streams = slice(group[0], group[0] + 1) if len(group) == 1 else torch.tensor(group, device=end.device)
         alike = len(group) == 1 and firsts[group[0]] == lasts[group[0]] and until is None
         # Room in front for a block's own keys: they are written over columns that no later query sees.
         keys, values = (F.pad(x[streams], (0, 0, size, 0)) for x in (k_kept, v_kept))
-        inside = _inside_masks(begin, end, until, streams, size, k.dtype)
         spans = [slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)) for i in range(len(starts))]
-        mask = inside.new_zeros(len(group), 1, size, size + max(x.stop - x.start for x in spans))
-        for i, (start, columns) in enumerate(zip(starts, spans, strict=True)):
+        mask = keys.new_zeros(len(group), 1, size, size + max(x.stop - x.start for x in spans))
+        for start, columns in zip(starts, spans, strict=True):
             own = min(size, length - start)
             rows = slice(start, start + own)
             first, last = columns.start + size - own, columns.stop + size
             keys[:, first : first + own], values[:, first : first + own] = k[streams, rows], v[streams, rows]
             block_mask = mask[:, :, :own, : last - first]
-            block_mask[..., :own] = inside[:, i : i + 1, :own, :own]
+            inside = block_mask[:, 0, :, :own]
+            torch.add(dropped[streams, None, rows], later[:own, :own], out=inside)
+            inside.diagonal(dim1=-2, dim2=-1).zero_()
             if alike:
                 block_mask[..., own:size] = 0  # where a longer block masked tokens of its own
             else:
+                inside.masked_fill_(~_visible_inside(begin, end, until, streams, rows), -torch.inf)
                 visible = _visible_columns(begin, end, until, streams, rows, columns)
                 block_mask[:, 0, :, own:] = torch.where(visible, 0.0, -torch.inf)
             yield _Block(streams, rows, columns, keys[:, first:last], values[:, first:last], block_mask)
 
 
-def _inside_masks(
+def _visible_inside(
     begin: torch.Tensor,
     end: torch.Tensor,
     until: torch.Tensor | None,
     streams: torch.Tensor | slice,
-    size: int,
-    dtype: torch.dtype,
+    rows: slice,
 ) -> torch.Tensor:
-    """`[n, N, t, t]` masks of each block's queries over its own tokens; what pads the last block is not to be read."""
-    begin, end = begin[streams], end[streams]
-    query = torch.arange(end.shape[1], device=end.device)
-    # A token is kept if the next one counts one more, and then stands in the column of its own count.
-    kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
-    leaves = torch.where(kept, end.shape[1], 0)
+    """`[n, t, t]` bool: which of a block's own tokens its queries may look at, were all of them kept and earlier."""
+    begin, end = begin[streams, rows], end[streams, rows]
+    visible = end.unsqueeze(1) >= begin.unsqueeze(2)
     if until is not None:
-        leaves = torch.where(kept, until[streams].gather(1, end.clamp(max=until.shape[1] - 1)), 0)
-    begin, end, leaves, query = (
-        F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)) for x in (begin, end, leaves, query)
-    )
-    later = query[..., :, None] > query[..., None, :]
-    visible = later & (query[..., :, None] < leaves.unsqueeze(-2)) & (end.unsqueeze(-2) >= begin.unsqueeze(-1))
-    visible |= torch.eye(size, dtype=torch.bool, device=end.device)
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+        query = torch.arange(rows.start, rows.stop, device=end.device)
+        visible &= query[:, None] < until[streams].gather(1, end.clamp(max=until.shape[1] - 1)).unsqueeze(1)
+    return visible | torch.eye(end.shape[1], dtype=torch.bool, device=end.device)
 
 
 def _visible_columns(

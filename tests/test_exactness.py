@@ -374,7 +374,8 @@ def test_a_transformer_limit_writes_the_same_text(kind, layer_types):
 @pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
 @pytest.mark.parametrize("router", ["random", "learned", "cosine"])
 def test_sparse_attention_is_dense_masked_attention_also_in_training(router, rows, tiny_config, monkeypatch):
-    model = make_model(tiny_config(router=router, num_hidden_layers=4, layer_types=MIXED, **WIDE)).train()
+    # In float64: through four layers the rounding of float32 grows to what a wrong token could hide in.
+    model = make_model(tiny_config(router=router, num_hidden_layers=4, layer_types=MIXED, **WIDE)).train().double()
     ids = torch.randint(1, 97, (3, 50))
     threshold = median_thresholds(model, ids)[:, None]
     arguments = {"threshold": threshold, "use_cache": False}
@@ -408,11 +409,11 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
     assert 0.3 < used["kept"] / used["seen"] < 0.9
     (logits, grads), (expected, expected_grads) = results
     real = arguments.get("attention_mask", torch.ones_like(ids)).bool()
-    assert (logits - expected)[real].abs().max() < 2e-5
+    assert (logits - expected)[real].abs().max() < 1e-6
     assert grads.keys() == expected_grads.keys()
     assert any("mixer.k_proj" in name for name in grads)
     for name, grad in expected_grads.items():
-        assert (grads[name] - grad).abs().max() < 1e-4 * max(1, grad.abs().max()), name
+        assert (grads[name] - grad).abs().max() < 1e-6 * max(1, grad.abs().max()), name
 
 
 # --------------------------------------------------------------------------- 4. no cut, batch or padding matters
