@@ -383,15 +383,17 @@ class _SparsePrefixAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until)
         ctx.scale = scale
         out = v.new_empty(*q.shape[:3], v.shape[-1])
-        for block in _blocks(k, v, k_kept, v_kept, begin, end, until):
+        for block in _blocks(k, v, k_kept, v_kept, begin, end, until, q.shape[1]):
             queries = q[block.streams, :, block.rows]
-            out[block.streams, :, block.rows] = F.scaled_dot_product_attention(
-                queries,
-                block.keys[:, None].expand(-1, q.shape[1], -1, -1),
-                block.values[:, None].expand(-1, q.shape[1], -1, -1),
-                attn_mask=block.mask,
+            # The queries of a group are rows of one matrix, which is faster than several that share their keys.
+            block_out = F.scaled_dot_product_attention(
+                queries.flatten(1, 2)[:, None],
+                block.keys[:, None],
+                block.values[:, None],
+                attn_mask=block.mask.flatten(1, 2)[:, None],
                 scale=scale,
             )
+            out[block.streams, :, block.rows] = block_out.view(*queries.shape[:3], -1)
         return out
 
     @staticmethod
@@ -443,8 +445,9 @@ def _blocks(
     begin: torch.Tensor,
     end: torch.Tensor,
     until: torch.Tensor | None,
+    copies: int = 1,
 ) -> Iterator[_Block]:
-    """Yields every block of every group of streams that see alike numbers of columns."""
+    """Yields every block of every group of streams that see alike numbers of columns; `copies` of each mask."""
     length = end.shape[1]
     size = min(QUERY_BLOCK, length)
     starts = list(range(0, length, size))
@@ -460,22 +463,22 @@ def _blocks(
         # Room in front for a block's own keys: they are written over columns that no later query sees.
         keys, values = (F.pad(x[streams], (0, 0, size, 0)) for x in (k_kept, v_kept))
         spans = [slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)) for i in range(len(starts))]
-        mask = keys.new_zeros(len(group), 1, size, size + max(x.stop - x.start for x in spans))
+        mask = keys.new_zeros(len(group), copies, size, size + max(x.stop - x.start for x in spans))
         for start, columns in zip(starts, spans, strict=True):
             own = min(size, length - start)
             rows = slice(start, start + own)
             first, last = columns.start + size - own, columns.stop + size
             keys[:, first : first + own], values[:, first : first + own] = k[streams, rows], v[streams, rows]
             block_mask = mask[:, :, :own, : last - first]
-            inside = block_mask[:, 0, :, :own]
-            torch.add(dropped[streams, None, rows], later[:own, :own], out=inside)
-            inside.diagonal(dim1=-2, dim2=-1).zero_()
+            inside = dropped[streams, None, rows] + later[:own, :own]
+            inside.diagonal(dim1=1, dim2=2).zero_()
             if alike:
                 block_mask[..., own:size] = 0  # where a longer block masked tokens of its own
             else:
                 inside.masked_fill_(~_visible_inside(begin, end, until, streams, rows), -torch.inf)
                 visible = _visible_columns(begin, end, until, streams, rows, columns)
-                block_mask[:, 0, :, own:] = torch.where(visible, 0.0, -torch.inf)
+                block_mask[..., own:] = torch.where(visible, 0.0, -torch.inf)[:, None]
+            block_mask[..., :own] = inside[:, None]
             yield _Block(streams, rows, columns, keys[:, first:last], values[:, first:last], block_mask)
 
 
