@@ -202,8 +202,9 @@ def _delta_rule(
         if seq_idx is not None and start:
             state = state * (seq_idx[:, start] == seq_idx[:, start - 1])[:, None, None, None]
         documents = None if seq_idx is None else seq_idx[:, part]
-        inputs = (x[:, part] for x in (q, k, v, g, beta))
-        out, prediction, state = _delta_rule_chunks(*inputs, state, documents, scale, chunk)
+        out, prediction, state = _delta_rule_chunks(
+            q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], state, documents, scale, chunk
+        )
         outputs.append(out)
         predictions.append(prediction)
     return torch.cat(outputs, 1), torch.cat(predictions, 1), state
@@ -425,8 +426,8 @@ class _Block(NamedTuple):
     """A block of queries: of which streams, which tokens, and what they read.
 
     The keys `[n, t + C, K]` and values `[n, t + C, V]` are those of the block's own `t` tokens and, behind them, of
-    the `C` kept columns from before it; the mask `[n, 1, t, t + C]` is 0 where a query may look, else -inf. They are
-    views that the next block overwrites.
+    the `C` kept columns from before it; the mask `[n, copies, t, t + C]` is 0 where a query may look, else -inf. They
+    are views that the next block overwrites.
     """
 
     streams: torch.Tensor | slice
