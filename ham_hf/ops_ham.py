@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 try:
     import ham_kernels
-except ImportError:
+except ImportError as error:
     ham_kernels = None  # type: ignore[assignment]
+    NO_KERNELS_BECAUSE = str(error)
 
 # The logits of one attention block are held at once: 128 queries keep them small beside the keys they read.
 QUERY_BLOCK = 128
@@ -35,7 +36,7 @@ def _kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any] | None:
     device = tensors[0].device
     if device.type != "cuda" or any(x.dtype == torch.float64 or x.shape[-1] > MAX_KERNEL_HEAD_DIM for x in tensors):
         return None
-    problem = "it is not installed" if ham_kernels is None else ham_kernels.platform_problem(device)
+    problem = NO_KERNELS_BECAUSE if ham_kernels is None else ham_kernels.platform_problem(device)
     if problem is None:
         return getattr(ham_kernels, op)
     _warn_without_kernels(problem)

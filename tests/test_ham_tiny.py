@@ -16,6 +16,7 @@ from ham_hf.training.corpus import SPLIT_FILES, Document, write_documents
 from ham_hf.training.tokenizer import train_tokenizer
 
 CHECKPOINT = Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 brings Muon")
 WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
 
 
@@ -55,6 +56,7 @@ def recipe(monkeypatch):
     )
 
 
+@needs_muon
 def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeypatch):
     def run(output):
         return ham_tiny.train(sources, sources / "tokenizer", output, recipe)
@@ -90,6 +92,12 @@ def test_usage_of_a_step_is_drawn_as_the_recipe_says():
     assert max(early) < 1
     assert abs(sum(early) / len(early) - 0.5) < 0.05
     assert 0.25 < sum(x == 1 for x in late) / len(late) < 0.5, "late steps practise keeping everything"
+
+
+def test_an_older_pytorch_is_refused_by_name(monkeypatch, recipe):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(RuntimeError, match=r"`torch.optim.Muon` of PyTorch 2.9 or newer, found"):
+        ham_tiny.build_optimizers(torch.nn.Linear(2, 2), recipe)
 
 
 def test_learning_rate_warms_up_stays_and_falls():
@@ -143,6 +151,7 @@ def test_a_copying_layer_recalls_before_any_training(tokenizer):
     assert gains["recall"] > 0.4, gains
 
 
+@needs_muon
 def test_a_diverged_run_stops_before_it_saves(sources, recipe, monkeypatch):
     build = ham_tiny.build_optimizers
 

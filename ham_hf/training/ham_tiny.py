@@ -180,6 +180,8 @@ def initialize_recall(model: HAMForCausalLM) -> None:
 
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest, and thresholds without weight decay at their own rate."""
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(f"This recipe needs `torch.optim.Muon` of PyTorch 2.9 or newer, found {torch.__version__}.")
     mixer_matrices = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "z_proj.weight")
     matrices, thresholds, others = [], [], []
     for name, parameter in model.named_parameters():

@@ -2,6 +2,8 @@
 """Counts what the kernels would tune and compile as lengths grow, and holds the refusal of platforms to its table."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,8 +167,7 @@ def test_buckets_are_powers_of_two_that_hold_the_length():
     ("capability", "version", "problem"),
     [
         ((7, 5), (3, 7, 1), "capability 8.0"),
-        ((8, 0), (3, 2, 0), "Triton 3.3"),
-        ((8, 0), (3, 3, 0), None),
+        ((8, 0), (3, 4, 0), None),
         ((9, 0), (3, 6, 0), None),
         ((9, 0), (3, 7, 1), None),
         ((10, 0), (3, 7, 1), "Triton 3.8"),
@@ -203,6 +204,17 @@ def test_a_bad_pair_is_refused_by_name(gpu):
 def test_a_good_pair_is_taken_also_with_an_odd_version(gpu):
     gpu((9, 0), "3.6.0rc1")
     ham_kernels.check_platform(torch.device("cuda", 0))
+
+
+def test_a_triton_that_needs_a_gpu_to_be_imported_with_is_done_without():
+    program = (
+        "import torch, triton, types; triton.__version__ = '3.3.0'; from ham_hf import ops_ham; "
+        "assert ops_ham.ham_kernels is None; "
+        "gpu = types.SimpleNamespace(device=torch.device('cuda', 0), dtype=torch.float32, shape=(2, 16)); "
+        "assert ops_ham._kernel('compact_kept', gpu) is None"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "`ham_kernels` needs Triton 3.4 or newer, found 3.3.0" in done.stderr
 
 
 def test_a_cpu_is_refused_outside_the_interpreter(monkeypatch):

@@ -18,6 +18,19 @@ TUNING = not INTERPRETED and os.environ.get("HAM_KERNELS_TUNING", "1") != "0"
 SMALLEST_BUCKET = 16
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major, minor and patch number of the installed Triton."""
+    numbers = triton.__version__.split("+")[0].split(".")[:3]
+    return tuple(int("".join(c for c in x if c.isdigit()) or 0) for x in numbers)
+
+
+if triton_version() < (3, 4):
+    raise ImportError(
+        f"`ham_kernels` needs Triton 3.4 or newer, found {triton.__version__}: older ones ask for a GPU when a kernel is "
+        "defined, so a machine without one could not import it."
+    )
+
+
 def next_bucket(n: int) -> int:
     """The power of two, at least 16, that stands for every length from above its half up to itself.
 
@@ -56,7 +69,6 @@ ANY_VERSION, NO_VERSION = (0, 0, 0), (99, 0, 0)
 # No kernel here has such a product: tests/ham_kernels/test_compile.py looks for one in what is compiled.
 BAD_PAIRS = (
     BadPair((0, 0), (7, 9), ANY_VERSION, NO_VERSION, "the kernels need compute capability 8.0 or newer"),
-    BadPair((8, 0), (99, 9), ANY_VERSION, (3, 3, 0), "the kernels need Triton 3.3 or newer"),
     # Products in a recurrence race at 8 warps: flash-linear-attention, issue 1228 and `BLACKWELL_8_WARP_RACE` in its
     # ops/common/chunk_o.py; Triton, issue 10590.
     BadPair((10, 0), (12, 9), ANY_VERSION, (3, 8, 0), "Blackwell GPUs need Triton 3.8 or newer, others race"),
@@ -76,9 +88,7 @@ def platform_problem(device: torch.device) -> str | None:
     """Why the kernels do not run on this GPU with this version of Triton; `None` if they do."""
     if torch.version.hip is not None:
         return None  # compute capabilities are NVIDIA's
-    numbers = triton.__version__.split("+")[0].split(".")[:3]
-    version = tuple(int("".join(c for c in x if c.isdigit()) or 0) for x in numbers)
-    problem = known_problem(torch.cuda.get_device_capability(device), version)
+    problem = known_problem(torch.cuda.get_device_capability(device), triton_version())
     return problem and f"{problem} (this is {torch.cuda.get_device_name(device)} with Triton {triton.__version__})"
 
 
