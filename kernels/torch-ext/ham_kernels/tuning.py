@@ -26,8 +26,8 @@ def triton_version() -> tuple[int, ...]:
 
 if triton_version() < (3, 4):
     raise ImportError(
-        f"`ham_kernels` needs Triton 3.4 or newer, found {triton.__version__}: older ones ask for a GPU when a kernel is "
-        "defined, so a machine without one could not import it."
+        f"`ham_kernels` needs Triton 3.4 or newer, found {triton.__version__}: older ones ask for a GPU when a "
+        "kernel is defined, so a machine without one could not import it."
     )
 
 
