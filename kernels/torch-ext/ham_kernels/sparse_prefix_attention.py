@@ -66,8 +66,8 @@ SEEN_COLUMNS = 128
 # Kernels. A stream is a row's key/value head; `HK` key/value heads, `GROUP` query heads to each, `K` and `V` head
 # dimensions, `BLOCK_K` and `BLOCK_V` the powers of two that hold them. Row `r` of a stream is query `r // GROUP` of
 # head `r % GROUP`. `T_BUCKET` and `M_BUCKET` stand for the lengths where tile shapes are measured. Tensors are
-# contiguous; `log2_scale` and `lse` are in units of log 2. `lse_rest` is what rounding took from `lse`: at large logits
-# it would change a weight of nearly 1 by more than anything else does.
+# contiguous; `log2_scale` and `lse` are in units of log 2. `lse_rest` is what rounding took from `lse`: at large
+# logits it would change a weight of nearly 1 by more than anything else does.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
