@@ -238,9 +238,9 @@ class HAMMixer(nn.Module):
         o_rnn = o_kv = weights = scores = None
         q, k, v = self._heads(convolved)
         if self.has_rnn:
-            o_rnn, prediction, beta = self._recall(hidden_states, q, k, v, tokens, cache, step)
+            o_rnn, errors = self._recall(hidden_states, q, k, v, tokens, cache, step)
         if self.layer_type == "hybrid":
-            scores = self.router(hidden_states, v, prediction, beta, tokens.positions)
+            scores = self.router(hidden_states, errors, tokens.positions)
         if self.has_attention:
             q, k, v = self._heads(convolved if self.config.attention_conv else raw)
             if scores is not None and self.config.router in LEARNED_ROUTERS:
@@ -328,8 +328,8 @@ class HAMMixer(nn.Module):
         tokens: TokenLayout,
         cache: HAMCacheLayer | None,
         step: LayerStep,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Runs the RNN: its output `[B, T, H, V]`, its prediction of each value and its write strengths."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the RNN: its output `[B, T, H, V]`, and its prediction's score (without a router, the prediction)."""
         beta = self.b_proj(hidden_states).float().sigmoid()
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         if tokens.real is not None:
@@ -337,10 +337,11 @@ class HAMMixer(nn.Module):
         k = l2norm(k)
         step.rnn = (k, v, g, beta)
         state = None if cache is None else cache.recurrent_state
-        o_rnn, prediction, step.recurrent_state = gated_delta_rule_with_prediction(
-            l2norm(q), k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx
+        score = self.router.error if self.layer_type == "hybrid" else None
+        o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
+            l2norm(q), k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score
         )
-        return o_rnn.to(hidden_states.dtype), prediction, beta
+        return o_rnn.to(hidden_states.dtype), errors
 
     def _attention_view(
         self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .routing_ham import error_score
+
 try:
     import ham_kernels
 except ImportError as error:
@@ -128,6 +130,7 @@ def gated_delta_rule_with_prediction(
     initial_state: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    score: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with what the state predicted for each token.
 
@@ -145,12 +148,14 @@ def gated_delta_rule_with_prediction(
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
         chunk_size: tokens solved at once; by default what is fastest, 64 in the kernel and 32 in PyTorch.
+        score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, outside the graph.
 
     Returns:
-        `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider.
+        `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider; with
+        `score`, scores `[B, T, Hk]` float32 in place of the predictions.
     """
     if kernel := _kernel("gated_delta_rule_with_prediction", k, v):
-        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size or 64)
+        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size or 64, score)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
@@ -159,8 +164,12 @@ def gated_delta_rule_with_prediction(
     # Scores decide what is kept, so autocast must not lower the precision of the state they come from.
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 1:
-            return _delta_rule_step(q, k, v, g, beta, initial_state, scale)
-        return _delta_rule(q, k, v, g, beta, initial_state, seq_idx, scale, chunk_size or 32)
+            o, prediction, state = _delta_rule_step(q, k, v, g, beta, initial_state, scale)
+        else:
+            o, prediction, state = _delta_rule(q, k, v, g, beta, initial_state, seq_idx, scale, chunk_size or 32)
+        if score is not None:
+            prediction = error_score(score, v, prediction, beta)
+        return o, prediction, state
 
 
 def _delta_rule_step(

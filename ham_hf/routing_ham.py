@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration_ham import LEARNED_ROUTERS, HAMConfig
+from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
 
 # Below this product of norms a direction is rounding noise, so the cosine counts as 0.
 COSINE_EPS = 1e-8
@@ -32,6 +32,25 @@ def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor
     """What is committed to the state: `r / (1 + r)`, `r = beta |v - vhat| / |v|` (after HOLA, arXiv 2607.02303)."""
     residual = beta * (v - prediction).norm(dim=-1)
     return residual / (residual + v.norm(dim=-1).clamp(min=COSINE_EPS))
+
+
+def error_score(kind: str, v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """A score by its name, float32. A hard decision passes no gradient, so it is cut from the graph.
+
+    Args:
+        kind: `"cosine"`, `"l2"` or `"residual"`.
+        v: `[..., V]` values.
+        prediction: `[..., V]` what the state held under each key before.
+        beta: `[...]` write strengths.
+    """
+    v, prediction, beta = (x.detach().float() for x in (v, prediction, beta))
+    if kind == "cosine":
+        return cosine_score(v, prediction)
+    if kind == "l2":
+        return l2_score(v, prediction)
+    if kind == "residual":
+        return residual_score(v, prediction, beta)
+    raise ValueError(f"`kind` must be one of 'cosine', 'l2', 'residual', got {kind!r}.")
 
 
 def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> torch.Tensor:
@@ -62,6 +81,8 @@ class HAMRouter(nn.Module):
         self.kind = config.router
         self.layer_idx = layer_idx
         self.num_heads = config.num_key_value_heads
+        # Which score of the RNN's prediction this router reads, for `error_score`, or `None`.
+        self.error = "cosine" if self.kind == "learned_error" else self.kind if self.kind in ERROR_ROUTERS else None
         if self.kind in LEARNED_ROUTERS:
             self.up_proj = nn.Linear(config.hidden_size, config.router_hidden_size)
             self.down_proj = nn.Linear(config.router_hidden_size, self.num_heads)
@@ -71,36 +92,27 @@ class HAMRouter(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        v: torch.Tensor,
-        prediction: torch.Tensor,
-        beta: torch.Tensor,
+        errors: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
         """Scores of tokens.
 
         Args:
             hidden_states: `[B, T, D]` normalised input of the layer.
-            v: `[B, T, Hk, V]` values the RNN stores.
-            prediction: `[B, T, Hk, V]` what the RNN's state held under each key before.
-            beta: `[B, T, Hk]` write strengths.
+            errors: `[B, T, Hk]` float32 scores of the RNN's prediction, of the kind `self.error`; not read if `None`.
             positions: `[B, T]` int64 index among real tokens.
         """
-        # A hard decision passes no gradient, so an error router's scores are cut from the graph.
-        v, prediction, beta = v.detach().float(), prediction.detach().float(), beta.detach().float()
-        if self.kind == "cosine":
-            return cosine_score(v, prediction)
-        if self.kind == "l2":
-            return l2_score(v, prediction)
-        if self.kind == "residual":
-            return residual_score(v, prediction, beta)
+        if self.kind in ERROR_ROUTERS:
+            return errors
         if self.kind == "random":
-            return random_score(positions, self.layer_idx, self.num_heads).expand(v.shape[:-1])
+            scores = random_score(positions, self.layer_idx, self.num_heads)
+            return scores.expand(*hidden_states.shape[:2], self.num_heads)
         # In bfloat16 the scores of many tokens would tie.
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden = F.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype))).float()
             logits = F.linear(hidden, self.down_proj.weight.float(), self.down_proj.bias.float())
         if self.kind == "learned_error":
-            logits = logits + self.error_weight.float() * cosine_score(v, prediction)
+            logits = logits + self.error_weight.float() * errors
         return logits.sigmoid()
 
 
@@ -239,6 +251,7 @@ __all__ = [
     "check_kv_usage",
     "check_threshold",
     "cosine_score",
+    "error_score",
     "l2_score",
     "random_score",
     "residual_score",

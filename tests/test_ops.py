@@ -24,6 +24,7 @@ from ham_hf.reference_ham import (
     naive_sparse_attention,
     naive_surviving_tokens,
 )
+from ham_hf.routing_ham import error_score
 
 # Absolute tolerances for values of order one. In float32 an operation is compared with its definition in float64.
 FORWARD = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -227,6 +228,18 @@ def test_first_prediction_of_a_document_is_exactly_zero(length):
     assert first.sum() == (2 if length == 1 else 4)
     assert torch.equal(prediction[first], torch.zeros_like(prediction[first]))
     assert (prediction[~first].abs().amax((-1, -2)) > 0).all()
+
+
+@pytest.mark.parametrize("score", ["cosine", "l2", "residual"])
+@pytest.mark.parametrize("length", [1, 70])
+def test_scores_take_the_place_of_predictions(length, score):
+    inputs = delta_inputs(length)
+    o, prediction, state = gated_delta_rule_with_prediction(**inputs)
+    scored = gated_delta_rule_with_prediction(**inputs, score=score)
+    assert torch.equal(scored[0], o)
+    assert torch.equal(scored[2], state)
+    assert torch.equal(scored[1], error_score(score, inputs["v"], prediction, inputs["beta"]))
+    assert not scored[1].requires_grad
 
 
 def test_padding_neither_decays_nor_writes_the_state():

@@ -15,6 +15,7 @@ from ham_hf.routing_ham import (
     check_kv_usage,
     check_threshold,
     cosine_score,
+    error_score,
     l2_score,
     random_score,
     residual_score,
@@ -94,6 +95,16 @@ def router_inputs(batch=3, length=40, heads=2, hidden=32, value_dim=6, scale=1.0
     }
 
 
+def scored(module, hidden_states, v, prediction, beta, positions):
+    errors = prediction if module.error is None else error_score(module.error, v, prediction, beta)
+    return module(hidden_states, errors, positions)
+
+
+def test_a_score_is_asked_for_by_its_name():
+    with pytest.raises(ValueError, match="`kind` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
+        error_score("cosin", *torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_scores_are_float32_in_the_unit_interval(router, dtype, tiny_config):
@@ -102,7 +113,7 @@ def test_scores_are_float32_in_the_unit_interval(router, dtype, tiny_config):
     cases["parallel"] = router_inputs(dtype=dtype)  # rounding may carry a cosine past 1
     cases["parallel"]["prediction"] = cases["parallel"]["v"] * torch.tensor([-3.0, 1.0])[:, None].to(dtype)
     for scale, inputs in cases.items():
-        scores = module(**inputs)
+        scores = scored(module, **inputs)
         assert scores.shape == (3, 40, 2)
         assert scores.dtype == torch.float32
         assert ((scores >= 0) & (scores <= 1)).all()
@@ -112,7 +123,7 @@ def test_scores_are_float32_in_the_unit_interval(router, dtype, tiny_config):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_only_learned_routers_have_gradients(router, tiny_config):
     module, inputs = HAMRouter(tiny_config(router=router), layer_idx=0), router_inputs()
-    scores = module(**inputs)
+    scores = scored(module, **inputs)
     assert scores.requires_grad == (router in LEARNED_ROUTERS)
     assert bool(list(module.parameters())) == (router in LEARNED_ROUTERS)
     if not scores.requires_grad:
@@ -135,9 +146,9 @@ def test_learned_scores_equal_their_formulas(tiny_config):
     logits = hidden @ module.down_proj.weight.T + module.down_proj.bias
     errors = cosine_score(inputs["v"], inputs["prediction"])
     expected = torch.sigmoid(logits + torch.tensor([2.0, -3.0]) * errors)
-    assert torch.allclose(module(**inputs), expected, atol=1e-6)
+    assert torch.allclose(scored(module, **inputs), expected, atol=1e-6)
     module.kind = "learned"
-    assert torch.allclose(module(**inputs), logits.sigmoid(), atol=1e-6)
+    assert torch.allclose(scored(module, **inputs), logits.sigmoid(), atol=1e-6)
 
 
 @pytest.mark.parametrize("router", LEARNED_ROUTERS)
@@ -475,5 +486,5 @@ def test_a_tiny_usage_is_still_a_usage():
 
 def test_learned_scores_in_half_precision_do_not_tie(tiny_config):
     module = HAMRouter(tiny_config(router="learned"), layer_idx=0).to(torch.bfloat16)
-    scores = module(**router_inputs(batch=4, length=200, dtype=torch.bfloat16))
+    scores = scored(module, **router_inputs(batch=4, length=200, dtype=torch.bfloat16))
     assert scores[..., 0].unique().numel() > 700, "800 tokens"

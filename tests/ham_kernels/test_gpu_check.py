@@ -119,3 +119,71 @@ def test_the_comparison_of_models_finds_a_wrong_kernel(benchmarks, monkeypatch):
     monkeypatch.setattr(parity, "CASES", ((0.0, 2),))
     failed = [r["what"] for r in parity.exact_rows("cpu", length=48, new_tokens=1) if not r["meets"]]
     assert failed[0].startswith("logits")
+
+
+def test_the_benchmark_of_the_compaction_compares_the_same(benchmarks, monkeypatch):
+    import bench_compact_kept as bench
+
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "HEADS", 2)
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "LENGTHS", (8, 40))
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e9)
+
+    def compared(functions):
+        results = {name: function() for name, function in functions.items()}
+        ours, other = results["ours"], results["pytorch"]
+        if isinstance(other, list):  # forward: past a head's own count PyTorch's columns are other tokens
+            (ours, before), kept = ours, results["ours"][1][:, -1].amax(1)
+            assert [x.shape for x in ours] == [x.shape for x in other]
+            least = int(before[:, -1].min())
+            ours, other = ([x[:, :, :least] for x in side] for side in (ours, other))
+            assert kept.max() > 0
+            assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+        return dict.fromkeys(functions, 1.0)
+
+    monkeypatch.setattr(bench, "median_ms", compared)
+    rows = bench.run(True)
+    assert len(rows) == 2 * 2 * 2
+    keep = torch.ones(1, 10, 2, dtype=torch.bool)
+    assert bench.bytes_moved(keep, 16) == (28 * 20 + 8 * 16 * 20, 18 * 20 + 4 * 16 * 40)
+
+
+def test_the_benchmark_of_the_mixer_compares_the_same(benchmarks, monkeypatch):
+    """Where everything is kept, both sides of it are one function, of which fla may refuse the backward."""
+    import bench_mixer as bench
+
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "HEADS", 2)
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "LENGTH", 40)
+    monkeypatch.setattr(bench, "USAGE", 1.0)
+
+    def refusing(*inputs):
+        if torch.is_grad_enabled():
+            raise RuntimeError("refused")
+        return bench.own(*inputs)
+
+    def compared(functions):
+        results = {name: function() for name, function in functions.items()}
+        for other in results.values():
+            if isinstance(other, torch.Tensor):
+                torch.testing.assert_close(other, results["ham"], rtol=0.05, atol=0.02)
+        return dict.fromkeys(functions, 1.0)
+
+    monkeypatch.setattr(bench, "fla", refusing)
+    monkeypatch.setattr(bench, "median_ms", compared)
+    against = [(r["what"].split(",")[1].strip(), r["against"].split("'")[0].split()[0]) for r in bench.run(True)]
+    assert against == [("forward", "fla"), ("forward", "our"), ("forward + backward", "our")]
+
+
+def test_the_benchmark_keeps_the_fraction_it_says(benchmarks, monkeypatch):
+    import bench_mixer as bench
+
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "HEADS", 2)
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    mixer, hidden = bench.make_mixer(), torch.randn(1, 101, 32, dtype=torch.bfloat16)
+    threshold = bench.threshold_for(mixer, hidden, 0.5)
+    scores = mixer(hidden, None, bench.layout(hidden))[2]
+    assert (scores >= threshold[:, None]).float().mean().item() == pytest.approx(0.5, abs=0.01)

@@ -27,12 +27,12 @@ def row_sum(x, masked):
 
 @pytest.mark.parametrize("size", [5, 13, 16])
 def test_a_kernel_within_its_bounds_passes(size, device, poisoned, assert_error_within):
-    x = poisoned(torch.randn(3, size, device=device))
+    x = poisoned(torch.randn(40, size, device=device))
     assert_error_within(row_sum(x, True), x.double().sum(1), x.sum(1))
 
 
 def test_a_kernel_that_reads_out_of_bounds_fails(device, poisoned, assert_error_within):
-    plain = torch.randn(3, 5, device=device)
+    plain = torch.randn(40, 5, device=device)
     x = poisoned(plain)
     with pytest.raises(AssertionError, match="off by nan"):
         assert_error_within(row_sum(x, False), x.double().sum(1), x.sum(1))
@@ -59,26 +59,95 @@ def test_poison_refuses_what_nan_cannot_fill(tensor, poisoned):
         poisoned(tensor)
 
 
+def off_by(exact, size):
+    """`exact` in float32, with errors of this size and either sign."""
+    return (exact + size * (2 * torch.randint(0, 2, exact.shape) - 1)).float()
+
+
 def test_the_bound_follows_the_error_of_the_baseline(assert_error_within):
-    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    baseline = (exact + 0.01).float()
-    assert_error_within((exact + 0.019).float(), exact, baseline)
-    with pytest.raises(AssertionError, match="off by"):
-        assert_error_within((exact + 0.021).float(), exact, baseline)
-    with pytest.raises(AssertionError, match="off by"):
-        assert_error_within((exact + 0.011).float(), exact, baseline, factor=1.0)
-    assert_error_within((exact + 0.5).float(), exact, exact, floor=0.6)
+    exact = torch.rand(100, dtype=torch.float64)
+    baseline = off_by(exact, 0.01)
+    assert_error_within(off_by(exact, 0.019), exact, baseline)
+    with pytest.raises(AssertionError, match="on average"):
+        assert_error_within(off_by(exact, 0.021), exact, baseline)
+    with pytest.raises(AssertionError, match="on average"):
+        assert_error_within(off_by(exact, 0.011), exact, baseline, factor=1.0)
 
 
-def test_an_exact_baseline_leaves_a_few_units_in_the_last_place(assert_error_within):
-    exact = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    ulp = torch.finfo(torch.float32).eps * 4
-    assert_error_within((exact + 3 * ulp).float(), exact, exact)
-    with pytest.raises(AssertionError, match="off by"):
-        assert_error_within((exact + 6 * ulp).float(), exact, exact)
+def test_one_large_error_is_found_among_many_small_ones(assert_error_within):
+    exact = torch.rand(10_000, dtype=torch.float64)
+    baseline, actual = off_by(exact, 0.01), off_by(exact, 0.01)
+    actual[77] = exact[77] + 0.07
+    assert_error_within(actual, exact, baseline)
+    actual[77] = exact[77] + 0.09
+    with pytest.raises(AssertionError, match="off by 9"):
+        assert_error_within(actual, exact, baseline)
 
 
-@pytest.mark.parametrize("actual", [torch.zeros(3), torch.full((2,), torch.nan)], ids=["shape", "NaN"])
+def test_an_exact_baseline_leaves_a_unit_in_the_last_place(assert_error_within):
+    exact = torch.ones(64, dtype=torch.float64)
+    ulp = torch.finfo(torch.float32).eps
+    assert_error_within(off_by(exact, 0.9 * ulp), exact, exact)
+    with pytest.raises(AssertionError, match="on average"):
+        assert_error_within(off_by(exact, 2 * ulp), exact, exact)
+
+
+@pytest.mark.parametrize("actual", [torch.zeros(65), torch.full((64,), torch.nan)], ids=["shape", "NaN"])
 def test_the_bound_refuses_wrong_shapes_and_nan(actual, assert_error_within):
     with pytest.raises(AssertionError):
-        assert_error_within(actual, torch.zeros(2, dtype=torch.float64), torch.zeros(2), floor=9.0)
+        assert_error_within(actual, torch.zeros(64, dtype=torch.float64), torch.ones(64))
+
+
+def test_few_numbers_tell_nothing(assert_error_within):
+    exact = torch.zeros(31, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="31 numbers are too few"):
+        assert_error_within(exact.float(), exact, exact.float())
+    assert_error_within(*(x.new_empty(0) for x in (exact.float(), exact, exact.float())))
+
+
+def cut(x, bits):
+    """`x` rounded to so many bits after the leading one: 10 are TF32, 7 bfloat16."""
+    scale = 2.0 ** (bits - x.abs().clamp(min=1e-30).log2().floor())
+    return (x * scale).round() / scale
+
+
+def attention(q, k, v, visible, logits_of=torch.matmul, values_of=torch.matmul):
+    """Masked softmax attention in parts that a mistake can be planted in."""
+    logits = logits_of(q, k.mT) * q.shape[-1] ** -0.5
+    return values_of(logits.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def in_another_order(a, b):
+    """A product that adds up in another order than BLAS: one term after the other, the last first."""
+    return sum(a[..., i, None] * b[..., i, None, :] for i in reversed(range(a.shape[-1])))
+
+
+MISTAKES = {
+    "a product in TF32": {"logits_of": lambda q, k: cut(q, 10) @ cut(k, 10)},
+    "a product in bfloat16": {"values_of": lambda w, v: cut(w, 7) @ cut(v, 7)},
+    "one factor in TF32": {"values_of": lambda w, v: cut(w, 10) @ v},
+    "a scale off by 1e-5": {"logits_of": lambda q, k: q @ k * (1 + 1e-5)},
+    "outputs off by 1e-5": {"values_of": lambda w, v: w @ v * (1 + 1e-5)},
+}
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_other_sums_pass_and_mistakes_do_not(seed, assert_error_within):
+    """At every seed: a bound that fails now and then is loosened sooner or later."""
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, 4, 40, 24)
+    visible = torch.ones(40, 40, dtype=torch.bool).tril()
+    exact = attention(q.double(), k.double(), v.double(), visible)
+    baseline = attention(q, k, v, visible)
+
+    def check(mask=visible, **parts):
+        assert_error_within(attention(q, k, v, mask, **parts), exact, baseline)
+
+    check(logits_of=in_another_order, values_of=in_another_order)
+    for parts in MISTAKES.values():
+        with pytest.raises(AssertionError, match="off by"):
+            check(**parts)
+    leaking = visible.clone()
+    leaking[11, 12] = True
+    with pytest.raises(AssertionError, match="off by"):
+        check(leaking)

@@ -32,6 +32,11 @@ BC: tl.constexpr = tl.constexpr(16)
 CHUNK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCORES = ("cosine", "l2", "residual")
+# Columns of the values that one partial sum of a score covers, whatever the tile: in chunks, and in a step.
+CHUNK_COLUMNS, STEP_COLUMNS = 32, 8
+# Below this product of norms a direction is rounding noise, so the cosine counts as 0.
+COSINE_EPS: tl.constexpr = tl.constexpr(1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,14 +248,57 @@ def _read(
     return tl.dot(b_A, b_u, b_o * tl.exp2(b_g)[:, None], input_precision=PRECISION)
 
 
+@triton.jit
+def _store_moments(moments, token, i_v, b_v, b_p, real, V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr):
+    """What a score needs of values and predictions `[N, BV]`: sums over `WIDTH` columns, `[tokens, V / WIDTH, 4]`."""
+    rows: tl.constexpr = b_v.shape[0]
+    parts: tl.constexpr = BV // WIDTH
+    b_v = tl.reshape(b_v.to(tl.float32), [rows, parts, WIDTH])
+    b_p = tl.reshape(b_p, [rows, parts, WIDTH])
+    part = i_v * parts + tl.arange(0, parts)
+    p_m = moments + (token[:, None] * tl.cdiv(V, WIDTH) + part[None, :]) * 4
+    mask = real[:, None] & (part < tl.cdiv(V, WIDTH))[None, :]
+    b_d = b_v - b_p
+    tl.store(p_m, tl.sum(b_v * b_p, 2), mask=mask)
+    tl.store(p_m + 1, tl.sum(b_v * b_v, 2), mask=mask)
+    tl.store(p_m + 2, tl.sum(b_p * b_p, 2), mask=mask)
+    tl.store(p_m + 3, tl.sum(b_d * b_d, 2), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def score_fwd_kernel(moments, beta, scores, count, PARTS: tl.constexpr, SCORE: tl.constexpr, BLOCK: tl.constexpr):
+    """The scores of `count` tokens and heads: adds the partial sums in order, so that every run keeps the same."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    dot = tl.zeros([BLOCK], dtype=tl.float32)
+    v_square, p_square, d_square = dot, dot, dot
+    for part in tl.static_range(PARTS):
+        p_m = moments + (i * PARTS + part) * 4
+        dot += tl.load(p_m, mask=mask, other=0.0)
+        v_square += tl.load(p_m + 1, mask=mask, other=0.0)
+        p_square += tl.load(p_m + 2, mask=mask, other=0.0)
+        d_square += tl.load(p_m + 3, mask=mask, other=0.0)
+    v_norm, p_norm, d_norm = tl.sqrt(v_square), tl.sqrt(p_square), tl.sqrt(d_square)
+    if SCORE == "cosine":
+        score = (1.0 - dot / tl.maximum(v_norm * p_norm, COSINE_EPS)) / 2.0
+    elif SCORE == "l2":
+        score = d_norm / tl.maximum(v_norm + p_norm, COSINE_EPS)
+        score = score * score
+    else:
+        residual = tl.load(beta + i, mask=mask, other=0.0) * d_norm
+        score = residual / (residual + tl.maximum(v_norm, COSINE_EPS))
+    tl.store(scores + i, tl.minimum(tl.maximum(score, 0.0), 1.0), mask=mask)
+
+
 @tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64, 128)), key=["HK", "GROUP", "K", "V", "BT"])
 @triton.jit(do_not_specialize=["T", "NT"])
 def output_fwd_kernel(
-    q, k, u, gc, states, o, prediction, borders, scale, T, NT,
+    q, k, v, u, gc, states, o, prediction, moments, borders, scale, T, NT,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The prediction and the outputs of a group of query heads, in `BV` columns of one chunk."""
+    """The prediction, or its moments, and the outputs of a group of query heads, in `BV` columns of one chunk."""
     i_v, i_c = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_h = tl.program_id(1)
     start, end = _chunk(borders, i_c, T, NT, BT, PACKED)
@@ -264,8 +312,12 @@ def output_fwd_kernel(
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
 
     b_p = _read(k, k, u, states, b_g, real, o_v, HK, HK, K, V, BT, BK, BV, True, PRECISION)
-    p_p = prediction + head * V + row[:, None] * (HK * V) + o_v[None, :]
-    tl.store(p_p, b_p.to(prediction.dtype.element_ty), mask=mask)
+    offsets = row[:, None] * (HK * V) + o_v[None, :]
+    if moments is None:
+        tl.store(prediction + head * V + offsets, b_p.to(prediction.dtype.element_ty), mask=mask)
+    else:
+        b_v = tl.load(v + head * V + offsets, mask=mask, other=0.0)
+        _store_moments(moments, head + row * HK, i_v, b_v, b_p, real, V, BV, WIDTH)
     for i_q in range(GROUP):
         query = head * GROUP + i_q
         b_o = _read(q + query * K, k, u, states, b_g, real, o_v, HK, HK * GROUP, K, V, BT, BK, BV, False, PRECISION)
@@ -276,8 +328,9 @@ def output_fwd_kernel(
 @tuned(_configs(warps=(4, 1), stages=(1,), BV=(32, 16, 8)), key=["HK", "GROUP", "K", "V", "bucket"])
 @triton.jit(do_not_specialize=["bucket"])
 def step_fwd_kernel(
-    q, k, v, g, beta, initial_state, o, prediction, final_state, scale, bucket,
+    q, k, v, g, beta, initial_state, o, prediction, moments, final_state, scale, bucket,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One token: the recurrence itself on `BV` columns of the state, which is read and written once."""
     i_v, i_bh = tl.program_id(0) % tl.cdiv(V, BV), (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
@@ -292,7 +345,11 @@ def step_fwd_kernel(
         b_S *= tl.exp2(tl.load(g + i_bh) * LOG2E)
     b_p = tl.sum(b_S * b_k, 0)
     b_S += b_k * (tl.load(beta + i_bh) * (b_v - b_p))[None, :]
-    tl.store(prediction + i_bh * V + o_v, b_p.to(prediction.dtype.element_ty), mask=in_v)
+    if moments is None:
+        tl.store(prediction + i_bh * V + o_v, b_p.to(prediction.dtype.element_ty), mask=in_v)
+    else:
+        one = tl.arange(0, 1)
+        _store_moments(moments, i_bh + one, i_v, b_v[None, :], b_p[None, :], one == 0, V, BV, WIDTH)
     tl.store(final_state + i_bh * (K * V) + square, b_S, mask=in_square)
     for i_q in tl.static_range(GROUP):
         query = i_bh * GROUP + i_q
@@ -678,22 +735,44 @@ def state_fwd(
     return w, u, states, final_state
 
 
+def _prediction_or_moments(v: torch.Tensor, score: str | None, columns: int) -> torch.Tensor:
+    """Where a kernel puts what it predicts: the prediction itself, or all that a score needs of it."""
+    if score is None:
+        return torch.empty_like(v)
+    return v.new_empty(*v.shape[:3], triton.cdiv(v.shape[3], columns), 4, dtype=torch.float32)
+
+
+def score_fwd(moments: torch.Tensor, beta: torch.Tensor, score: str) -> torch.Tensor:
+    """Scores `[B, T, Hk]` float32 of the partial sums `[B, T, Hk, parts, 4]`."""
+    scores, block = torch.empty_like(beta), 256
+    score_fwd_kernel[(triton.cdiv(beta.numel(), block),)](
+        moments, beta, scores, beta.numel(), PARTS=moments.shape[3], SCORE=score, BLOCK=block
+    )
+    return scores
+
+
 def output_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
     u: torch.Tensor,
     gc: torch.Tensor,
     states: torch.Tensor,
     scale: float,
     chunks: Chunks,
+    score: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[B, T, H, V]` and predictions `[B, T, Hk, V]`, in the dtype of `u`."""
-    o, prediction = u.new_empty(*q.shape[:3], u.shape[3]), torch.empty_like(u)
+    """Outputs `[B, T, H, V]` and predictions `[B, T, Hk, V]`, in the dtype of `u`, or the scores of these instead."""
+    o = u.new_empty(*q.shape[:3], u.shape[3])
+    found = _prediction_or_moments(v, score, CHUNK_COLUMNS)
+    prediction, moments = (found, None) if score is None else (None, found)
     output_fwd_kernel[lambda meta: (chunks.total * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
-        q, k, u, gc, states, o, prediction, chunks.borders, scale,
-        GROUP=q.shape[2] // k.shape[2], V=u.shape[3], BK=_tile(k.shape[3], 64), **_shape(k, u, chunks),
+        q, k, v, u, gc, states, o, prediction, moments, chunks.borders, scale,
+        GROUP=q.shape[2] // k.shape[2], V=u.shape[3], BK=_tile(k.shape[3], 64), WIDTH=CHUNK_COLUMNS,
+        **_shape(k, u, chunks),
     )  # fmt: skip
-    return o, prediction
+    return o, found if score is None else score_fwd(found, beta, score)
 
 
 def step_fwd(
@@ -704,18 +783,21 @@ def step_fwd(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None,
     scale: float,
+    score: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output `[B, 1, H, V]`, prediction `[B, 1, Hk, V]` and final state of one token a row, in one launch."""
+    """Output `[B, 1, H, V]`, prediction `[B, 1, Hk, V]` or its score, and final state of one token a row."""
     batch, _, kv_heads, key_dim = k.shape
     value_dim = v.shape[3]
-    o, prediction = v.new_empty(*q.shape[:3], value_dim), torch.empty_like(v)
+    o = v.new_empty(*q.shape[:3], value_dim)
+    found = _prediction_or_moments(v, score, STEP_COLUMNS)
+    prediction, moments = (found, None) if score is None else (None, found)
     final_state = k.new_empty(batch, kv_heads, key_dim, value_dim, dtype=torch.float32)
     step_fwd_kernel[lambda meta: (batch * kv_heads * triton.cdiv(value_dim, meta["BV"]),)](
-        q, k, v, g, beta, initial_state, o, prediction, final_state, scale,
+        q, k, v, g, beta, initial_state, o, prediction, moments, final_state, scale,
         bucket=next_bucket(batch * kv_heads), HK=kv_heads, GROUP=q.shape[2] // kv_heads, K=key_dim, V=value_dim,
-        BK=_tile(key_dim, MAX_HEAD_DIM),
+        BK=_tile(key_dim, MAX_HEAD_DIM), WIDTH=STEP_COLUMNS,
     )  # fmt: skip
-    return o, prediction, final_state
+    return o, found if score is None else score_fwd(found, beta, score), final_state
 
 
 def output_and_state_bwd(
@@ -795,11 +877,12 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
         initial_state: torch.Tensor | None,
         scale: float,
         chunks: Chunks,
+        score: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Runs the three stages."""
         gc, inverse = wy_fwd(k, g, beta, v, chunks)
         _, u, states, final_state = state_fwd(k, v, beta, gc, inverse, initial_state, chunks)
-        o, prediction = output_fwd(q, k, u, gc, states, scale, chunks)
+        o, prediction = output_fwd(q, k, v, beta, u, gc, states, scale, chunks, score)
         ctx.save_for_backward(q, k, v, beta, initial_state, gc, inverse, chunks.borders, chunks.table)
         ctx.scale, ctx.chunks = scale, chunks._replace(borders=None, table=None)
         ctx.mark_non_differentiable(prediction)
@@ -822,7 +905,7 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
             q, k, w, u, gc, states, do, dfinal_state, dinitial_state, ctx.scale, chunks
         )
         dv, dg, dbeta = wy_bwd(k, v, beta, gc, inverse, dw, du, dk, dg_parts, chunks)
-        return dq, dk, dv, dg, dbeta, dinitial_state, None, None
+        return dq, dk, dv, dg, dbeta, dinitial_state, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,13 +923,14 @@ def gated_delta_rule_with_prediction(
     initial_state: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     chunk_size: int = 64,
+    score: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464), with what the state predicted for each token before it saw the value.
 
-    Differentiable in everything but `prediction`. Everything is computed in the dtype of `v` with float32 sums, the
-    recurrence in float32. Where nothing was stored, the prediction is exactly zero. Backward needs
+    Differentiable, but not through the prediction or its score. Everything is computed in the dtype of `v` with
+    float32 sums, the recurrence in float32. Where nothing was stored, the prediction is exactly zero. Backward needs
     `K * V / chunk_size` numbers a token and key/value head, for the states, twice. One token without a gradient to
-    compute takes a single launch.
+    compute takes a single launch, and one more for a score.
 
     Args:
         q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
@@ -859,17 +943,20 @@ def gated_delta_rule_with_prediction(
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
             Giving it makes the host wait for the device once.
         chunk_size: tokens solved at once, 16, 32 or 64; at most 32 are for float32 with `K` above 128.
+        score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, computed from its
+            float32 before any rounding; the prediction is then never written.
 
     Returns:
-        `o` `[B, T, H, V]` and `prediction` `[B, T, Hk, V]` in the dtype of `v`, final state `[B, Hk, K, V]` float32. A
-        float32 prediction would write 2 bytes a number more, about 6% of the whole forward; its rounding moves a
-        cosine by less than 1e-3.
+        `o` `[B, T, H, V]` and `prediction` `[B, T, Hk, V]` in the dtype of `v`, or the scores `[B, T, Hk]` float32 in
+        `[0, 1]`; the final state `[B, Hk, K, V]` float32.
 
     Raises:
-        ValueError: for shapes that do not fit, head dimensions above 256, other dtypes or chunk sizes, or a CPU tensor
-            outside Triton's interpreter.
+        ValueError: for shapes that do not fit, head dimensions above 256, other dtypes, chunk sizes or scores, or a
+            CPU tensor outside Triton's interpreter.
     """
     _check_arguments(q, k, v, g, beta, initial_state, seq_idx, chunk_size)
+    if score is not None and score not in SCORES:
+        raise ValueError(f"`score` must be one of {', '.join(map(repr, SCORES))} or None, got {score!r}")
     check_platform(v.device)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(v.dtype).contiguous() for x in (q, k, v))
@@ -878,14 +965,14 @@ def gated_delta_rule_with_prediction(
         initial_state = initial_state.float().contiguous()
     given = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
     if v.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return step_fwd(q, k, v, g, beta, initial_state, scale)
+        return step_fwd(q, k, v, g, beta, initial_state, scale, score)
     if v.dtype == torch.float32 and k.shape[3] > 128:
         chunk_size = min(chunk_size, 32)  # what a block of threads holds at once would not fit
     if seq_idx is None:
         chunks = split_rows(v.shape[0], v.shape[1], chunk_size)
     else:
         chunks = split_documents(seq_idx, chunk_size)
-    return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks)
+    return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks, score)
 
 
 def _check_arguments(
@@ -931,11 +1018,13 @@ def _check_arguments(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _case(kernel: Any, dim: int, warps: int, stages: int, **constants: int) -> dict[str, Any]:
+def _case(kernel: Any, dim: int, warps: int, stages: int, scored: bool = True, **constants: Any) -> dict[str, Any]:
     """One entry of `AOT_CASES`; what is neither a shape nor a table nor listed here is a bfloat16 tensor."""
     states = ("initial_state", "final_state", "dfinal_state", "dinitial_state")
-    single = dict.fromkeys(("g", "beta", "gc", "diagonal", "dg", "dg_parts", "dbeta", *states), "*fp32")
-    scalars = dict.fromkeys(("T", "NT", "tokens", "bucket"), "i32") | {"scale": "fp32"}
+    single = dict.fromkeys(
+        ("g", "beta", "gc", "diagonal", "dg", "dg_parts", "dbeta", "moments", "scores", *states), "*fp32"
+    )
+    scalars = dict.fromkeys(("T", "NT", "tokens", "bucket", "count"), "i32") | {"scale": "fp32"}
     fixed: dict[str, Any] = {
         "HK": 16,
         "GROUP": 1,
@@ -946,7 +1035,9 @@ def _case(kernel: Any, dim: int, warps: int, stages: int, **constants: int) -> d
         "BV": 64,
         "PARTS": dim // 64,
     }
-    fixed |= {"PACKED": False, "PRECISION": "tf32", "borders": None, "sequences": None, **constants}
+    fixed |= {"PACKED": False, "PRECISION": "tf32", "borders": None, "sequences": None}
+    fixed["prediction" if scored else "moments"] = None
+    fixed |= constants
     names = kernel.arg_names
     return {
         "kernel": kernel,
@@ -961,12 +1052,15 @@ AOT_CASES = [
     case
     for dim in (128, 64)
     for case in (
-        _case(output_fwd_kernel, dim, 4, 2, BV=32),
-        _case(output_fwd_kernel, dim, 4, 2, BV=32, GROUP=4),
+        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS),
+        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, GROUP=4),
+        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, scored=False),
+        _case(score_fwd_kernel, dim, 4, 3, PARTS=dim // CHUNK_COLUMNS, SCORE="cosine", BLOCK=256),
         _case(wy_inverse_fwd_kernel, dim, 4, 2),
         _case(wy_apply_fwd_kernel, dim, 4, 2),
         _case(state_fwd_kernel, dim, 4, 2, BK=dim, BV=32),
-        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32),
+        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS),
+        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS, scored=False),
         _case(local_bwd_kernel, dim, 4, 2, BK=dim),
         _case(local_bwd_kernel, dim, 4, 2, BK=dim, GROUP=4),
         _case(key_bwd_kernel, dim, 4, 2, BV=32),

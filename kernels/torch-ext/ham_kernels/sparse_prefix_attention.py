@@ -66,7 +66,8 @@ SEEN_COLUMNS = 128
 # Kernels. A stream is a row's key/value head; `HK` key/value heads, `GROUP` query heads to each, `K` and `V` head
 # dimensions, `BLOCK_K` and `BLOCK_V` the powers of two that hold them. Row `r` of a stream is query `r // GROUP` of
 # head `r % GROUP`. `T_BUCKET` and `M_BUCKET` stand for the lengths where tile shapes are measured. Tensors are
-# contiguous; `log2_scale` and `lse` are in units of log 2.
+# contiguous; `log2_scale` and `lse` are in units of log 2. `lse_rest` is what rounding took from `lse`: at large
+# logits it would change a weight of nearly 1 by more than anything else does.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +153,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["T", "M", "T_BUCKET", "M_BUCKET"])
 def sparse_prefix_attention_fwd_kernel(
-    q, k, v, k_kept, v_kept, begin, end, until, o, lse, log2_scale, T, M, T_BUCKET, M_BUCKET,
+    q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest, log2_scale, T, M, T_BUCKET, M_BUCKET,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -183,12 +184,15 @@ def sparse_prefix_attention_fwd_kernel(
             masked, log2_scale, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
         )  # fmt: skip
     _store_tile(o + base * GROUP * V, query * V, acc / total[:, None], real, V, BLOCK_V)
-    tl.store(lse + base * GROUP + query, peak + tl.log2(total), mask=real)
+    log_total = tl.log2(total)
+    log_sum = peak + log_total
+    tl.store(lse + base * GROUP + query, log_sum, mask=real)
+    tl.store(lse_rest + base * GROUP + query, (peak - log_sum) + log_total, mask=real)
 
 
 @triton.jit(do_not_specialize=["T"])
 def sparse_prefix_attention_bwd_self_kernel(
-    q, k, v, o, do, lse, dlse, dk, dv, delta, self_slope, scale, log2_scale, T,
+    q, k, v, o, do, lse, lse_rest, dlse, dk, dv, delta, self_slope, scale, log2_scale, T,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -207,11 +211,16 @@ def sparse_prefix_attention_bwd_self_kernel(
         grad = _load_tile(do, query * V, real, V, BLOCK_V).to(tl.float32)
         out = _load_tile(o, query * V, real, V, BLOCK_V).to(tl.float32)
         mean = tl.sum(grad * out, 1)
+        # Of a weight near 1, what remains after `mean` is subtracted is small: the values cancel before the sum does.
+        slope = tl.sum(grad * (own_value - out), 1)
         if dlse is not None:
-            mean -= tl.load(dlse + query, mask=real, other=0.0) * LOG2E
+            from_lse = tl.load(dlse + query, mask=real, other=0.0) * LOG2E
+            mean -= from_lse
+            slope += from_lse
         log_sum = tl.load(lse + query, mask=real, other=0.0)
-        weight = tl.exp2(tl.sum(queries * own_key, 1) * log2_scale - log_sum)
-        slope = weight * (tl.sum(grad * own_value, 1) - mean)
+        rest = tl.load(lse_rest + query, mask=real, other=0.0)
+        weight = tl.exp2((tl.sum(queries * own_key, 1) * log2_scale - log_sum) - rest)
+        slope *= weight
         dkey += slope[:, None] * queries
         dvalue += weight[:, None] * grad
         tl.store(delta + query, mean, mask=real)
@@ -222,7 +231,7 @@ def sparse_prefix_attention_bwd_self_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, q, do, log_sum, mean, k_kept, v_kept, until, start, last, begin, end, t, masked, log2_scale,
+    dq, q, do, log_sum, rest, mean, k_kept, v_kept, until, start, last, begin, end, t, masked, log2_scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the columns `start..start + BLOCK_N` add to the gradient of a tile of queries."""
@@ -231,7 +240,7 @@ def _add_dq(
     k = _load_tile(k_kept + start.to(tl.int64) * K, c * K, column < last, K, BLOCK_K)
     v = _load_tile(v_kept + start.to(tl.int64) * V, c * V, column < last, V, BLOCK_V)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-    weights = tl.exp2(logits * log2_scale - log_sum[:, None])
+    weights = tl.exp2((logits * log2_scale - log_sum[:, None]) - rest[:, None])
     if masked:
         visible = (c[None, :] >= (begin - start)[:, None]) & (c[None, :] < (end - start)[:, None])
         if until is not None:
@@ -243,7 +252,7 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["T", "M", "T_BUCKET", "M_BUCKET"])
 def sparse_prefix_attention_bwd_dq_kernel(
-    q, k, k_kept, v_kept, begin, end, until, do, lse, delta, self_slope, dq, scale, log2_scale,
+    q, k, k_kept, v_kept, begin, end, until, do, lse, lse_rest, delta, self_slope, dq, scale, log2_scale,
     T, M, T_BUCKET, M_BUCKET,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -265,6 +274,7 @@ def sparse_prefix_attention_bwd_dq_kernel(
     queries = _load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
     grad = _load_tile(do + base * GROUP * V, query * V, real, V, BLOCK_V)
     log_sum = tl.load(lse + base * GROUP + query, mask=real, other=0.0)
+    rest = tl.load(lse_rest + base * GROUP + query, mask=real, other=0.0)
     mean = tl.load(delta + base * GROUP + query, mask=real, other=0.0)
     own_slope = tl.load(self_slope + base * GROUP + query, mask=real, other=0.0)
     acc = own_slope[:, None] * _load_tile(k + base * K, token * K, real, K, BLOCK_K).to(tl.float32)
@@ -272,8 +282,8 @@ def sparse_prefix_attention_bwd_dq_kernel(
     for i in range(0, tiles):
         masked = (i < inside) | (i >= inside_end)
         acc = _add_dq(
-            acc, queries, grad, log_sum, mean, k_kept, v_kept, until, first + i * BLOCK_N, last, begin_of, end_of, t,
-            masked, log2_scale, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
+            acc, queries, grad, log_sum, rest, mean, k_kept, v_kept, until, first + i * BLOCK_N, last,
+            begin_of, end_of, t, masked, log2_scale, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
         )  # fmt: skip
     _store_tile(dq + base * GROUP * K, query * K, acc * scale, real, K, BLOCK_K)
 
@@ -309,7 +319,7 @@ def sparse_prefix_attention_bwd_seen_kernel(begin, end, until, seen, T, M, HK: t
 
 @triton.jit
 def _add_dkv(
-    dkey, dvalue, k, v, q, do, lse, delta, start, last, seen_from, seen_until, masked, stream, T, log2_scale,
+    dkey, dvalue, k, v, q, do, lse, lse_rest, delta, start, last, seen_from, seen_until, masked, stream, T, log2_scale,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -322,8 +332,9 @@ def _add_dkv(
     real = r < last - start
     queries = _load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
     log_sum = tl.load(lse + base * GROUP + query, mask=real, other=0.0)
+    rest = tl.load(lse_rest + base * GROUP + query, mask=real, other=0.0)
     logits = tl.dot(k, tl.trans(queries), input_precision="ieee")
-    weights = tl.exp2(logits * log2_scale - log_sum[None, :])
+    weights = tl.exp2((logits * log2_scale - log_sum[None, :]) - rest[None, :])
     if masked:
         visible = (r[None, :] >= (seen_from * GROUP - start)[:, None]) & (
             r[None, :] < (seen_until * GROUP - start)[:, None]
@@ -340,7 +351,7 @@ def _add_dkv(
 
 @triton.jit(do_not_specialize=["T", "M", "T_BUCKET", "M_BUCKET"])
 def sparse_prefix_attention_bwd_dkv_kernel(
-    q, k_kept, v_kept, seen, do, lse, delta, dk_kept, dv_kept, scale, log2_scale, T, M, T_BUCKET, M_BUCKET,
+    q, k_kept, v_kept, seen, do, lse, lse_rest, delta, dk_kept, dv_kept, scale, log2_scale, T, M, T_BUCKET, M_BUCKET,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -366,7 +377,7 @@ def sparse_prefix_attention_bwd_dkv_kernel(
     for i in range(0, tiles):
         masked = (i < inside) | (i >= inside_end)
         dkey, dvalue = _add_dkv(
-            dkey, dvalue, k, v, q, do, lse, delta, first + i * BLOCK_M, last, seen_from, seen_until, masked,
+            dkey, dvalue, k, v, q, do, lse, lse_rest, delta, first + i * BLOCK_M, last, seen_from, seen_until, masked,
             stream, T, log2_scale, HK, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
     dkey, dvalue = tl.where(exists[:, None], dkey * scale, 0.0), tl.where(exists[:, None], dvalue, 0.0)
@@ -432,13 +443,13 @@ def sparse_prefix_attention_fwd(
     end: torch.Tensor,
     until: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[B, T, H, V]` and the base-2 logarithm of the sum of exponentials `[B, T, H]` float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs `[B, T, H, V]`; the base-2 logarithm of the sum of exponentials and its rest, `[B, T, H]` float32."""
     o = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    log2_scale = scale * LOG2E.value
-    _launch("fwd", q, k_kept, v_kept, q, k, v, k_kept, v_kept, begin, end, until, o, lse, log2_scale)
-    return o, lse
+    lse_rest, log2_scale = torch.empty_like(lse), scale * LOG2E.value
+    _launch("fwd", q, k_kept, v_kept, q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest, log2_scale)
+    return o, lse, lse_rest
 
 
 def sparse_prefix_attention_bwd(
@@ -452,6 +463,7 @@ def sparse_prefix_attention_bwd(
     until: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
+    lse_rest: torch.Tensor,
     do: torch.Tensor,
     dlse: torch.Tensor | None,
     scale: float,
@@ -463,12 +475,12 @@ def sparse_prefix_attention_bwd(
     sizes, length = _sizes(q, k_kept, v_kept), q.shape[1]
     block_t = SELF_ELEMENTS // max(sizes["BLOCK_K"], sizes["BLOCK_V"])
     sparse_prefix_attention_bwd_self_kernel[(triton.cdiv(length, block_t), q.shape[0] * sizes["HK"])](
-        q, k, v, o, do, lse, dlse, dk, dv, delta, self_slope, scale, log2_scale, length,
+        q, k, v, o, do, lse, lse_rest, dlse, dk, dv, delta, self_slope, scale, log2_scale, length,
         **sizes, BLOCK_T=block_t, num_warps=SELF_WARPS,
     )  # fmt: skip
     _launch(
         "dq", q, k_kept, v_kept,
-        q, k, k_kept, v_kept, begin, end, until, do, lse, delta, self_slope, dq, scale, log2_scale,
+        q, k, k_kept, v_kept, begin, end, until, do, lse, lse_rest, delta, self_slope, dq, scale, log2_scale,
     )  # fmt: skip
     columns, streams = k_kept.shape[2], q.shape[0] * sizes["HK"]
     if columns:
@@ -478,7 +490,7 @@ def sparse_prefix_attention_bwd(
         )
         _launch(
             "dkv", q, k_kept, v_kept,
-            q, k_kept, v_kept, seen, do, lse, delta, dk_kept, dv_kept, scale, log2_scale,
+            q, k_kept, v_kept, seen, do, lse, lse_rest, delta, dk_kept, dv_kept, scale, log2_scale,
         )  # fmt: skip
     return dq, dk, dv, dk_kept, dv_kept
 
@@ -506,8 +518,8 @@ class SparsePrefixAttentionFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v, k_kept, v_kept, begin, end = (x.contiguous() for x in (q, k, v, k_kept, v_kept, begin, end))
         until = None if until is None else until.contiguous()
-        o, lse = sparse_prefix_attention_fwd(q, k, v, k_kept, v_kept, begin, end, until, scale)
-        ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until, o, lse)
+        o, lse, lse_rest = sparse_prefix_attention_fwd(q, k, v, k_kept, v_kept, begin, end, until, scale)
+        ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         return o, lse
@@ -636,7 +648,7 @@ def _aot_case(
 ) -> dict[str, Any]:
     """One entry of `AOT_CASES`; of the tensors that may be absent, only `optional` is there."""
     pointers = {"begin": "*i64", "end": "*i64", "until": "*i64", "seen": "*i32"}
-    pointers |= dict.fromkeys(("lse", "delta", "self_slope", "dlse"), "*fp32")
+    pointers |= dict.fromkeys(("lse", "lse_rest", "delta", "self_slope", "dlse"), "*fp32")
     scalars = {"scale": "fp32", "log2_scale": "fp32"} | dict.fromkeys(("T", "M", "T_BUCKET", "M_BUCKET"), "i32")
     sizes = {"HK": 16, "GROUP": group, "K": dim, "V": dim, "BLOCK_K": dim, "BLOCK_V": dim, **blocks}
     names = [name for name in kernel.arg_names if name not in sizes]
