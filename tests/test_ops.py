@@ -2,6 +2,7 @@
 """Holds every operation of `ops_ham` to its definition in `reference_ham`, to its gradients and its promised cost."""
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -20,6 +21,7 @@ from ham_hf.ops_ham import (
 )
 from ham_hf.reference_ham import (
     naive_gated_delta_rule_with_prediction,
+    naive_ragged_decode_attention,
     naive_short_convolution,
     naive_sparse_attention,
     naive_surviving_tokens,
@@ -459,39 +461,80 @@ def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dt
 # --------------------------------------------------------------------------- decoding over pages
 
 
-@DTYPES
-@pytest.mark.parametrize("slabs", [0, 1, 3])
-def test_ragged_decode_equals_dense_softmax(slabs, dtype):
+def paged_inputs(slabs, length, dtype=torch.float64):
+    """Arguments of `ragged_decode_attention`; stream 0 holds nothing, and unused slots hold large numbers."""
     streams, groups, page, key_dim, value_dim = 5, 3, 4, 6, 2
-    q = 2 * torch.randn(streams, groups, key_dim, dtype=dtype)
-    k, v = torch.randn(streams, key_dim, dtype=dtype), torch.randn(streams, value_dim, dtype=dtype)
-    # Unused slots hold large numbers, which a mistake would let through.
-    tail_k, tail_v = (
-        50 * torch.randn(streams, page, key_dim, dtype=dtype),
-        50 * torch.randn(streams, page, value_dim, dtype=dtype),
-    )
+    tail_k, tail_v = (50 * torch.randn(streams, page, size, dtype=dtype) for size in (key_dim, value_dim))
     fill = torch.tensor([0, 3, 0, 1, 2])
     for n in range(streams):
         tail_k[n, : fill[n]], tail_v[n, : fill[n]] = torch.randn(2, 1).to(dtype)
     pages = []
     for slab in range(slabs):
         count = 2 + 3 * slab
-        owner = torch.randint(1, streams, (count,), dtype=torch.int32)  # stream 0 sees only itself
+        owner = torch.randint(1, streams, (count,), dtype=torch.int32)
         owner[0] = 2  # full pages but an empty tail
-        keys, values = torch.randn(count, page, key_dim, dtype=dtype), torch.randn(count, page, value_dim, dtype=dtype)
+        keys, values = (torch.randn(count, page, size, dtype=dtype) for size in (key_dim, value_dim))
         pages.append((keys, values, owner))
+    return {
+        "q": 2 * torch.randn(streams, length, groups, key_dim, dtype=dtype),
+        "k": torch.randn(streams, length, key_dim, dtype=dtype),
+        "v": torch.randn(streams, length, value_dim, dtype=dtype),
+        "keep": torch.rand(streams, length) < torch.tensor([0.5, 0.0, 1.0, 0.5, 0.2])[:, None],
+        "pages": pages,
+        "tail": (tail_k, tail_v, fill),
+    }
 
+
+def in_float64(x):
+    """Nested floating-point tensors in float64."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(in_float64, x))
+    return x.double() if x.is_floating_point() else x
+
+
+def test_the_reference_of_decoding_over_pages_equals_the_formula():
+    """One stream, a page [10, 20] and an open page [30]; of the new tokens 1, 2, 3 the second is not kept."""
+    values = [torch.tensor(x, dtype=torch.float64)[..., None] for x in ([[10, 20]], [[30, 0]], [[1, 2, 3]])]
+    keys = [x / 10 for x in values]
+    pages, tail = [(keys[0], values[0], torch.tensor([0]))], (keys[1], values[1], torch.tensor([1]))
+    q, keep = torch.ones(1, 3, 1, 1, dtype=torch.float64), torch.tensor([[True, False, True]])
+    out = naive_ragged_decode_attention(q, keys[2], values[2], keep, pages, tail, scale=2.0)
+    for t, seen in enumerate([(10, 20, 30, 1), (10, 20, 30, 1, 2), (10, 20, 30, 1, 3)]):
+        weights = [math.exp(2.0 * x / 10) for x in seen]
+        expected = sum(w * x for w, x in zip(weights, seen, strict=True)) / sum(weights)
+        assert out[0, t, 0, 0].item() == pytest.approx(expected, rel=1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize("slabs", [0, 1, 3])
+@pytest.mark.parametrize("length", [1, 5, 6, 40])
+def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkeypatch):
+    forms = []
+    for name in ("_attend_page_by_page", "_attend_stream_by_stream"):
+        form = getattr(ops_ham, name)
+        monkeypatch.setattr(ops_ham, name, lambda *x, name=name, form=form: forms.append(name) or form(*x))
+    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 16)
+    inputs = paged_inputs(slabs, length, dtype)
     for factor in (1, 100):  # 100: logits beyond what exp can take
-        out = ragged_decode_attention(factor * q, k, v, pages, (tail_k, tail_v, fill), scale=0.3)
-        for n in range(streams):
-            parts = [
-                (keys[owner == n].flatten(0, 1), values[owner == n].flatten(0, 1)) for keys, values, owner in pages
-            ]
-            parts += [(tail_k[n, : fill[n]], tail_v[n, : fill[n]]), (k[n : n + 1], v[n : n + 1])]
-            keys, values = (torch.cat(x).double() for x in zip(*parts, strict=True))
-            expected = (factor * q[n].double() @ keys.T * 0.3).softmax(-1) @ values
-            assert_close(out[n], expected, FORWARD[dtype] * factor, f"stream {n}")
-        assert torch.equal(out[0], v[0].expand(groups, -1))
+        inputs["q"] = factor * inputs["q"]
+        out = ragged_decode_attention(**inputs, scale=0.3)
+        expected = naive_ragged_decode_attention(**{name: in_float64(x) for name, x in inputs.items()}, scale=0.3)
+        assert_close(out, expected, FORWARD[dtype] * factor)
+        assert_close(out[0, 0], inputs["v"][0, 0].expand(3, -1), 0.0, "a stream that holds nothing")
+    assert set(forms) == {"_attend_page_by_page" if length <= 5 else "_attend_stream_by_stream"}
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_gradients_of_attention_over_pages(length):
+    inputs = paged_inputs(2, length)
+
+    def op(**inputs):
+        return [ragged_decode_attention(**inputs)]
+
+    def reference(**inputs):
+        return [naive_ragged_decode_attention(**inputs)]
+
+    assert_same_function(op, reference, inputs, torch.float64, ["out"])
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [16, 32], [1, 100], [17, 400]], ids=str)
