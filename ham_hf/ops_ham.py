@@ -549,13 +549,13 @@ def _attend_page_by_page(
     """`ragged_decode_attention` by a softmax whose parts are the pages: copies no keys, but the queries for each."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     tail_k, tail_v, fill = tail
-    (length, groups), page = q.shape[1:3], tail_k.shape[1]
+    length, groups = q.shape[1:3]
     q = q.flatten(1, 2)
     token = torch.arange(length, device=q.device)
-    visible = (token[:, None] > token) & keep[:, None] | (token[:, None] == token)
-    opened = torch.arange(page, device=q.device) < fill[:, None]
-    visible = torch.cat([opened[:, None].expand(-1, length, -1), visible], -1).repeat_interleave(groups, 1)
-    near = torch.cat([q @ tail_k.mT, q @ k.mT], -1).to(dtype) * scale
+    earlier = (token[:, None] > token) & keep[:, None] | (token[:, None] == token)
+    opened = torch.arange(tail_k.shape[1], device=q.device) < fill[:, None]
+    visible = torch.cat([opened[:, None].expand(-1, length, -1), earlier], -1).repeat_interleave(groups, 1)
+    near = (q @ torch.cat([tail_k, k], 1).mT).to(dtype) * scale
     near.masked_fill_(~visible, -torch.inf)
     peak = near.amax(-1)
     paged = [(q[owner] @ keys.mT).to(dtype).mul_(scale) for keys, _, owner in pages]
@@ -565,8 +565,7 @@ def _attend_page_by_page(
         peak = peak.scatter_reduce(0, owners, torch.cat([logits.amax(-1) for logits in paged]), "amax")
     near = (near - peak[..., None]).exp()
     total = near.sum(-1)
-    near = near.to(v.dtype)
-    out = (near[..., :page] @ tail_v + near[..., page:] @ v).to(dtype)
+    out = (near.to(v.dtype) @ torch.cat([tail_v, v], 1)).to(dtype)
     for logits, (_, values, owner) in zip(paged, pages, strict=True):
         weights = (logits - peak[owner, :, None]).exp()
         total.index_add_(0, owner, weights.sum(-1))

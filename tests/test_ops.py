@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -525,6 +526,21 @@ def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkey
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
+def test_only_attention_over_pages_without_a_gradient_goes_to_the_kernel(length, monkeypatch):
+    inputs, calls = paged_inputs(1, length), []
+    kernels = {"ragged_decode_attention": lambda *arguments: calls.append(arguments)}
+    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: kernels.get(op))
+    for name in ("q", "k", "v"):
+        out = ragged_decode_attention(**inputs | {name: inputs[name].clone().requires_grad_()})
+        assert out.requires_grad
+    assert not calls
+    ragged_decode_attention(**inputs)
+    with torch.no_grad():
+        ragged_decode_attention(**inputs | {"q": inputs["q"].clone().requires_grad_()})
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
 def test_gradients_of_attention_over_pages(length):
     inputs = paged_inputs(2, length)
 
@@ -537,32 +553,42 @@ def test_gradients_of_attention_over_pages(length):
     assert_same_function(op, reference, inputs, torch.float64, ["out"])
 
 
-@pytest.mark.parametrize("counts", [[0, 0], [16, 32], [1, 100], [17, 400]], ids=str)
-def test_decoding_from_a_store_equals_prefill_attention(counts, tiny_config):
-    # The op's view of what `PagedStore` really lays out, with appends of many sizes.
-    layer, length = HAMCacheLayer(), max(max(counts), 1)
-    q, k, v = (x.double() for x in attention_inputs(length + 1, batch=1).values())
-    keep = torch.zeros(1, length + 1, 2, dtype=torch.bool)
+def filled_layer(counts, new, **sizes):
+    """A layer whose heads hold `counts` tokens after appends of many sizes, and all tokens, `new` of them to come."""
+    layer, length, heads = HAMCacheLayer(), max(max(counts), 1), len(counts)
+    inputs = attention_inputs(length + new, batch=1, heads=2 * heads, kv_heads=heads, **sizes)
+    q, k, v = (x.double() for x in inputs.values())
+    keep = torch.rand(1, length + new, heads) < 0.5
     for head, count in enumerate(counts):
+        keep[0, :length, head] = False
         keep[0, torch.randperm(length)[:count], head] = True
     start = 0
     while start < length:
         stop = min(length, start + int(torch.randint(1, 60, ())))
-        cut = slice(start, stop)
-        layer.update(
-            LayerStep(
-                positions=torch.arange(start, stop)[None],
-                keys=k[:, cut],
-                values=v[:, cut],
-                scores=torch.ones(1, stop - start, 2),
-                keep=keep[:, cut],
-            )
-        )
+        cut, scores = slice(start, stop), torch.ones(1, stop - start, heads)
+        positions = torch.arange(start, stop)[None]
+        layer.update(LayerStep(positions, keys=k[:, cut], values=v[:, cut], scores=scores, keep=keep[:, cut]))
         start = stop
     assert layer.store.counts.tolist() == counts
     assert bool(layer.store.pages()) == (max(counts) >= cache_ham.PAGE_SIZE)
-    out = layer.attend(q[:, -1:], k[:, -1:], v[:, -1:], keep[:, -1:], torch.ones(1, 1, 2), None)
-    assert_close(out, dense_attention(q, k, v, keep)[0][:, -1:], 1e-10)
+    return layer, q, k, v, keep
+
+
+@pytest.mark.parametrize("new", [1, 8, 9, 150])
+@pytest.mark.parametrize("counts", [[0, 0], [16, 32], [1, 100], [17, 400]], ids=str)
+def test_attention_over_a_store_equals_prefill_attention(counts, new):
+    """The op's view of what `PagedStore` really lays out, and the gradients of a call on a filled cache."""
+    layer, q, k, v, keep = filled_layer(counts, new)
+
+    def cached(**x):
+        return [layer.attend(*x.values(), keep[:, -new:], torch.ones(1, new, 2), None)]
+
+    def dense(q_new, k_new, v_new):
+        joined = (torch.cat([x[:, :-new], y], 1) for x, y in ((q, q_new), (k, k_new), (v, v_new)))
+        return [dense_attention(*joined, keep)[0][:, -new:]]
+
+    inputs = {"q_new": q[:, -new:], "k_new": k[:, -new:], "v_new": v[:, -new:]}
+    assert_same_function(cached, dense, inputs, torch.float64, ["out"])
 
 
 # --------------------------------------------------------------------------- budgets
@@ -692,6 +718,23 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+class MemoryMeter(TorchDispatchMode):
+    """Measures the most bytes that were held at once by what operations formed."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.held:
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata)
+        self.most = max(self.most, sum(self.held.values()))
+        return out
+
+
 def record_model(model, length, train):
     """The recorder of one forward (and backward), and how many numbers were saved for backward."""
     ids = torch.randint(1, 97, (1, length))
@@ -722,6 +765,24 @@ def test_memory_is_linear_in_the_sequence(threshold, train, tiny_config):
     assert long.largest < 4096 * 4096 / 2, "no tensor may come near tokens times tokens"
     assert bool(short_saved) == train
     assert long_saved <= 2.1 * short_saved
+
+
+@pytest.mark.parametrize("new", [1, 4, 40])
+def test_new_tokens_are_not_padded_to_the_longest_head(new):
+    """One head of 32 holds 4,096 tokens and the others 1%: 24 times as many columns as there are tokens."""
+    layer, q, k, v, keep = filled_layer([4096] + [41] * 31, new, key_dim=32, value_dim=32)
+    call = [x[:, -new:].clone() for x in (q, k, v, keep, torch.ones(keep.shape))]
+    stored = sum(x.nbytes for x in layer.store.tensors())
+    unbound = 10**6
+    with torch.no_grad():
+        with MemoryMeter() as meter:
+            out = layer.attend(*call, None)
+        with MemoryMeter() as padded:
+            expected = layer.attend(*call, unbound)
+    assert_close(out, expected, 1e-10)
+    # What is stored itself is counted, once. Measured: 1.0, 1.2 and 4.2 times; padded 65.
+    assert meter.most < 5 * stored
+    assert new == 1 or padded.most > 24 * stored, "a budget pads, which the meter must see"
 
 
 def test_prefill_has_no_loop_over_tokens(tiny_config):
