@@ -432,14 +432,16 @@ def _scatter_columns(
     return out.unflatten(0, (batch, heads))
 
 
-def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, store: PagedStore) -> torch.Tensor:
-    """Attention of a single new token over a store and itself, in the shapes of `attend_new`."""
+def _attend_stored(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, store: PagedStore
+) -> torch.Tensor:
+    """Attention of new tokens over a store, the kept ones among themselves, and themselves; shapes of `attend_new`."""
     heads = k.shape[2]
-    q = q.squeeze(1).unflatten(1, (heads, -1)).flatten(0, 1)
+    q, k, v, keep = (x.transpose(1, 2).flatten(0, 1) for x in (q.unflatten(2, (heads, -1)), k, v, keep))
     pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
     tail = (store.tail["keys"], store.tail["values"], store.fill)
-    out = ragged_decode_attention(q, k.flatten(0, 2), v.flatten(0, 2), pages, tail, index=store.index())
-    return out.unflatten(0, (-1, heads)).flatten(1, 2).unsqueeze(1)
+    out = ragged_decode_attention(q, k, v, keep, pages, tail, index=store.index())
+    return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2, 3)
 
 
 class HAMCacheLayer(CacheLayerMixin):
@@ -510,8 +512,9 @@ class HAMCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized or self.store is None:
             return attend_new(q, k, v, keep, scores, budget)
-        if q.shape[1] == 1:
-            return _decode(q, k, v, self.store)
+        # A budget lets tokens of the cache leave between those of a call, and bounds what padding costs.
+        if budget is None or q.shape[1] == 1:
+            return _attend_stored(q, k, v, keep, self.store)
         batch, _, heads, _ = k.shape
         held = self.store.tokens()
         largest = int(self.store.counts.max())

@@ -26,6 +26,8 @@ GROUP_RATIO = 0.75
 GROUP_ELEMENTS = 2**18
 # The chunkwise delta rule works on this many tokens, over all rows and heads, at once: more leave a CPU's cache.
 SEGMENT_TOKENS = 8192
+# Up to so many queries a stream PyTorch reads pages where they lie: the copies of queries are smaller than the pages.
+PAGED_QUERIES = 16
 # The kernels hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
 
@@ -552,16 +554,21 @@ def ragged_decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    keep: torch.Tensor,
     pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float | None = None,
     index: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of one query per head over paged keys of any number per head, and over itself; copies no keys.
+    """Softmax attention of new tokens over paged keys of any number a head, the kept ones before them and themselves.
+
+    Nothing is padded to the longest stream. What is stored is not copied, save by PyTorch where a stream has more than
+    `PAGED_QUERIES` queries, and then for a few streams at a time.
 
     Args:
-        q: `[N, G, K]`, the `G` queries of each of `N` streams (a row and key/value head).
-        k, v: `[N, K]` and `[N, V]`, the current token's own key and value.
+        q: `[N, T, G, K]`, the `G` queries of `T` tokens in each of `N` streams (a row and key/value head).
+        k, v: `[N, T, K]` and `[N, T, V]`, the tokens' own keys and values.
+        keep: `[N, T]` bool, which of the tokens the later ones see.
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
         tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
         scale: factor of the logits; `K ** -0.5` if `None`.
@@ -569,32 +576,112 @@ def ragged_decode_attention(
             spares the kernel a sort; `None` if it is not known.
 
     Returns:
-        `[N, G, V]` in the dtype of `v`.
+        `[N, T, G, V]` in the dtype of `v`.
     """
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if not needs_gradient and (kernel := _kernel("ragged_decode_attention", k, v)):
-        return kernel(q, k, v, pages, tail, scale, index)
+        return kernel(q, k, v, keep, pages, tail, scale, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    form = _attend_page_by_page if q.shape[1] * q.shape[2] <= PAGED_QUERIES else _attend_stream_by_stream
+    return form(q, k, v, keep, pages, tail, scale)
+
+
+def _attend_page_by_page(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """`ragged_decode_attention` by a softmax whose parts are the pages: copies no keys, but the queries for each."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1]
     tail_k, tail_v, fill = tail
-    unused = torch.arange(tail_k.shape[1], device=q.device) >= fill[:, None]
-    near = torch.cat([q @ tail_k.mT, q @ k.unsqueeze(-1)], -1).to(dtype) * scale
-    near[..., :-1].masked_fill_(unused[:, None], -torch.inf)
+    length, groups = q.shape[1:3]
+    q = q.flatten(1, 2)
+    token = torch.arange(length, device=q.device)
+    earlier = (token[:, None] > token) & keep[:, None] | (token[:, None] == token)
+    opened = torch.arange(tail_k.shape[1], device=q.device) < fill[:, None]
+    visible = torch.cat([opened[:, None].expand(-1, length, -1), earlier], -1).repeat_interleave(groups, 1)
+    near = (q @ torch.cat([tail_k, k], 1).mT).to(dtype) * scale
+    near.masked_fill_(~visible, -torch.inf)
     peak = near.amax(-1)
     paged = [(q[owner] @ keys.mT).to(dtype).mul_(scale) for keys, _, owner in pages]
     if pages:
         owner = torch.cat([owner for _, _, owner in pages])
-        owners = owner.long()[:, None].expand(-1, groups)
+        owners = owner.long()[:, None].expand(-1, q.shape[1])
         peak = peak.scatter_reduce(0, owners, torch.cat([logits.amax(-1) for logits in paged]), "amax")
     near = (near - peak[..., None]).exp()
     total = near.sum(-1)
-    out = (near[..., :-1].to(v.dtype) @ tail_v).to(dtype) + near[..., -1:] * v.unsqueeze(1)
+    out = (near.to(v.dtype) @ torch.cat([tail_v, v], 1)).to(dtype)
     for logits, (_, values, owner) in zip(paged, pages, strict=True):
         weights = (logits - peak[owner, :, None]).exp()
         total.index_add_(0, owner, weights.sum(-1))
         out.index_add_(0, owner, (weights.to(v.dtype) @ values).to(dtype))
-    return (out / total[..., None]).to(v.dtype)
+    return (out / total[..., None]).to(v.dtype).unflatten(1, (length, groups))
+
+
+def _attend_stream_by_stream(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """`ragged_decode_attention` that copies what a few streams hold at a time, of those that hold alike numbers."""
+    tail_k, tail_v, fill = tail
+    streams, page = tail_k.shape[:2]
+    # Each stream's open page comes first, with what is unused in front: all that it holds is then one span of columns.
+    slot = ((torch.arange(page, device=q.device) + fill[:, None]) % page)[..., None]
+    opened = [x.gather(1, slot.expand_as(x)) for x in (tail_k, tail_v)]
+    pages = [(opened[0], opened[1], torch.arange(streams, device=q.device)), *pages]
+    held, places = _places_of_pages([owner for _, _, owner in pages], streams)
+    kept, before = compact_kept(keep[..., None], k[:, :, None], v[:, :, None])
+    groups = _group_alike((held * page + before[:, -1, 0]).tolist())
+    out = []
+    for group in groups:
+        members = torch.tensor(group, device=q.device)
+        stored = _gather_pages(pages, places, held, members)
+        keys, values = (torch.cat([x, new[members]], 2) for x, new in zip(stored, kept, strict=True))
+        width = stored[0].shape[2]
+        begin = (width - (held[members] - 1) * page - fill[members])[:, None, None].expand(-1, q.shape[1], 1)
+        end = width + before[members]
+        own = k[members].unsqueeze(2), v[members].unsqueeze(2)
+        out.append(sparse_prefix_attention(q[members], *own, keys, values, begin, end, scale=scale))
+    order = torch.tensor([n for group in groups for n in group], device=q.device)
+    return torch.cat(out)[order.argsort()]
+
+
+def _places_of_pages(owners: list[torch.Tensor], streams: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`[N]` pages of each stream, and for each slab's pages `[P]` which of its stream's they are."""
+    owner = torch.cat(owners).long()
+    held = torch.bincount(owner, minlength=streams)
+    order = owner.argsort(stable=True)
+    place = torch.empty_like(owner)
+    place[order] = torch.arange(len(owner), device=owner.device) - (held.cumsum(0) - held)[owner[order]]
+    return held, list(place.split([len(x) for x in owners]))
+
+
+def _gather_pages(
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    places: list[torch.Tensor],
+    held: torch.Tensor,
+    members: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Keys and values `[n, 1, W, D]` of the streams `members` `[n]`, right-aligned."""
+    width = int(held[members].max())
+    row = torch.full_like(held, -1)
+    row[members] = torch.arange(len(members), device=held.device)
+    gathered = [x.new_zeros(len(members), width, *x.shape[1:]) for x in pages[0][:2]]
+    for (keys, values, owner), place in zip(pages, places, strict=True):
+        here = (row[owner] >= 0).nonzero()[:, 0]
+        stream = owner[here]
+        at = row[stream], width - held[stream] + place[here]
+        gathered[0][at], gathered[1][at] = keys[here], values[here]
+    return [x.flatten(1, 2).unsqueeze(1) for x in gathered]
 
 
 __all__ = [

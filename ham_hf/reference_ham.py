@@ -126,6 +126,41 @@ def naive_sparse_attention(
     return torch.einsum("bhts,bshv->bthv", weights, v), weights
 
 
+def naive_ragged_decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax of new tokens over what their stream holds in pages, the kept tokens before them, and themselves.
+
+    Args:
+        q: `[N, T, G, K]` queries of `T` tokens in each of `N` streams.
+        k, v: `[N, T, K]` and `[N, T, V]`, the tokens' own keys and values.
+        keep: `[N, T]` bool, which of the tokens the later ones see.
+        pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
+        tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
+        scale: factor of the logits; `K ** -0.5` if `None`.
+
+    Returns:
+        `[N, T, G, V]`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tail_k, tail_v, fill = tail
+    out = v.new_empty(*q.shape[:3], v.shape[-1])
+    for n in range(q.shape[0]):
+        stored = [(keys[owner == n].flatten(0, 1), values[owner == n].flatten(0, 1)) for keys, values, owner in pages]
+        stored.append((tail_k[n, : fill[n]], tail_v[n, : fill[n]]))
+        for t in range(q.shape[1]):
+            seen = [*keep[n, :t].nonzero()[:, 0].tolist(), t]
+            keys, values = (torch.cat(x) for x in zip(*stored, (k[n, seen], v[n, seen]), strict=True))
+            out[n, t] = (q[n, t] @ keys.T * scale).softmax(-1) @ values
+    return out
+
+
 def naive_surviving_tokens(scores: torch.Tensor, keep: torch.Tensor, budget: int) -> torch.Tensor:
     """Which kept tokens remain when at most `budget` fit and the lowest score leaves (of equal scores, the oldest).
 
@@ -151,6 +186,7 @@ def naive_surviving_tokens(scores: torch.Tensor, keep: torch.Tensor, budget: int
 
 __all__ = [
     "naive_gated_delta_rule_with_prediction",
+    "naive_ragged_decode_attention",
     "naive_short_convolution",
     "naive_sparse_attention",
     "naive_surviving_tokens",

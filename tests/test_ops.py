@@ -2,6 +2,8 @@
 """Holds every operation of `ops_ham` to its definition in `reference_ham`, to its gradients and its promised cost."""
 
 import itertools
+import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -20,6 +22,7 @@ from ham_hf.ops_ham import (
 )
 from ham_hf.reference_ham import (
     naive_gated_delta_rule_with_prediction,
+    naive_ragged_decode_attention,
     naive_short_convolution,
     naive_sparse_attention,
     naive_surviving_tokens,
@@ -472,67 +475,133 @@ def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dt
 # --------------------------------------------------------------------------- decoding over pages
 
 
-@DTYPES
-@pytest.mark.parametrize("slabs", [0, 1, 3])
-def test_ragged_decode_equals_dense_softmax(slabs, dtype):
+def paged_inputs(slabs, length, dtype=torch.float64):
+    """Arguments of `ragged_decode_attention`; stream 0 holds nothing, and unused slots hold large numbers."""
     streams, groups, page, key_dim, value_dim = 5, 3, 4, 6, 2
-    q = 2 * torch.randn(streams, groups, key_dim, dtype=dtype)
-    k, v = torch.randn(streams, key_dim, dtype=dtype), torch.randn(streams, value_dim, dtype=dtype)
-    # Unused slots hold large numbers, which a mistake would let through.
-    tail_k, tail_v = (
-        50 * torch.randn(streams, page, key_dim, dtype=dtype),
-        50 * torch.randn(streams, page, value_dim, dtype=dtype),
-    )
+    tail_k, tail_v = (50 * torch.randn(streams, page, size, dtype=dtype) for size in (key_dim, value_dim))
     fill = torch.tensor([0, 3, 0, 1, 2])
     for n in range(streams):
         tail_k[n, : fill[n]], tail_v[n, : fill[n]] = torch.randn(2, 1).to(dtype)
     pages = []
     for slab in range(slabs):
         count = 2 + 3 * slab
-        owner = torch.randint(1, streams, (count,), dtype=torch.int32)  # stream 0 sees only itself
+        owner = torch.randint(1, streams, (count,), dtype=torch.int32)
         owner[0] = 2  # full pages but an empty tail
-        keys, values = torch.randn(count, page, key_dim, dtype=dtype), torch.randn(count, page, value_dim, dtype=dtype)
+        keys, values = (torch.randn(count, page, size, dtype=dtype) for size in (key_dim, value_dim))
         pages.append((keys, values, owner))
+    return {
+        "q": 2 * torch.randn(streams, length, groups, key_dim, dtype=dtype),
+        "k": torch.randn(streams, length, key_dim, dtype=dtype),
+        "v": torch.randn(streams, length, value_dim, dtype=dtype),
+        "keep": torch.rand(streams, length) < torch.tensor([0.5, 0.0, 1.0, 0.5, 0.2])[:, None],
+        "pages": pages,
+        "tail": (tail_k, tail_v, fill),
+    }
 
+
+def in_float64(x):
+    """Nested floating-point tensors in float64."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(in_float64, x))
+    return x.double() if x.is_floating_point() else x
+
+
+def test_the_reference_of_decoding_over_pages_equals_the_formula():
+    """One stream, a page [10, 20] and an open page [30]; of the new tokens 1, 2, 3 the second is not kept."""
+    values = [torch.tensor(x, dtype=torch.float64)[..., None] for x in ([[10, 20]], [[30, 0]], [[1, 2, 3]])]
+    keys = [x / 10 for x in values]
+    pages, tail = [(keys[0], values[0], torch.tensor([0]))], (keys[1], values[1], torch.tensor([1]))
+    q, keep = torch.ones(1, 3, 1, 1, dtype=torch.float64), torch.tensor([[True, False, True]])
+    out = naive_ragged_decode_attention(q, keys[2], values[2], keep, pages, tail, scale=2.0)
+    for t, seen in enumerate([(10, 20, 30, 1), (10, 20, 30, 1, 2), (10, 20, 30, 1, 3)]):
+        weights = [math.exp(2.0 * x / 10) for x in seen]
+        expected = sum(w * x for w, x in zip(weights, seen, strict=True)) / sum(weights)
+        assert out[0, t, 0, 0].item() == pytest.approx(expected, rel=1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize("slabs", [0, 1, 3])
+@pytest.mark.parametrize("length", [1, 5, 6, 40])
+def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkeypatch):
+    forms = []
+    for name in ("_attend_page_by_page", "_attend_stream_by_stream"):
+        form = getattr(ops_ham, name)
+        monkeypatch.setattr(ops_ham, name, lambda *x, name=name, form=form: forms.append(name) or form(*x))
+    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 16)
+    inputs = paged_inputs(slabs, length, dtype)
     for factor in (1, 100):  # 100: logits beyond what exp can take
-        out = ragged_decode_attention(factor * q, k, v, pages, (tail_k, tail_v, fill), scale=0.3)
-        for n in range(streams):
-            parts = [
-                (keys[owner == n].flatten(0, 1), values[owner == n].flatten(0, 1)) for keys, values, owner in pages
-            ]
-            parts += [(tail_k[n, : fill[n]], tail_v[n, : fill[n]]), (k[n : n + 1], v[n : n + 1])]
-            keys, values = (torch.cat(x).double() for x in zip(*parts, strict=True))
-            expected = (factor * q[n].double() @ keys.T * 0.3).softmax(-1) @ values
-            assert_close(out[n], expected, FORWARD[dtype] * factor, f"stream {n}")
-        assert torch.equal(out[0], v[0].expand(groups, -1))
+        inputs["q"] = factor * inputs["q"]
+        out = ragged_decode_attention(**inputs, scale=0.3)
+        expected = naive_ragged_decode_attention(**{name: in_float64(x) for name, x in inputs.items()}, scale=0.3)
+        assert_close(out, expected, FORWARD[dtype] * factor)
+        assert_close(out[0, 0], inputs["v"][0, 0].expand(3, -1), 0.0, "a stream that holds nothing")
+    assert set(forms) == {"_attend_page_by_page" if length <= 5 else "_attend_stream_by_stream"}
 
 
-@pytest.mark.parametrize("counts", [[0, 0], [16, 32], [1, 100], [17, 400]], ids=str)
-def test_decoding_from_a_store_equals_prefill_attention(counts, tiny_config):
-    # The op's view of what `PagedStore` really lays out, with appends of many sizes.
-    layer, length = HAMCacheLayer(), max(max(counts), 1)
-    q, k, v = (x.double() for x in attention_inputs(length + 1, batch=1).values())
-    keep = torch.zeros(1, length + 1, 2, dtype=torch.bool)
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_only_attention_over_pages_without_a_gradient_goes_to_the_kernel(length, monkeypatch):
+    inputs, calls = paged_inputs(1, length), []
+    kernels = {"ragged_decode_attention": lambda *arguments: calls.append(arguments)}
+    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: kernels.get(op))
+    for name in ("q", "k", "v"):
+        out = ragged_decode_attention(**inputs | {name: inputs[name].clone().requires_grad_()})
+        assert out.requires_grad
+    assert not calls
+    ragged_decode_attention(**inputs)
+    with torch.no_grad():
+        ragged_decode_attention(**inputs | {"q": inputs["q"].clone().requires_grad_()})
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_gradients_of_attention_over_pages(length):
+    inputs = paged_inputs(2, length)
+
+    def op(**inputs):
+        return [ragged_decode_attention(**inputs)]
+
+    def reference(**inputs):
+        return [naive_ragged_decode_attention(**inputs)]
+
+    assert_same_function(op, reference, inputs, torch.float64, ["out"])
+
+
+def filled_layer(counts, new, **sizes):
+    """A layer whose heads hold `counts` tokens after appends of many sizes, and all tokens, `new` of them to come."""
+    layer, length, heads = HAMCacheLayer(), max(max(counts), 1), len(counts)
+    inputs = attention_inputs(length + new, batch=1, heads=2 * heads, kv_heads=heads, **sizes)
+    q, k, v = (x.double() for x in inputs.values())
+    keep = torch.rand(1, length + new, heads) < 0.5
     for head, count in enumerate(counts):
+        keep[0, :length, head] = False
         keep[0, torch.randperm(length)[:count], head] = True
     start = 0
     while start < length:
         stop = min(length, start + int(torch.randint(1, 60, ())))
-        cut = slice(start, stop)
-        layer.update(
-            LayerStep(
-                positions=torch.arange(start, stop)[None],
-                keys=k[:, cut],
-                values=v[:, cut],
-                scores=torch.ones(1, stop - start, 2),
-                keep=keep[:, cut],
-            )
-        )
+        cut, scores = slice(start, stop), torch.ones(1, stop - start, heads)
+        positions = torch.arange(start, stop)[None]
+        layer.update(LayerStep(positions, keys=k[:, cut], values=v[:, cut], scores=scores, keep=keep[:, cut]))
         start = stop
     assert layer.store.counts.tolist() == counts
     assert bool(layer.store.pages()) == (max(counts) >= cache_ham.PAGE_SIZE)
-    out = layer.attend(q[:, -1:], k[:, -1:], v[:, -1:], keep[:, -1:], torch.ones(1, 1, 2), None)
-    assert_close(out, dense_attention(q, k, v, keep)[0][:, -1:], 1e-10)
+    return layer, q, k, v, keep
+
+
+@pytest.mark.parametrize("new", [1, 8, 9, 150])
+@pytest.mark.parametrize("counts", [[0, 0], [16, 32], [1, 100], [17, 400]], ids=str)
+def test_attention_over_a_store_equals_prefill_attention(counts, new):
+    """The op's view of what `PagedStore` really lays out, and the gradients of a call on a filled cache."""
+    layer, q, k, v, keep = filled_layer(counts, new)
+
+    def cached(**x):
+        return [layer.attend(*x.values(), keep[:, -new:], torch.ones(1, new, 2), None)]
+
+    def dense(q_new, k_new, v_new):
+        joined = (torch.cat([x[:, :-new], y], 1) for x, y in ((q, q_new), (k, k_new), (v, v_new)))
+        return [dense_attention(*joined, keep)[0][:, -new:]]
+
+    inputs = {"q_new": q[:, -new:], "k_new": k[:, -new:], "v_new": v[:, -new:]}
+    assert_same_function(cached, dense, inputs, torch.float64, ["out"])
 
 
 # --------------------------------------------------------------------------- budgets
@@ -662,6 +731,23 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+class MemoryMeter(TorchDispatchMode):
+    """Measures the most bytes that were held at once by what operations formed."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.held:
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata)
+        self.most = max(self.most, sum(self.held.values()))
+        return out
+
+
 def record_model(model, length, train):
     """The recorder of one forward (and backward), and how many numbers were saved for backward."""
     ids = torch.randint(1, 97, (1, length))
@@ -692,6 +778,24 @@ def test_memory_is_linear_in_the_sequence(threshold, train, tiny_config):
     assert long.largest < 4096 * 4096 / 2, "no tensor may come near tokens times tokens"
     assert bool(short_saved) == train
     assert long_saved <= 2.1 * short_saved
+
+
+@pytest.mark.parametrize("new", [1, 4, 40])
+def test_new_tokens_are_not_padded_to_the_longest_head(new):
+    """One head of 32 holds 4,096 tokens and the others 1%: 24 times as many columns as there are tokens."""
+    layer, q, k, v, keep = filled_layer([4096] + [41] * 31, new, key_dim=32, value_dim=32)
+    call = [x[:, -new:].clone() for x in (q, k, v, keep, torch.ones(keep.shape))]
+    stored = sum(x.nbytes for x in layer.store.tensors())
+    unbound = 10**6
+    with torch.no_grad():
+        with MemoryMeter() as meter:
+            out = layer.attend(*call, None)
+        with MemoryMeter() as padded:
+            expected = layer.attend(*call, unbound)
+    assert_close(out, expected, 1e-10)
+    # What is stored itself is counted, once. Measured: 1.0, 1.2 and 4.2 times; padded 65.
+    assert meter.most < 5 * stored
+    assert new == 1 or padded.most > 24 * stored, "a budget pads, which the meter must see"
 
 
 def test_prefill_has_no_loop_over_tokens(tiny_config):

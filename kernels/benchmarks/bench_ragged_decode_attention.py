@@ -15,6 +15,17 @@ At head dimension 128 in bfloat16 a kept token has 2 x 128 x 2 = 512 bytes of ke
 4 floating-point operations a key and dimension are 2.1 GFLOP; the 16 rows of a tensor core's tile, of which one query
 fills one, make 34 of them, 0.07 ms at half an H100's rate without its asynchronous products, behind the reading.
 
+4 or 8 tokens, as in the verification of drafts, are 4 or 8 rows of the same tile: the keys are read once, as before,
+and the operations are the same 34 GFLOP. Beside the keys, 8 tokens have
+
+| of | bytes | share |
+|---|---|---|
+| a split's 262,144 bytes: 8 partial results written, and read again | 4,160 + 4,160 | 3.2% |
+| a stream's 4,194,304 bytes: queries, keys and values of the tokens, and the outputs | 8 x 1,024 | 0.2% |
+
+and each of the 4,096 queries of the merge reads its stream's open page and the tokens before it, 50 MB in all, which
+come from the L2 cache for all but a stream's first.
+
 Heads that keep between 1% and 100% have shares spaced evenly on a logarithmic scale, 0.235 on average: 2,016 MB. The
 target is a time of at most 1 / 0.75 of what the copy bandwidth needs for the bytes of kept keys and values alone.
 """
@@ -54,30 +65,31 @@ def stored(counts: list[int], slabs: int) -> tuple[list, tuple, tuple, list]:
     return [slab[:3] for slab in whole], (tail_k, tail_v, held % PAGE), (slab_table(whole), held), whole
 
 
-def measured(rows: int, balanced: bool, slabs: int, bandwidth: float) -> dict[str, Any]:
+def measured(rows: int, balanced: bool, slabs: int, tokens: int, bandwidth: float) -> dict[str, Any]:
     """One line of the result table."""
     streams = rows * HEADS
     counts = kept_counts(streams, balanced)
     pages, tail, index, _whole = stored(counts, slabs)
-    q = torch.randn(streams, 1, DIM, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, streams, DIM, device="cuda", dtype=torch.bfloat16)
+    q, k, v = torch.randn(3, streams, tokens, DIM, device="cuda", dtype=torch.bfloat16)
+    keep = torch.rand(streams, tokens, device="cuda") < USAGE
 
     def attend() -> torch.Tensor:
-        return ragged_decode_attention(q, k, v, pages, tail, index=index)
+        return ragged_decode_attention(q.unsqueeze(2), k, v, keep, pages, tail, index=index)
 
     ours = median_ms({"ours": captured(attend)})["ours"]
     other = 1e3 * sum(counts) * 2 * DIM * q.element_size() / bandwidth
     shares = f"u = {USAGE}" if balanced else "heads keep 1% to 100%"
-    what = f"ragged_decode_attention, {rows} rows, {SEEN} seen, {shares}, {slabs} slabs"
+    what = f"ragged_decode_attention, {tokens} new in {rows} rows, {SEEN} seen, {shares}, {slabs} slabs"
     return row(what, "bytes of kept keys and values / copy bandwidth", 1 / TARGET, ours, other)
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
-    """Heads that keep alike and heads that do not, after one prefill; unless `quick`, also after many turns."""
+    """One token and several, heads that keep alike and others, after one prefill and, unless `quick`, many turns."""
     bandwidth = copy_bandwidth()
     return [
-        measured(32, balanced, slabs, bandwidth)
+        measured(32, balanced, slabs, tokens, bandwidth)
         for slabs in ((1,) if quick else (1, 40))
+        for tokens in (1, 4, 8)
         for balanced in (True, False)
     ]
 

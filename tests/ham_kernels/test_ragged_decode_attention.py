@@ -10,8 +10,11 @@ pytest.importorskip("triton")
 
 from ham_hf.cache_ham import KeptTokens, PagedStore
 from ham_hf.ops_ham import ragged_decode_attention as torch_ragged_decode_attention
+from ham_hf.reference_ham import naive_ragged_decode_attention
 from ham_kernels.ragged_decode_attention import (
     MAX_SPLIT_PAGES,
+    NEAR_TOKENS,
+    attend_near,
     index_pages,
     ragged_decode_attention,
     slab_table,
@@ -31,7 +34,7 @@ def inside_nan(x):
     return view.copy_(x)
 
 
-def make(device, owners, fill, groups=1, key_dim=16, value_dim=16, page=16, dtype=torch.float32):
+def make(device, owners, fill, groups=1, key_dim=16, value_dim=16, page=16, dtype=torch.float32, length=1):
     """Arguments of the op: one slab per list of `owners`, NaN in every unused slot and around every buffer."""
     streams = len(fill)
 
@@ -46,26 +49,30 @@ def make(device, owners, fill, groups=1, key_dim=16, value_dim=16, page=16, dtyp
     for owner in owners:
         keys, values = randn(len(owner), page, key_dim), randn(len(owner), page, value_dim)
         pages.append((inside_nan(keys), inside_nan(values), torch.tensor(owner, dtype=torch.int32, device=device)))
-    q, k, v = 2 * randn(streams, groups, key_dim), randn(streams, key_dim), randn(streams, value_dim)
-    return inside_nan(q), inside_nan(k), inside_nan(v), pages, (inside_nan(tail_k), inside_nan(tail_v), fill)
+    q = 2 * randn(streams, length, groups, key_dim)
+    k, v = randn(streams, length, key_dim), randn(streams, length, value_dim)
+    # Some streams keep everything, some nothing.
+    keep = (
+        torch.rand(streams, length, device=device)
+        < torch.tensor([0.5, 1.0, 0.0], device=device).repeat(streams // 3 + 1)[:streams, None]
+    )
+    new = (inside_nan(q), inside_nan(k), inside_nan(v), keep)
+    return *new, pages, (inside_nan(tail_k), inside_nan(tail_v), fill)
 
 
-def dense(q, k, v, pages, tail, scale=None):
-    """The softmax in float64 over a stream's tokens, one stream at a time."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tail_k, tail_v, fill = tail
-    out = []
-    for n in range(len(q)):
-        parts = [(keys[owner == n].flatten(0, 1), values[owner == n].flatten(0, 1)) for keys, values, owner in pages]
-        parts += [(tail_k[n, : fill[n]], tail_v[n, : fill[n]]), (k[n : n + 1], v[n : n + 1])]
-        keys, values = (torch.cat(x).double() for x in zip(*parts, strict=True))
-        out.append((q[n].double() @ keys.T * scale).softmax(-1) @ values)
-    return torch.stack(out)
+def exact(*arguments, scale=None):
+    """What the op is to compute, in float64."""
+
+    def double(x):
+        return type(x)(map(double, x)) if isinstance(x, (list, tuple)) else x.double() if x.is_floating_point() else x
+
+    return naive_ragged_decode_attention(*map(double, arguments), scale=scale)
 
 
-def without_nan(q, k, v, pages, tail):
+def without_nan(*arguments):
     """The same arguments for PyTorch, which multiplies unused slots by zero."""
-    return q, k, v, pages, (tail[0].nan_to_num(), tail[1].nan_to_num(), tail[2])
+    *others, (tail_k, tail_v, fill) = arguments
+    return *others, (tail_k.nan_to_num(), tail_v.nan_to_num(), fill)
 
 
 SHAPES = {
@@ -82,7 +89,7 @@ SHAPES = {
 def test_equals_the_dense_softmax(owners, fill, groups, device, assert_error_within):
     arguments = make(device, owners, fill, groups)
     out = ragged_decode_attention(*arguments)
-    assert_error_within(out, dense(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
+    assert_error_within(out, exact(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,7 +103,54 @@ def test_odd_sizes_and_dtypes(groups, key_dim, value_dim, page, dtype, device, a
     out = ragged_decode_attention(*arguments, scale=0.3)
     baseline = torch_ragged_decode_attention(*without_nan(*arguments), scale=0.3)
     assert out.dtype == dtype
-    assert_error_within(out, dense(*arguments, scale=0.3), baseline)
+    assert_error_within(out, exact(*arguments, scale=0.3), baseline)
+
+
+@pytest.mark.parametrize(("length", "groups"), [(2, 4), (NEAR_TOKENS, 1), (NEAR_TOKENS + 1, 2), (45, 1)])
+@pytest.mark.parametrize(("owners", "fill"), SHAPES.values(), ids=SHAPES)
+def test_several_tokens(owners, fill, length, groups, device, monkeypatch, assert_error_within):
+    """Drafts and longer calls: rows that fill a tile in part, and several tiles."""
+    compacted = []
+    monkeypatch.setattr(module, "attend_near", lambda *x: compacted.append(True) or attend_near(*x))
+    arguments = make(device, owners, fill, groups, length=length)
+    out = ragged_decode_attention(*arguments)
+    assert bool(compacted) == (length > NEAR_TOKENS)
+    assert_error_within(out, exact(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("length", "groups", "key_dim", "value_dim", "page"),
+    [(3, 3, 24, 40, 4), (3, 17, 16, 8, 2), (19, 2, 5, 3, 1), (67, 3, 20, 24, 8)],
+)
+def test_several_tokens_of_odd_sizes_and_dtypes(
+    length, groups, key_dim, value_dim, page, dtype, device, assert_error_within, bfloat16_as_on_a_gpu
+):
+    owners, fill = [[0, 2, 2, 0, 2], [2, 2, 1, 2, 2, 0, 2]], [page - 1, 0, page // 2]
+    arguments = make(device, owners, fill, groups, key_dim, value_dim, page, dtype, length)
+    out = ragged_decode_attention(*arguments, scale=0.3)
+    baseline = torch_ragged_decode_attention(*without_nan(*arguments), scale=0.3)
+    assert out.dtype == dtype
+    assert_error_within(out, exact(*arguments, scale=0.3), baseline)
+
+
+def test_several_tokens_in_several_splits(device, monkeypatch, assert_error_within):
+    monkeypatch.setattr(module, "WANTED_PROGRAMS", 1)
+    long = MAX_SPLIT_PAGES * 4 + 3
+    owners = torch.tensor([1] * long + [0] + [2] * 3)[torch.randperm(long + 4)].tolist()
+    arguments = make(device, [owners[:40], owners[40:]], [1, 0, 1], 2, page=2, length=13)
+    assert split_sizes(len(owners), 3, 26, 1)[0] == 4 * MAX_SPLIT_PAGES
+    out = ragged_decode_attention(*arguments)
+    assert_error_within(out, exact(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
+
+
+def test_more_splits_while_there_are_few_tiles():
+    """With one tile a split, splits are short enough to fill the chip; with many they need not be."""
+    pages, streams = 4096, 16
+    assert split_sizes(pages, streams, 1, 1)[0] == 8
+    assert split_sizes(pages, streams, 128, 1)[0] == 8
+    assert split_sizes(pages, streams, 1024, 8)[0] == 64
+    assert split_sizes(pages, streams, 2**16, 2**9)[0] == 8 * MAX_SPLIT_PAGES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -105,37 +159,37 @@ def test_large_logits(dtype, device, assert_error_within):
     q, *others = make(device, [[0, 1, 0, 0, 0, 0, 0, 0]], [3, 4, 0], dtype=dtype)
     arguments = (100 * q, *others)
     out = ragged_decode_attention(*arguments)
-    assert_error_within(out, dense(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
+    assert_error_within(out, exact(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
     assert torch.equal(out[2, 0], others[1][2]), "a stream that holds nothing reads the token itself"
 
 
 def test_logits_beneath_the_tokens_own(device):
     """Stored keys whose weights vanish beside the token's own, and the other way round."""
-    q, k, v, pages, tail = make(device, [[0, 1, 1, 0]], [5, 0])
+    q, k, v, *others = make(device, [[0, 1, 1, 0]], [5, 0])
     q.fill_(1.0)
     k[0], k[1] = 1000.0, -1000.0
-    out = ragged_decode_attention(q, k, v, pages, tail)
+    out = ragged_decode_attention(q, k, v, *others)
     assert torch.equal(out[0, 0], v[0])
-    torch.testing.assert_close(out.double(), dense(q, k, v, pages, tail), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.double(), exact(q, k, v, *others), atol=1e-6, rtol=0)
 
 
 def test_several_splits_a_stream(device, monkeypatch, assert_error_within):
     """With room for few splits each is as long as one may be, the last of a stream shorter; pages lie in any order."""
-    monkeypatch.setattr(module, "WANTED_SPLITS", 1)
+    monkeypatch.setattr(module, "WANTED_PROGRAMS", 1)
     long = 2 * MAX_SPLIT_PAGES + 5
     owners = [1] * long + [0] + [3] * (MAX_SPLIT_PAGES + 1)
     owners = torch.tensor(owners)[torch.randperm(len(owners))].tolist()
     arguments = make(device, [owners[:40], owners[40:41], owners[41:]], [1, 0, 1, 0], 2, page=2)
-    assert split_sizes(len(owners), 4)[0] == MAX_SPLIT_PAGES
+    assert split_sizes(len(owners), 4, 2, 1)[0] == MAX_SPLIT_PAGES
     out = ragged_decode_attention(*arguments)
-    assert_error_within(out, dense(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
+    assert_error_within(out, exact(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
 
 
 def test_there_are_never_more_splits_than_planned():
-    for streams in (1, 3, 50):
+    for streams, rows in ((1, 1), (3, 70), (50, 5000)):
         for trial in range(50):
             pages = torch.randint(0, 2 + 5 * trial, (streams,)) * (torch.rand(streams) < 0.7)
-            split_pages, num_splits = split_sizes(int(pages.sum()), streams)
+            split_pages, num_splits = split_sizes(int(pages.sum()), streams, rows, rows // 64 + 1)
             assert int((pages / split_pages).ceil().sum()) <= num_splits
 
 
@@ -144,26 +198,26 @@ def test_many_streams(device, monkeypatch, assert_error_within):
     monkeypatch.setattr(module, "PLAN_BLOCK", 16)
     arguments = make(device, [[0, 49, 49, 33, 32, 31, 17]], [n % 3 for n in range(50)], 1, 8, 8, page=4)
     out = ragged_decode_attention(*arguments)
-    assert_error_within(out, dense(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
+    assert_error_within(out, exact(*arguments), torch_ragged_decode_attention(*without_nan(*arguments)))
 
 
 def test_an_index_spares_the_sort(device):
     """Ranks and counts that a store knows give the same, also when its last slab has room left over."""
-    q, k, v, pages, tail = make(device, [[0, 1, 0], [1, 0, 1, 2, 2, 0, 0]], [3, 4, 5])
-    expected = ragged_decode_attention(q, k, v, pages, tail)
-    (_, counts), ranks = index_pages(pages, len(q))
+    *new, pages, tail = make(device, [[0, 1, 0], [1, 0, 1, 2, 2, 0, 0]], [3, 4, 5])
+    expected = ragged_decode_attention(*new, pages, tail)
+    (_, counts), ranks = index_pages(pages, 3)
     assert ranks[0].tolist() == [0, 0, 1]
     assert ranks[1].tolist() == [1, 2, 2, 0, 1, 3, 4]
     assert counts.tolist() == [5 * 16, 3 * 16, 2 * 16]
     index = slab_table([(*slab, rank) for slab, rank in zip(pages, ranks, strict=True)]), counts
-    assert torch.equal(ragged_decode_attention(q, k, v, pages, tail, index=index), expected)
+    assert torch.equal(ragged_decode_attention(*new, pages, tail, index=index), expected)
     # Three pages fewer: those of the last slab behind them must not be looked at.
     owner, rank = pages[1][2], ranks[1]
     counts = counts - 16 * torch.bincount(owner[4:].long(), minlength=3)
     owner[4:], rank[4:] = 10**6, 10**6
     used = [pages[0], tuple(x[:4] for x in pages[1])]
-    expected = ragged_decode_attention(q, k, v, used, tail)
-    assert torch.equal(ragged_decode_attention(q, k, v, used, tail, index=(index[0], counts)), expected)
+    expected = ragged_decode_attention(*new, used, tail)
+    assert torch.equal(ragged_decode_attention(*new, used, tail, index=(index[0], counts)), expected)
 
 
 def append(store, counts, start):
@@ -177,19 +231,22 @@ def append(store, counts, start):
 
 def assert_reads(store):
     """The kernel reads exactly what the store holds, by what the store itself knows of its pages."""
-    q, k = torch.randn(2, store.num_streams, 1, store.key_dim, device=store.device)
-    v = torch.randn(store.num_streams, store.value_dim, device=store.device)
+    streams, device = store.num_streams, store.device
     pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
     fields = ("keys", "values", "owner", "rank")
     index = slab_table([tuple(slab[x] for x in fields) for slab in store.slabs]), store.counts
     tail = (store.tail["keys"], store.tail["values"], store.fill)
-    out = ragged_decode_attention(q, k[:, 0], v, pages, tail, index=index)
     held = store.tokens()
-    for n in range(store.num_streams):
-        keys = torch.cat([held.keys[held.streams == n], k[n]]).double()
-        values = torch.cat([held.values[held.streams == n], v[n : n + 1]]).double()
-        expected = (q[n].double() @ keys.T * store.key_dim**-0.5).softmax(-1) @ values
-        torch.testing.assert_close(out[n].double(), expected, atol=2e-6, rtol=0)
+    for length in (1, 3):
+        q, k = torch.randn(2, streams, length, 1, store.key_dim, device=device)
+        k, v = k.squeeze(2), torch.randn(streams, length, store.value_dim, device=device)
+        keep = torch.ones(streams, length, dtype=torch.bool, device=device)
+        out = ragged_decode_attention(q, k, v, keep, pages, tail, index=index)
+        for n in range(streams):
+            keys = torch.cat([held.keys[held.streams == n], k[n]]).double()
+            values = torch.cat([held.values[held.streams == n], v[n]]).double()
+            expected = (q[n, -1].double() @ keys.T * store.key_dim**-0.5).softmax(-1) @ values
+            torch.testing.assert_close(out[n, -1].double(), expected, atol=2e-6, rtol=0)
 
 
 def test_reads_what_a_store_holds(device):
@@ -223,19 +280,21 @@ def test_the_same_bits_every_time(device):
 
 def test_no_streams(device):
     out = ragged_decode_attention(*make(device, [], [], 2, 16, 24))
-    assert out.shape == (0, 2, 24)
+    assert out.shape == (0, 1, 2, 24)
 
 
-def test_q_k_and_v_of_any_strides(device, poisoned):
-    q, k, v, pages, tail = make(device, [[0, 1, 1]], [3, 4], 2)
-    expected = ragged_decode_attention(q, k, v, pages, tail)
-    assert torch.equal(ragged_decode_attention(poisoned(q), poisoned(k), poisoned(v), pages, tail), expected)
+@pytest.mark.parametrize("length", [1, 3, 17])
+def test_new_tokens_of_any_strides(length, device, poisoned):
+    q, k, v, keep, *stored = make(device, [[0, 1, 1]], [3, 4], 2, length=length)
+    expected = ragged_decode_attention(q, k, v, keep, *stored)
+    strided = keep.mT.contiguous().mT
+    assert torch.equal(ragged_decode_attention(poisoned(q), poisoned(k), poisoned(v), strided, *stored), expected)
 
 
 def changed(arguments, name, change):
-    """The arguments with one tensor changed: `q`, `k`, `v`, `tail.0` or `pages.0` for the first entry of the first."""
-    q, k, v, pages, tail = arguments
-    named = {"q": q, "k": k, "v": v}
+    """The arguments with one tensor changed; `tail.0` is the first of the open pages, `pages.0` of the first slab."""
+    *new, pages, tail = arguments
+    named = dict(zip(("q", "k", "v", "keep"), new, strict=True))
     if name in named:
         named[name] = change(named[name])
     part = int(name[-1]) if "." in name else -1
@@ -247,11 +306,13 @@ def changed(arguments, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("q", lambda x: x[0], r"`q` must be \[N, G, K\]"),
+        ("q", lambda x: x[0], r"`q` must be \[N, T, G, K\]"),
         ("q", torch.Tensor.double, "`q` must be .* got .*float64"),
-        ("k", lambda x: x[:1], r"`k` must be \[2, 16\]"),
+        ("k", lambda x: x[:1], r"`k` must be \[2, 1, 16\]"),
         ("v", torch.Tensor.bfloat16, "`v` must be .*bfloat16"),
         ("v", lambda x: x.clone().requires_grad_(), "`v` requires a gradient"),
+        ("keep", torch.Tensor.int, r"`keep` must be \[2, 1\] of torch.bool.* got \[2, 1\] of torch.int32"),
+        ("keep", lambda x: x[:, :0], r"`keep` must be \[2, 1\].* got \[2, 0\]"),
         ("tail.0", lambda x: x[:, :3].contiguous(), "`p` a power of two"),
         ("tail.1", lambda x: x[..., 1:], r"`tail\[1\]` must be"),
         ("tail.2", torch.Tensor.float, r"`tail\[2\]` must be \[2\] of torch.int32 or torch.int64"),
@@ -267,9 +328,9 @@ def test_bad_arguments_are_refused(name, change, message, device):
 
 
 def test_a_bad_index_is_refused(device):
-    q, k, v, pages, tail = make(device, [[0, 1, 1]], [3, 4])
-    (slabs, counts), _ = index_pages(pages, len(q))
+    *new, pages, tail = make(device, [[0, 1, 1]], [3, 4])
+    (slabs, counts), _ = index_pages(pages, 2)
     with pytest.raises(ValueError, match=r"`index\[0\]` must be \[1, 6\]"):
-        ragged_decode_attention(q, k, v, pages, tail, index=(slabs[:, :5], counts))
+        ragged_decode_attention(*new, pages, tail, index=(slabs[:, :5], counts))
     with pytest.raises(ValueError, match=r"`index\[1\]` must be \[2\] of torch.int64"):
-        ragged_decode_attention(q, k, v, pages, tail, index=(slabs, counts.int()))
+        ragged_decode_attention(*new, pages, tail, index=(slabs, counts.int()))

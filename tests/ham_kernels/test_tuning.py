@@ -97,8 +97,10 @@ def run_ragged_decode_attention(length, device):
     owner = torch.arange(streams, device=device, dtype=torch.int32).repeat_interleave(full)
     fill = torch.full((streams,), length % page, device=device)
     tail = (*(torch.randn(streams, page, 16, device=device) for _ in range(2)), fill)
-    q, k, v = torch.randn(streams, 2, 16, device=device), *torch.randn(2, streams, 16, device=device)
-    ham_kernels.ragged_decode_attention(q, k, v, [(keys, values, owner)], tail)
+    for tokens in (1, 5, 5 + length % 7):
+        q, k = torch.randn(2, streams, tokens, 2, 16, device=device)
+        keep = torch.ones(streams, tokens, dtype=torch.bool, device=device)
+        ham_kernels.ragged_decode_attention(q, k[:, :, 0], k[:, :, 1], keep, [(keys, values, owner)], tail)
 
 
 RUNS = {

@@ -1,14 +1,18 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Attention of one query token over each stream's paged keys: split along the keys, whatever each stream holds.
+"""Attention of new query tokens over each stream's paged keys: split along the keys, whatever each stream holds.
 
-The pages of a stream lie anywhere in a few slabs. Four launches, none of which waits for the host:
+The pages of a stream lie anywhere in a few slabs, and all of its new tokens see all of them. The rows of a tile are
+pairs of a token and a query head, so that several tokens fill the tensor core's tile that a single one leaves empty,
+and the keys are read once a tile. Four launches, none of which waits for the host:
 
 1. `split_plan_fwd_kernel` counts: where each stream's pages begin in a list, and which stream each split belongs to.
 2. `page_list_fwd_kernel` writes that list, the addresses of every page's keys and values ordered by stream. It moves
    24 bytes a page, where a page of 16 tokens at head dimension 128 in bfloat16 has 8,192.
 3. `ragged_decode_attention_fwd_kernel` reads the pages, `split_pages` a program: work is cut by tokens, not by heads,
    so that one long stream is as fast as many short ones.
-4. `ragged_decode_merge_fwd_kernel` merges a stream's splits, its open page and the token itself.
+4. `ragged_decode_merge_fwd_kernel` merges a row's splits with the token itself, the new ones before it and the open
+   page. Where the new tokens are many, they and the open page are what `sparse_prefix_attention` reads in tiles, and
+   are merged as one more split.
 
 A list kept from step to step would save the first two launches, and cost the store a table padded to the longest
 stream, or one to be shifted at every sealed page. Programs that walk the pages of a slab in place would need no list,
@@ -21,14 +25,19 @@ import torch
 import triton
 import triton.language as tl
 
+from .compact import compact_kept
+from .sparse_prefix_attention import sparse_prefix_attention_fwd
 from .tuning import INTERPRETED, check_platform
 
 # Numbers of a slab: addresses of keys, values, owners and ranks, pages in the slabs before it, its own pages.
 SLAB_FIELDS = 6
-# A split holds this many pages at most: 512 keys at 16 tokens a page, 500 times the bytes of its partial result.
+# A split holds this many pages at most: 512 keys at 16 tokens a page, 500 times the bytes of a row's partial result.
+# With more than 8 rows it may grow with them, up to 8 times.
 MAX_SPLIT_PAGES = 32
-# Splits become shorter when there would be fewer of them than this: 4 blocks on each of an H100's 132 processors.
-WANTED_SPLITS = 528
+# Up to so many tokens of a call are read by the merge as they are; more are compacted and have a launch of their own.
+NEAR_TOKENS = 16
+# Splits become shorter when there would be fewer programs than this: 4 blocks on each of an H100's 132 processors.
+WANTED_PROGRAMS = 528
 # Streams whose pages a program of the plan adds up at once.
 PLAN_BLOCK = 1024
 # Bytes of keys and values that a block loads at once: the 4 blocks a processor holds cover the memory's latency.
@@ -95,28 +104,31 @@ def page_list_fwd_kernel(
     tl.store(page_list + num_pages + place, values + page * value_bytes, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_pages", "split_pages"])
+@triton.jit(do_not_specialize=["num_pages", "split_pages", "rows"])
 def ragged_decode_attention_fwd_kernel(
-    q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, scale,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, ALIGNMENT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, rows, scale,
+    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of a stream's queries over a split of its pages: maximum (in powers of 2), sum and weighted values."""
-    split = tl.program_id(0).to(tl.int64)
+    """Softmax of some of a stream's rows over a split of its pages: maximum (in powers of 2), sum, weighted values."""
+    # The tiles of a split follow each other, so that all but the first find its pages in the cache.
+    tiles = tl.cdiv(rows, BLOCK_M)
+    split = (tl.program_id(0) // tiles).to(tl.int64)
     stream = tl.load(split_stream + split).to(tl.int64)
     if stream < 0:
         return
     first = tl.load(page_start + stream) + (split.to(tl.int32) - tl.load(split_start + stream)) * split_pages
     last = tl.minimum(first + split_pages, tl.load(page_start + stream + 1))
     element = tl.pointer_type(q.dtype.element_ty)
-    o_g, o_n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N)
+    o_m, o_n = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    real = o_m < rows
     queries = tl.load(
-        q + (stream * G + o_g[:, None]) * K + o_k[None, :], mask=(o_g < G)[:, None] & (o_k < K)[None, :], other=0.0
+        q + (stream * rows + o_m[:, None]) * K + o_k[None, :], mask=real[:, None] & (o_k < K)[None, :], other=0.0
     )
-    m = tl.full([BLOCK_G], -float("inf"), dtype=tl.float32)
-    norm = tl.zeros([BLOCK_G], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_V], dtype=tl.float32)
+    m = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    norm = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     for begin in range(first, last, BLOCK_N // PAGE):
         index = begin + o_n // PAGE
         used = index < last
@@ -127,7 +139,7 @@ def ragged_decode_attention_fwd_kernel(
         keys = tl.load(
             key_page[:, None] + (slot[:, None] * K + o_k[None, :]), mask=used[:, None] & (o_k < K)[None, :], other=0.0
         )
-        logits = _dot(queries, tl.trans(keys), tl.zeros([BLOCK_G, BLOCK_N], dtype=tl.float32)) * scale
+        logits = _dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale
         logits = tl.where(used[None, :], logits, -float("inf"))
         # A step begins with a page in use, so the maximum is finite.
         m_new = tl.maximum(m, tl.max(logits, 1))
@@ -142,54 +154,78 @@ def ragged_decode_attention_fwd_kernel(
         norm = norm * decay + tl.sum(weights, 1)
         acc = _dot(weights.to(values.dtype), values, acc * decay[:, None])
         m = m_new
-    row = split * G + o_g
-    tl.store(peak + row, m, mask=o_g < G)
-    tl.store(total + row, norm, mask=o_g < G)
-    tl.store(partial + row[:, None] * V + o_v[None, :], acc, mask=(o_g < G)[:, None] & (o_v < V)[None, :])
+    row = split * rows + o_m
+    tl.store(peak + row, m, mask=real)
+    tl.store(total + row, norm, mask=real)
+    tl.store(partial + row[:, None] * V + o_v[None, :], acc, mask=real[:, None] & (o_v < V)[None, :])
 
 
 @triton.jit
-def ragged_decode_merge_fwd_kernel(
-    q, k, v, tail_k, tail_v, fill, split_start, peak, total, partial, out, scale,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+def _add_keys(
+    m, norm, acc, query, keys, values, slot, used, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One query: the token itself begins the softmax, its stream's open page and splits go on with it."""
-    stream, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_p, o_s = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
+    """One query's softmax, which has begun, goes on with the keys and values at the slots that are `used`."""
     o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    in_k, in_v = o_k < K, o_v < V
-    query = tl.load(q + (stream * G + head) * K + o_k, mask=in_k, other=0.0).to(tl.float32) * scale
-    m = tl.sum(query * tl.load(k + stream * K + o_k, mask=in_k, other=0.0).to(tl.float32), 0)
-    norm = tl.full([], 1.0, dtype=tl.float32)
-    acc = tl.load(v + stream * V + o_v, mask=in_v, other=0.0).to(tl.float32)
-
-    used = o_p < tl.load(fill + stream)
-    slot = stream * PAGE + o_p[:, None]
-    keys = tl.load(tail_k + slot * K + o_k[None, :], mask=used[:, None] & in_k[None, :], other=0.0)
-    values = tl.load(tail_v + slot * V + o_v[None, :], mask=used[:, None] & in_v[None, :], other=0.0)
+    keys = tl.load(keys + slot[:, None] * K + o_k[None, :], mask=used[:, None] & (o_k < K)[None, :], other=0.0)
+    values = tl.load(values + slot[:, None] * V + o_v[None, :], mask=used[:, None] & (o_v < V)[None, :], other=0.0)
     logits = tl.where(used, tl.sum(query[None, :] * keys.to(tl.float32), 1), -float("inf"))
     m_new = tl.maximum(m, tl.max(logits, 0))
     weights = tl.exp2(logits - m_new)
     decay = tl.exp2(m - m_new)
     norm = norm * decay + tl.sum(weights, 0)
     acc = acc * decay + tl.sum(weights[:, None] * values.to(tl.float32), 0)
-    m = m_new
+    return m_new, norm, acc
+
+
+@triton.jit(do_not_specialize=["rows"])
+def ragged_decode_merge_fwd_kernel(
+    q, k, v, keep, tail_k, tail_v, fill, near, near_lse, split_start, peak, total, partial, out, rows, scale,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One row: the token itself begins the softmax; its stream's open page, the tokens before it and splits go on.
+
+    Where there is a `near`, that is the softmax over all of these but the splits, and `near_lse` its sum.
+    """
+    stream, row = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
+    o_s, o_k, o_v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    in_v = o_v < V
+    norm = tl.full([], 1.0, dtype=tl.float32)
+    if near is not None:
+        m = tl.load(near_lse + stream * rows + row)
+        acc = tl.load(near + (stream * rows + row) * V + o_v, mask=in_v, other=0.0).to(tl.float32)
+    else:
+        token, first_token = row // G, stream * (rows // G)
+        own = first_token + token
+        query = tl.load(q + (stream * rows + row) * K + o_k, mask=o_k < K, other=0.0).to(tl.float32) * scale
+        m = tl.sum(query * tl.load(k + own * K + o_k, mask=o_k < K, other=0.0).to(tl.float32), 0)
+        acc = tl.load(v + own * V + o_v, mask=in_v, other=0.0).to(tl.float32)
+        o_p = tl.arange(0, BLOCK_P)
+        used = o_p < tl.load(fill + stream)
+        m, norm, acc = _add_keys(
+            m, norm, acc, query, tail_k, tail_v, stream * PAGE + o_p, used, K, V, BLOCK_K, BLOCK_V
+        )
+        if BLOCK_T > 1:
+            o_t = tl.arange(0, BLOCK_T)
+            used = o_t < token
+            used &= tl.load(keep + first_token + o_t, mask=used, other=0) != 0
+            m, norm, acc = _add_keys(m, norm, acc, query, k, v, first_token + o_t, used, K, V, BLOCK_K, BLOCK_V)
 
     last = tl.load(split_start + stream + 1)
     for begin in range(tl.load(split_start + stream), last, BLOCK_S):
         split = begin + o_s
         used = split < last
-        row = split.to(tl.int64) * G + head
-        peaks = tl.load(peak + row, mask=used, other=-float("inf"))
+        part = split.to(tl.int64) * rows + row
+        peaks = tl.load(peak + part, mask=used, other=-float("inf"))
         m_new = tl.maximum(m, tl.max(peaks, 0))
         weights = tl.exp2(peaks - m_new)
         decay = tl.exp2(m - m_new)
-        norm = norm * decay + tl.sum(weights * tl.load(total + row, mask=used, other=0.0), 0)
-        parts = tl.load(partial + row[:, None] * V + o_v[None, :], mask=used[:, None] & in_v[None, :], other=0.0)
+        norm = norm * decay + tl.sum(weights * tl.load(total + part, mask=used, other=0.0), 0)
+        parts = tl.load(partial + part[:, None] * V + o_v[None, :], mask=used[:, None] & in_v[None, :], other=0.0)
         acc = acc * decay + tl.sum(weights[:, None] * parts, 0)
         m = m_new
-    tl.store(out + (stream * G + head) * V + o_v, (acc / norm).to(out.dtype.element_ty), mask=in_v)
+    tl.store(out + (stream * rows + row) * V + o_v, (acc / norm).to(out.dtype.element_ty), mask=in_v)
 
 
 def index_pages(
@@ -225,16 +261,20 @@ def ragged_decode_attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    keep: torch.Tensor,
     pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     index: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Launches the kernels on arguments that `ragged_decode_attention` has checked."""
-    streams, groups, key_dim = q.shape
+    (streams, length, groups, key_dim), rows = q.shape, q.shape[1] * q.shape[2]
     tail_k, tail_v, fill = tail
     page, value_dim = tail_v.shape[1:]
-    q, k, v, fill = q.contiguous(), k.contiguous(), v.contiguous(), fill.contiguous()
+    q, k, v, keep, fill = (x.contiguous() for x in (q, k, v, keep, fill))
+    near = near_lse = None
+    if length > NEAR_TOKENS:
+        near, near_lse = attend_near(q, k, v, keep, tail, scale)
     scale = scale * math.log2(math.e)  # the kernels' exponentials are powers of 2
     block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     split_start = peak = total = partial = fill  # never read without pages
@@ -242,12 +282,14 @@ def ragged_decode_attention_fwd(
         if index is None:
             index, _ranks = index_pages(pages, streams)  # addresses do not keep the ranks alive, their name does
         num_pages = sum(len(owner) for _, _, owner in pages)
-        split_pages, num_splits = split_sizes(num_pages, streams)
+        tile = tile_shape(rows, page, max(block_k, block_v), q.element_size())
+        tiles = triton.cdiv(rows, tile["BLOCK_M"])
+        split_pages, num_splits = split_sizes(num_pages, streams, rows, tiles)
         page_start, split_start = torch.empty(2, streams + 1, dtype=torch.int32, device=q.device)
         split_stream = torch.empty(num_splits, dtype=torch.int32, device=q.device)
         page_list = torch.empty(2, num_pages, dtype=torch.long, device=q.device)
-        peak, total = torch.empty(2, num_splits, groups, dtype=torch.float32, device=q.device)
-        partial = torch.empty(num_splits, groups, value_dim, dtype=torch.float32, device=q.device)
+        peak, total = torch.empty(2, num_splits, rows, dtype=torch.float32, device=q.device)
+        partial = torch.empty(num_splits, rows, value_dim, dtype=torch.float32, device=q.device)
         slabs, counts = index
         split_plan_fwd_kernel[(streams,)](
             counts,
@@ -265,34 +307,67 @@ def ragged_decode_attention_fwd(
         page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
             slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes, FIELDS=SLAB_FIELDS, BLOCK=256
         )
-        ragged_decode_attention_fwd_kernel[(num_splits,)](
-            q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, scale,
-            G=groups, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages),
-            BLOCK_G=max(16, triton.next_power_of_2(groups)),
-            BLOCK_N=keys_per_tile(page, block_k, block_v, q.element_size()), BLOCK_K=block_k, BLOCK_V=block_v,
-            num_warps=4, num_stages=3,
+        ragged_decode_attention_fwd_kernel[(num_splits * tiles,)](
+            q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, rows,
+            scale, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages), BLOCK_K=block_k,
+            BLOCK_V=block_v, **tile,
         )  # fmt: skip
     else:
         split_start = torch.zeros(streams + 1, dtype=torch.int32, device=q.device)
-    out = torch.empty(streams, groups, value_dim, dtype=v.dtype, device=q.device)
-    ragged_decode_merge_fwd_kernel[(streams, groups)](
-        q, k, v, tail_k, tail_v, fill, split_start, peak, total, partial, out, scale,
-        G=groups, K=key_dim, V=value_dim, PAGE=page, BLOCK_P=triton.next_power_of_2(page), BLOCK_S=16,
-        BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
+    out = torch.empty(streams, length, groups, value_dim, dtype=v.dtype, device=q.device)
+    ragged_decode_merge_fwd_kernel[(streams * rows,)](
+        q, k, v, keep.view(torch.uint8), tail_k, tail_v, fill, near, near_lse, split_start, peak, total, partial, out,
+        rows, scale, G=groups, K=key_dim, V=value_dim, PAGE=page, BLOCK_P=triton.next_power_of_2(page),
+        BLOCK_T=1 if length == 1 else NEAR_TOKENS, BLOCK_S=16, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def split_sizes(num_pages: int, num_streams: int) -> tuple[int, int]:
-    """Pages a split, and how many splits there can be at most, however the pages belong to streams."""
-    split_pages = min(MAX_SPLIT_PAGES, max(4, triton.next_power_of_2(triton.cdiv(num_pages, WANTED_SPLITS))))
+def attend_near(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor,
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What many tokens read beside full pages, `[N, T, G, V]`, and the base-2 log of the sums `[N, T, G]`."""
+    tail_k, tail_v, fill = tail
+    page = tail_k.shape[1]
+    # The open page comes first, with what is unused in front: it and the kept tokens are then one span of columns.
+    slot = ((torch.arange(page, device=q.device) + fill[:, None]) % page)[..., None]
+    opened = (x.gather(1, slot.expand_as(x)) for x in (tail_k, tail_v))
+    kept, before = compact_kept(keep[..., None], k[:, :, None], v[:, :, None], capacity=q.shape[1])
+    keys, values = (torch.cat([x.unsqueeze(1), new], 2) for x, new in zip(opened, kept, strict=True))
+    begin = (page - fill)[:, None, None].expand_as(before).contiguous()
+    return sparse_prefix_attention_fwd(
+        q, k[:, :, None], v[:, :, None], keys, values, begin, page + before, None, scale
+    )
+
+
+def split_sizes(num_pages: int, num_streams: int, rows: int, tiles: int) -> tuple[int, int]:
+    """Pages a split, and how many splits there can be at most, however the pages belong to streams.
+
+    Args:
+        rows: queries a stream; with more of them a split's partial result is larger, so a split may be longer.
+        tiles: into which they are cut.
+    """
+    wanted = triton.next_power_of_2(triton.cdiv(num_pages * tiles, WANTED_PROGRAMS))
+    longest = MAX_SPLIT_PAGES * min(8, triton.next_power_of_2(triton.cdiv(rows, 8)))
+    split_pages = min(longest, max(4, wanted))
     return split_pages, num_pages // split_pages + min(num_streams, num_pages)
 
 
-def keys_per_tile(page: int, block_k: int, block_v: int, element_size: int) -> int:
-    """A power of two of keys, at least one page and 16, whose keys and values fill a tile."""
-    keys = TILE_BYTES // (2 * max(block_k, block_v) * element_size)
-    return max(page, 16, min(128, keys))
+def tile_shape(rows: int, page: int, width: int, element_size: int) -> dict[str, int]:
+    """Rows and keys of a tile, and how it is run, for heads that fit into a power of two `width`."""
+    largest = 128 * 128 // width if element_size == 2 else 32 * 128 // width
+    block_m = max(16, min(128, largest, triton.next_power_of_2(rows)))
+    # A power of two of keys, at least one page and 16, whose keys and values fill a tile.
+    block_n = max(page, 16, min(128 if block_m < 64 else 64, TILE_BYTES // (2 * width * element_size)))
+    num_warps = 8 if block_m * max(width, 128) > 64 * 128 else 4
+    # Few rows wait for memory, which many blocks on a processor hide; many rows compute. It takes Triton 5 stages to
+    # load keys while it computes, because it must have loaded their addresses before.
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 3 if block_m < 64 else 5}
 
 
 def page_alignment(pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> int:
@@ -305,19 +380,23 @@ def ragged_decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    keep: torch.Tensor,
     pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float | None = None,
     index: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of one token's queries over its stream's pages and over itself, without a backward.
+    """Softmax attention of new tokens over their stream's pages, the kept ones before them and themselves.
 
-    Nothing is copied, padded to the longest stream or waited for. Beside the output it takes 16 bytes a page and a
-    float32 result for every 512 keys, fewer where there is little to share out.
+    It has no backward. Nothing is copied, padded to the longest stream or waited for. Beside the output it takes 16
+    bytes a page, and a query's float32 result once a stream and once more for every 512 to 4,096 keys (fewer where
+    there is little to share out); for more than 16 tokens also copies of them and of the open pages.
 
     Args:
-        q: `[N, G, K]` bfloat16, float16 or float32, the `G` queries of each of `N` streams (a row and key/value head).
-        k, v: `[N, K]` and `[N, V]`, the current token's own key and value.
+        q: `[N, T, G, K]` bfloat16, float16 or float32, the `G` queries of `T` tokens in each of `N` streams (a row and
+            key/value head).
+        k, v: `[N, T, K]` and `[N, T, V]`, the tokens' own keys and values.
+        keep: `[N, T]` bool, which of the tokens the later ones see.
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P] int32)`, contiguous: full pages and the stream
             each belongs to; `p` is a power of two.
         tail: `(keys [N, p, K], values [N, p, V], fill [N] int)`, contiguous: each stream's open page and how much of
@@ -328,28 +407,37 @@ def ragged_decode_attention(
             small copy from the host.
 
     Returns:
-        `[N, G, V]` in the dtype of `v`.
+        `[N, T, G, V]` in the dtype of `v`.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
     """
     pages = [slab for slab in pages if len(slab[2])]
-    _check_arguments(q, k, v, pages, tail, index)
+    _check_arguments(q, k, v, keep, pages, tail, index)
     check_platform(q.device)
-    if not q.shape[0]:
-        return v.new_empty(0, q.shape[1], v.shape[1])
-    return ragged_decode_attention_fwd(q, k, v, pages, tail, q.shape[-1] ** -0.5 if scale is None else scale, index)
+    if not q.numel():
+        return v.new_empty(*q.shape[:3], v.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.cuda.device_of(q):
+        return ragged_decode_attention_fwd(q, k, v, keep, pages, tail, scale, index)
 
 
-def _check_arguments(q, k, v, pages, tail, index) -> None:
-    if q.ndim != 3 or q.dtype not in DTYPES:
-        raise ValueError(f"`q` must be [N, G, K] of bfloat16, float16 or float32, got {list(q.shape)} of {q.dtype}.")
-    (streams, _, key_dim), value_dim = q.shape, v.shape[-1]
+def _check_arguments(q, k, v, keep, pages, tail, index) -> None:
+    if q.ndim != 4 or q.dtype not in DTYPES:
+        raise ValueError(
+            f"`q` must be [N, T, G, K] of bfloat16, float16 or float32, got {list(q.shape)} of {q.dtype}."
+        )
+    (streams, length, _, key_dim), value_dim = q.shape, v.shape[-1]
     tail_k, tail_v, fill = tail
     page = tail_k.shape[1] if tail_k.ndim == 3 else 0
     if page < 1 or page & (page - 1):
         raise ValueError(f"`tail` must hold pages [N, p, K], `p` a power of two, got {list(tail_k.shape)}.")
-    expected = [("q", q, q.shape), ("k", k, (streams, key_dim)), ("v", v, (streams, value_dim))]
+    if keep.shape != (streams, length) or keep.dtype != torch.bool or keep.device != q.device:
+        raise ValueError(
+            f"`keep` must be {[streams, length]} of torch.bool on {q.device}, got {list(keep.shape)} of {keep.dtype} "
+            f"on {keep.device}."
+        )
+    expected = [("q", q, q.shape), ("k", k, (streams, length, key_dim)), ("v", v, (streams, length, value_dim))]
     expected += [("tail[0]", tail_k, (streams, page, key_dim)), ("tail[1]", tail_v, (streams, page, value_dim))]
     for i, (keys, values, owner) in enumerate(pages):
         expected.append((f"pages[{i}][0]", keys, (len(owner), page, key_dim)))
@@ -381,49 +469,41 @@ def _check_integers(
         )
 
 
-def _aot_case(key_dim: int) -> dict:
-    """The shipped tile of a head dimension in bfloat16, four queries a stream."""
-    integers = dict.fromkeys(("num_pages", "split_pages"), "i32")
+def _aot_case(key_dim: int, rows: int) -> dict:
+    """The shipped tile of a head dimension and a number of rows in bfloat16."""
+    integers = dict.fromkeys(("num_pages", "split_pages", "rows"), "i32")
     pointers = {"q": "*bf16", "page_list": "*i64"} | dict.fromkeys(("peak", "total", "partial"), "*fp32")
     pointers |= dict.fromkeys(("page_start", "split_start", "split_stream"), "*i32")
+    tile = tile_shape(rows, 16, key_dim, 2)
+    launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    sizes = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
     return {
         "kernel": ragged_decode_attention_fwd_kernel,
         "signature": pointers | integers | {"scale": "fp32"},
-        "constexprs": {
-            "G": 4,
-            "K": key_dim,
-            "V": key_dim,
-            "PAGE": 16,
-            "ALIGNMENT": 16,
-            "BLOCK_G": 16,
-            "BLOCK_N": keys_per_tile(16, key_dim, key_dim, 2),
-            "BLOCK_K": key_dim,
-            "BLOCK_V": key_dim,
-        },
-        "num_warps": 4,
-        "num_stages": 3,
+        "constexprs": sizes | {"PAGE": 16, "ALIGNMENT": 16} | tile,
+        **launch,
     }
 
 
-def _aot_merge_case(key_dim: int) -> dict:
-    pointers = dict.fromkeys(("q", "k", "v", "tail_k", "tail_v", "out"), "*bf16")
-    pointers |= dict.fromkeys(("peak", "total", "partial"), "*fp32") | {"fill": "*i64", "split_start": "*i32"}
+def _aot_merge_case(key_dim: int, block_t: int, near: bool) -> dict:
+    pointers = dict.fromkeys(("q", "k", "v", "tail_k", "tail_v", "out"), "*bf16") | {"keep": "*u8", "fill": "*i64"}
+    pointers |= dict.fromkeys(("peak", "total", "partial"), "*fp32") | {"split_start": "*i32"}
+    given = {"near": "*bf16", "near_lse": "*fp32"} if near else {}
+    absent = {} if near else {"near": None, "near_lse": None}
     sizes = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
     return {
         "kernel": ragged_decode_merge_fwd_kernel,
-        "signature": pointers | {"scale": "fp32"},
-        "constexprs": sizes | {"G": 4, "PAGE": 16, "BLOCK_P": 16, "BLOCK_S": 16},
+        "signature": pointers | given | {"rows": "i32", "scale": "fp32"},
+        "constexprs": sizes | absent | {"G": 4, "PAGE": 16, "BLOCK_P": 16, "BLOCK_T": block_t, "BLOCK_S": 16},
         "num_warps": 4,
         "num_stages": 3,
     }
 
 
 AOT_CASES = [
-    _aot_case(128),
-    _aot_case(64),
-    _aot_case(256),
-    _aot_merge_case(128),
-    _aot_merge_case(64),
+    *(_aot_case(key_dim, rows) for key_dim in (128, 64) for rows in (16, 32, 64, 128)),
+    *(_aot_case(256, rows) for rows in (16, 32, 64)),
+    *(_aot_merge_case(key_dim, *kind) for key_dim in (128, 64, 256) for kind in ((1, False), (16, False), (16, True))),
     {
         "kernel": split_plan_fwd_kernel,
         "signature": {"counts": "*i64"}
