@@ -251,17 +251,18 @@ def _document_borders(seq_idx: torch.Tensor, chunk: int) -> tuple[torch.Tensor, 
     return carried.unsqueeze(1), ending.unsqueeze(1), (before == after).unsqueeze(1)
 
 
-def decode_update_kernel(state: torch.Tensor) -> Callable[..., Any] | None:
-    """The kernel that takes one token through a layer in place, or `None`: then the operations of this file do.
+def decode_kernel(op: str, state: torch.Tensor) -> Callable[..., Any] | None:
+    """A kernel that takes one token through a part of a layer in place, or `None`: then PyTorch's operations do.
 
     It has no backward and no mixed precision.
 
     Args:
+        op: `"decode_update"`, what comes before attention, or `"decode_mix_append"`, what comes after.
         state: `[B, Hk, K, V]` recurrent state of the layer.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
         return None
-    return _kernel("decode_update", state, state.mT)
+    return _kernel(op, state, state.mT)
 
 
 def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -491,7 +492,7 @@ def _group_alike(counts: list[int]) -> list[list[int]]:
 
 
 def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor | None:
-    """What the kernel of `ragged_decode_attention` knows of each slab `(keys, values, owner, rank)`; PyTorch: `None`.
+    """What the kernels know of each slab `(keys, values, owner, rank, scores, positions)`; PyTorch: `None`.
 
     `rank` `[P]` int32 numbers the pages of each stream, from 0. The table holds as long as the tensors stay in place.
     """
@@ -517,7 +518,8 @@ def ragged_decode_attention(
         tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
         scale: factor of the logits; `K ** -0.5` if `None`.
         index: `(slab_table(...), counts [N] int64)`: where the slabs lie and how many tokens each stream holds, which
-            spares the kernel a sort; `None` if it is not known.
+            spares the kernel a sort; `None` if it is not known. With it the last pages may be free: of all, slab by
+            slab, only as many are read as the counts fill.
 
     Returns:
         `[N, G, V]` in the dtype of `v`.
@@ -529,6 +531,8 @@ def ragged_decode_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1]
     tail_k, tail_v, fill = tail
+    if index is not None:
+        pages = _pages_in_use(pages, int((index[1] // tail_k.shape[1]).sum()))
     unused = torch.arange(tail_k.shape[1], device=q.device) >= fill[:, None]
     near = torch.cat([q @ tail_k.mT, q @ k.unsqueeze(-1)], -1).to(dtype) * scale
     near[..., :-1].masked_fill_(unused[:, None], -torch.inf)
@@ -548,10 +552,22 @@ def ragged_decode_attention(
     return (out / total[..., None]).to(v.dtype)
 
 
+def _pages_in_use(
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], number: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The first `number` pages of slabs `(keys, values, owner)`."""
+    in_use = []
+    for keys, values, owner in pages:
+        if number > 0:
+            in_use.append((keys[:number], values[:number], owner[:number]))
+        number -= len(owner)
+    return in_use
+
+
 __all__ = [
     "compact_kept",
     "convolution_state",
-    "decode_update_kernel",
+    "decode_kernel",
     "gated_delta_rule_with_prediction",
     "l2norm",
     "ragged_decode_attention",

@@ -93,15 +93,27 @@ class HAMRouter(nn.Module):
             return l2_score(v, prediction)
         if self.kind == "residual":
             return residual_score(v, prediction, beta)
+        given = self.without_state(hidden_states, positions).expand(v.shape[:-1])
+        if self.kind == "learned_error":
+            return (given + self.error_weight.float() * cosine_score(v, prediction)).sigmoid()
+        return given
+
+    def without_state(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the RNN's state has no part in: scores of `random` and `learned`, logits of `learned_error`.
+
+        Args:
+            hidden_states: `[B, T, D]`; positions: `[B, T]`.
+
+        Returns:
+            `[B, T, Hk]` float32.
+        """
         if self.kind == "random":
-            return random_score(positions, self.layer_idx, self.num_heads).expand(v.shape[:-1])
+            return random_score(positions, self.layer_idx, self.num_heads)
         # In bfloat16 the scores of many tokens would tie.
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden = F.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype))).float()
             logits = F.linear(hidden, self.down_proj.weight.float(), self.down_proj.bias.float())
-        if self.kind == "learned_error":
-            logits = logits + self.error_weight.float() * cosine_score(v, prediction)
-        return logits.sigmoid()
+        return logits if self.kind == "learned_error" else logits.sigmoid()
 
 
 def check_threshold(threshold: object, num_layers: int, batch_size: int, num_heads: int) -> torch.Tensor | None:
