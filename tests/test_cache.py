@@ -307,18 +307,22 @@ def test_bytes_follow_kept_tokens(make_model, others, dtype):
             check("turns", cache)
     del cache
 
-    # The same growth from nothing, token by token, without the rest of the model.
-    layer = HAMCacheLayer()
+    # The same growth from nothing, token by token, without the rest of the model; also with room ahead of need.
     keep = torch.rand(1300, heads) < others
     keep[:, 0] = True
-    for t in range(1300):
-        layer.update(random_step(keep[None, t : t + 1], t, 16, dtype))
-        if t >= 1000:
-            store = layer.store
-            per_token = 32 * dtype.itemsize + 8
-            held = sum(x.untyped_storage().nbytes() for x in layer.tensors())
-            ratio = held / (int(store.counts.sum()) * per_token)
-            ratios["token by token"] = max(ratio, ratios.get("token by token", 0))
+    for ahead in (False, True):
+        layer = HAMCacheLayer()
+        for t in range(1300):
+            layer.update(random_step(keep[None, t : t + 1], t, 16, dtype))
+            if ahead:
+                layer.reserve()
+            if t >= 1000:
+                store = layer.store
+                per_token = 32 * dtype.itemsize + 8
+                held = sum(x.untyped_storage().nbytes() for x in layer.tensors())
+                ratio = held / (int(store.counts.sum()) * per_token)
+                name = "token by token, ahead" if ahead else "token by token"
+                ratios[name] = max(ratio, ratios.get(name, 0))
     print("\nbytes held / bytes of kept tokens:", {name: round(ratio, 3) for name, ratio in ratios.items()})
     assert max(ratios.values()) <= MAX_RATIO, ratios
     assert min(ratios.values()) >= 1
@@ -335,6 +339,38 @@ def test_a_copy_does_not_take_over_addresses(monkeypatch):
     assert torch.equal(store.index()[0], table)
     assert twin.index()[0][0, 0] == twin.slabs[0]["keys"].data_ptr() != table[0, 0]
     assert torch.equal(twin.tokens().keys, store.tokens().keys)
+
+
+@pytest.mark.parametrize("streams", [1, 3, 40])
+def test_room_is_reserved_for_exactly_as_many_steps_as_fit(streams):
+    """As many as fill all free pages if every stream keeps everything; and the host does not look before."""
+    store = PagedStore(streams, 3, 2, torch.float32, torch.device("cpu"))
+    position = itertools.count()
+    for _ in range(12):
+        held = torch.randint(1, 60, (streams,)).tolist()
+        store.append(
+            as_tokens([(n, (0.0, 0.5, next(position))) for n, count in enumerate(held) for _ in range(count)])
+        )
+        assert store.reserved_steps == 0
+        store.reserve()
+        free = store.capacity - sum(store.used)
+
+        def sealed(steps, store=store):
+            return int(((store.fill + steps) // PAGE_SIZE).sum())
+
+        assert store.reserved_steps >= 1
+        assert sealed(store.reserved_steps) <= free < sealed(store.reserved_steps + 1)
+        room = store.reserved_steps, store.capacity
+        with Nothing():
+            store.reserve()
+        assert (store.reserved_steps, store.capacity) == room
+
+
+class Nothing(TorchDispatchMode):
+    """Fails on any operation at all."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
 
 
 def test_turns_fill_what_is_left_of_a_slab():
