@@ -662,6 +662,12 @@ class HAMCacheLayer(CacheLayerMixin):
         """Where the kernel of a decoding step appends, `None` in a linear layer; after `reserve`."""
         return None if self.store is None else self.store.open_pages()
 
+    def addressed(self) -> list[torch.Tensor | None]:
+        """Tensors at whose addresses a decoding step on the device works: while they are the same, so may it be."""
+        store = self.store
+        stored = [] if store is None else [store.counts, store.open_pages()[-1]]
+        return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
+
     def count_step(self) -> None:
         """Takes in that the device has appended, or been told to append, one token to every row by itself."""
         self.seen_tokens += 1

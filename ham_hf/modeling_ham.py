@@ -600,11 +600,13 @@ class HAMModel(HAMPreTrainedModel):
         output_attentions = checked_flags(kwargs, self.config)
         batch, length = check_tokens(input_ids, inputs_embeds, self.config)
         check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
-        thresholds = self._thresholds(threshold, kv_usage, batch)
+        thresholds = self.layer_thresholds(threshold, kv_usage, batch)
         kv_budget = check_kv_budget(kv_budget)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         device = inputs_embeds.device
+        # Here rather than in each layer, where a copy that waits would stall a GPU once a layer.
+        thresholds = [x if x is None else x.to(device, non_blocking=x.device.type == "cpu") for x in thresholds]
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
         past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
@@ -642,7 +644,7 @@ class HAMModel(HAMPreTrainedModel):
         errors = usage_errors(usage.detach(), self.config.target_kv_usage, self.config.threshold_scope)
         return AddGradient.apply(hidden_states, levers, -errors)
 
-    def _thresholds(
+    def layer_thresholds(
         self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
     ) -> list[torch.Tensor | None]:
         """What each layer compares its scores with: `[B or 1, Hk or 1]`, or `None` for the learned threshold."""

@@ -154,7 +154,9 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
         tensor = torch.tensor([float(x) for x in threshold]).view(-1, 1, 1)
     else:
         raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
-    if torch.isnan(tensor).any():
+    # The capture of a CUDA graph forbids to read a GPU's values: who captures has had them checked before.
+    unreadable = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not unreadable and torch.isnan(tensor).any():
         raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
     return tensor
 

@@ -346,11 +346,12 @@ def test_room_is_reserved_for_exactly_as_many_steps_as_fit(streams):
     """As many as fill all free pages if every stream keeps everything; and the host does not look before."""
     store = PagedStore(streams, 3, 2, torch.float32, torch.device("cpu"))
     position = itertools.count()
-    for _ in range(12):
-        held = torch.randint(1, 60, (streams,)).tolist()
-        store.append(
-            as_tokens([(n, (0.0, 0.5, next(position))) for n, count in enumerate(held) for _ in range(count)])
-        )
+    for turn in range(24):
+        more = torch.randint(1, 60, (streams,))
+        if turn % 2:
+            more += (PAGE_SIZE - 1 - store.counts - more) % PAGE_SIZE  # every page lacks one token
+        new = torch.arange(streams).repeat_interleave(more)
+        store.append(as_tokens([(n, (0.0, 0.5, next(position))) for n in new.tolist()]))
         assert store.reserved_steps == 0
         store.reserve()
         free = store.capacity - sum(store.used)
