@@ -665,7 +665,7 @@ class HAMCacheLayer(CacheLayerMixin):
     def addressed(self) -> list[torch.Tensor | None]:
         """Tensors at whose addresses a decoding step on the device works: while they are the same, so may it be."""
         store = self.store
-        stored = [] if store is None else [store.counts, store.open_pages()[-1]]
+        stored = [] if store is None else [store.counts, *(store.index() or ())[:1]]
         return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
 
     def count_step(self) -> None:
