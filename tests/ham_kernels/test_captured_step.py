@@ -2,6 +2,7 @@
 """Holds a decoding step to never waiting for the host, and its replay to the step as the model takes it."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import ham_kernels
 from ham_hf import HAMCache, HAMForCausalLM, cache_ham, decoding, ops_ham
 from ham_hf.decoding import CapturedStep
 
+# The package names its op as the file is named.
+attention = importlib.import_module("ham_kernels.ragged_decode_attention")
 OPS = ("decode_update", "decode_mix_append", "ragged_decode_attention", "slab_table")
 # Operations whose result the host reads, or whose result's shape depends on values, so that it must.
 NEED_THE_HOST = (
@@ -134,19 +137,24 @@ def test_a_mask_for_an_index_is_noticed():
         x[x > 1]
 
 
-def test_the_host_looks_again_only_when_room_may_run_out(tiny_config, on_kernels, device):
+def test_between_growths_the_host_looks_seldom_and_launches_are_the_same(tiny_config, on_kernels, device, monkeypatch):
     model = make_model(tiny_config, device, num_hidden_layers=1, layer_types=["hybrid"])
     cache = prompted(model, torch.randint(1, 97, (1, PROMPT), device=device), threshold=0.0)
     embedded = torch.randn(1, 1, 32, device=device)
-    looked = []
+    store, looked, capacities, sizes = cache.layers[0].store, [], [], []
+    plain = attention.split_sizes
+    monkeypatch.setattr(attention, "split_sizes", lambda *numbers: sizes.append(numbers) or plain(*numbers))
     for step in range(28):
-        if not cache.layers[0].store.reserved_steps:
+        if not store.reserved_steps:
             looked.append(step)
         with torch.no_grad():
             model(inputs_embeds=embedded, past_key_values=cache, threshold=0.0)
+        capacities.append((store.capacity, store.num_streams))
     # Both heads keep everything, have 5 tokens in their open pages, and of the slab's four pages two are free: 11
     # steps to the end of the open pages and 15 more.
     assert looked == [0, 26]
+    assert sizes == capacities
+    assert sizes[25] == sizes[0], "pages became full, and the launches' sizes must not tell"
     assert cache.kept_tokens().tolist() == [[[PROMPT + 28] * 2]]
 
 
