@@ -30,6 +30,8 @@ PAGE_SIZE = 16
 # New slabs are this fraction of what is stored: unused memory stays small and the number of slabs logarithmic.
 SLAB_GROWTH = 1 / 16
 MIN_SLAB_PAGES = 4
+# Shortage of free pages at which a store makes a new slab ahead of need, and at which it does when another has to.
+GROWS, GROWS_WITH_OTHERS = 0.75, 0.25
 FILE_FORMAT = "ham_cache"
 # The fields of a configuration that decide the shapes of a cache.
 SHAPE_FIELDS = (
@@ -75,8 +77,8 @@ class PagedStore:
     of the free ones, little more than one slab.
 
     The device may append by itself, one token a stream at a time (`open_pages`). What is stored is therefore known
-    from `counts` and `full_pages` alone, which the host reads when it needs them; `reserve` gives the device room for
-    as many such steps as it promises.
+    from `counts` and `full_pages` alone, which the host reads when it needs them; `reserve` gives the device room, and
+    `reserved_steps` tells for how many such steps it surely does.
     """
 
     FIELDS = ("keys", "values", "scores", "positions")
@@ -184,9 +186,8 @@ class PagedStore:
         return used
 
     def _grow(self, pages: int) -> None:
-        """A new slab of at least `pages` pages, and in proportion to what there is."""
-        growth = max(MIN_SLAB_PAGES, int(self.capacity * SLAB_GROWTH))
-        self.slabs.append(self._new_pages(max(pages, growth), self.device))
+        """A new slab of so many pages, and not too few."""
+        self.slabs.append(self._new_pages(max(pages, MIN_SLAB_PAGES), self.device))
         self._slab_table = None
 
     def _take(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
@@ -195,7 +196,7 @@ class PagedStore:
         begin = sum(used)
         missing = begin + pages - self.capacity
         if missing > 0:
-            self._grow(missing)
+            self._grow(max(missing, int(self.capacity * SLAB_GROWTH)))
             used.append(0)
         self.full_pages = self.full_pages + pages
         spans, first = [], 0
@@ -206,27 +207,42 @@ class PagedStore:
             first = last
         return spans
 
-    def reserve(self) -> None:
-        """Sees to it that the device can append a token to every stream, and to `reserved_steps` that it can go on.
+    def shortage(self, counts: torch.Tensor) -> float:
+        """Which part of the free pages that it should have the store lacks; 1 if the next token may need one more.
 
-        While that lasts nothing is done. Then it waits for the device, once, and makes a new slab when the free pages
-        have come down to a quarter of one: fewer would soon be due, again and again.
+        Args:
+            counts: `[N]` the store's, on the CPU.
         """
-        if self.reserved_steps:
-            return
-        counts = self.counts.cpu()
-        fill, full = counts % PAGE_SIZE, int((counts // PAGE_SIZE).sum())
-        due, free = int((fill == PAGE_SIZE - 1).sum()), self.capacity - full
-        if free < due or free <= self.capacity * SLAB_GROWTH / 4:
-            self._grow(due - free)
-            free = self.capacity - full
+        free, due = self._free_and_due(counts)
+        if free < due or not self.slabs:
+            return 1.0
+        wanted = int(self.capacity * SLAB_GROWTH)
+        # The smallest slab would be more than what is missing.
+        return 0.0 if wanted - free < MIN_SLAB_PAGES else 1 - free / wanted
+
+    def _free_and_due(self, counts: torch.Tensor) -> tuple[int, int]:
+        """Free pages, and how many become full if every stream keeps the next token."""
+        free = self.capacity - int((counts // PAGE_SIZE).sum())
+        return free, int((counts % PAGE_SIZE == PAGE_SIZE - 1).sum())
+
+    def reserve(self, counts: torch.Tensor, grow: bool) -> None:
+        """Works out `reserved_steps`, after filling up the free pages if it is to `grow`.
+
+        Args:
+            counts: `[N]` the store's, on the CPU.
+            grow: whether to make a new slab, which a `shortage` of 1 demands.
+        """
+        free, due = self._free_and_due(counts)
+        if grow:
+            self._grow(max(due, int(self.capacity * SLAB_GROWTH)) - free)
+            free, _ = self._free_and_due(counts)
         # In 16 steps every stream that keeps all fills one page, in fewer those whose open page is full enough.
         rounds, rest = divmod(free, self.num_streams)
-        sealing = [int((fill + step >= PAGE_SIZE).sum()) for step in range(PAGE_SIZE)]
+        sealing = [int((counts % PAGE_SIZE + step >= PAGE_SIZE).sum()) for step in range(PAGE_SIZE)]
         self.reserved_steps = PAGE_SIZE * rounds + max(step for step, n in enumerate(sealing) if n <= rest)
 
     def open_pages(self) -> tuple[torch.Tensor, ...]:
-        """Where the kernel of a decoding step appends, as it takes it; after `reserve`."""
+        """Where the kernel of a decoding step appends, as it takes it; `reserve` made room."""
         index = self.index()
         if index is None:
             raise ValueError("The device appends to a store that has slabs, and a kernel that knows them.")
@@ -653,13 +669,8 @@ class HAMCacheLayer(CacheLayerMixin):
         survives[order] = _ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
         self.store = self.store.rebuilt(tokens.select(survives))
 
-    def reserve(self) -> None:
-        """Makes room for a token that the device appends by itself; the layer must have seen some."""
-        if self.store is not None:
-            self.store.reserve()
-
     def open_pages(self) -> tuple[torch.Tensor, ...] | None:
-        """Where the kernel of a decoding step appends, `None` in a linear layer; after `reserve`."""
+        """Where the kernel of a decoding step appends, `None` in a linear layer; `HAMCache.reserve` made room."""
         return None if self.store is None else self.store.open_pages()
 
     def addressed(self) -> list[torch.Tensor | None]:
@@ -917,6 +928,22 @@ class HAMCache(Cache):
     def real_tokens(self) -> torch.Tensor | None:
         """`[B]` tokens seen that were not padding, `None` before the first."""
         return self.layers[0].real_tokens if self.is_initialized else None
+
+    def reserve(self) -> None:
+        """Sees to it that the device can append one more token to every head of every row by itself.
+
+        For as many steps as the free pages surely suffice nothing is done. Then the host waits for the device and
+        looks at all layers. They grow together, because a captured step does not outlive growth: when one has used up
+        three quarters of what it had, all that have used up a quarter.
+        """
+        stores = [store for store in self._stores() if store is not None]
+        if all(store.reserved_steps for store in stores):
+            return
+        counts = [store.counts.cpu() for store in stores]
+        shortages = [store.shortage(n) for store, n in zip(stores, counts, strict=True)]
+        least = GROWS_WITH_OTHERS if max(shortages) >= GROWS else GROWS
+        for store, n, shortage in zip(stores, counts, shortages, strict=True):
+            store.reserve(n, grow=shortage >= least)
 
     def kept_tokens(self) -> torch.Tensor:
         """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""

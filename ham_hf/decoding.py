@@ -86,9 +86,8 @@ class CapturedStep:
         _check_cache(self.cache, rows=len(self._tokens))
         self._check_tokens(tokens)
         self._tokens.copy_(tokens[:, None])
+        self.cache.reserve()
         layers = self.cache.layers
-        for layer in layers:
-            layer.reserve()
         addressed = [x for layer in layers for x in layer.addressed()]
         recording = self._recording
         if recording is not None and _same(addressed, recording.addressed):

@@ -224,6 +224,8 @@ class HAMMixer(nn.Module):
             # A full head drops tokens, and an offloaded layer moves its pages: then the host appends.
             kernels = self._decoding_kernels(hidden_states, tokens, cache, kv_budget is None and not offloaded)
             if kernels is not None:
+                if past_key_values is not None and kernels[1] is not None:
+                    past_key_values.reserve()
                 out = self._decode(kernels, hidden_states, position_embeddings, tokens, cache, threshold, kv_budget)
                 if offloaded:
                     cache.offload()
@@ -310,8 +312,6 @@ class HAMMixer(nn.Module):
         )
         scores, o_kv = None, None
         if self.has_attention:
-            if append is not None:
-                cache.reserve()
             q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
             o_kv = self._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
         if append is not None:

@@ -109,8 +109,7 @@ def test_a_step_never_waits_for_the_host(router, tiny_config, on_kernels, device
     cache = prompted(model, ids)
     embedded = model.get_input_embeddings()(ids)  # ids on a CPU are looked at, to be refused if they are out of range
     kept = cache.kept_tokens()
-    for layer in cache.layers:
-        layer.reserve()
+    cache.reserve()
     with torch.no_grad(), WithoutHost():
         for t in range(PROMPT, PROMPT + 3):
             model(inputs_embeds=embedded[:, t : t + 1], past_key_values=cache)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from ham_hf.cache_ham import PAGE_SIZE, KeptTokens, PagedStore
+from ham_hf.cache_ham import GROWS, PAGE_SIZE, KeptTokens, PagedStore
 from ham_kernels import fused_decode_step
 from ham_kernels.fused_decode_step import DecodeUpdate, decode_mix_append
 from ham_kernels.ragged_decode_attention import ragged_decode_attention, slab_table
@@ -24,6 +24,12 @@ class DeviceStore(PagedStore):
         for name in ("keys", "values", "scores"):
             new[name].fill_(torch.nan)
         return new
+
+    def make_room(self):
+        """What HAMCache does for a single store, before a step that it then counts."""
+        if not self.reserved_steps:
+            counts = self.counts.cpu()
+            self.reserve(counts, grow=self.shortage(counts) >= GROWS)
 
     def index(self):
         if not self.slabs:
@@ -84,7 +90,7 @@ def run(mix, update, store, position=0, real=None, real_tokens=None):
     batch, device = len(update.o), update.o.device
     arguments = {name: x for name, x in mix.items() if name != "o_rnn"}
     if update.k is not None:
-        store.reserve()
+        store.make_room()
         store.reserved_steps -= 1
         arguments["pages"] = store.open_pages()
     return decode_mix_append(
@@ -232,7 +238,7 @@ def test_a_layer_without_attention_counts_tokens(device):
 )
 def test_bad_arguments_are_refused(changes, message):
     mix, update, store = make("cpu")
-    store.reserve()
+    store.make_room()
     arguments = {"update": update, "positions": torch.zeros(2).long(), "real_tokens": torch.zeros(2).long()}
     arguments |= {name: x for name, x in mix.items() if name != "o_rnn"} | {"pages": store.open_pages()}
     with pytest.raises(ValueError, match=message):
@@ -242,7 +248,7 @@ def test_bad_arguments_are_refused(changes, message):
 
 def test_slabs_that_lack_scores_are_refused():
     mix, update, store = make("cpu")
-    store.reserve()
+    store.make_room()
     pages = (*store.open_pages()[:-1], store.open_pages()[-1][:, :6].contiguous())
     arguments = {name: x for name, x in mix.items() if name != "o_rnn"} | {"pages": pages}
     with pytest.raises(ValueError, match=r"`pages.slabs` must be \[1, 8\]"):
