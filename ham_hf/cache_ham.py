@@ -30,6 +30,8 @@ PAGE_SIZE = 16
 # New slabs are this fraction of what is stored: unused memory stays small and the number of slabs logarithmic.
 SLAB_GROWTH = 1 / 16
 MIN_SLAB_PAGES = 4
+# Shortage of free pages at which a store makes a new slab ahead of need, and at which it does when another has to.
+GROWS, GROWS_WITH_OTHERS = 0.75, 0.25
 FILE_FORMAT = "ham_cache"
 # The fields of a configuration that decide the shapes of a cache.
 SHAPE_FIELDS = (
@@ -70,8 +72,13 @@ class KeptTokens:
 class PagedStore:
     """Append-only storage of kept tokens for `num_streams` streams of any length, in pages that never move.
 
-    Each stream fills an open page of its own; a full page is copied once, to the end of the last slab. So appending is
-    amortised O(1), no step copies what is stored, and a stream wastes less than one page plus its share of one slab.
+    Each stream fills an open page of its own; a full page is copied once, to the next free page of the slabs. So
+    appending is amortised O(1), no step copies what is stored, and a stream wastes less than one page plus its share
+    of the free ones, little more than one slab.
+
+    The device may append by itself, one token a stream at a time (`open_pages`). What is stored is therefore known
+    from `counts` and `full_pages` alone, which the host reads when it needs them; `reserve` gives the device room, and
+    `reserved_steps` tells for how many such steps it surely does.
     """
 
     FIELDS = ("keys", "values", "scores", "positions")
@@ -81,9 +88,10 @@ class PagedStore:
         self.key_dim, self.value_dim = key_dim, value_dim
         self.dtype = dtype
         self.slabs: list[dict[str, torch.Tensor]] = []
-        self.used: list[int] = []
         self.counts = torch.zeros(num_streams, dtype=torch.long, device=device)
+        self.full_pages = torch.zeros((), dtype=torch.long, device=device)
         self.tail = self._new_pages(num_streams, device)
+        self.reserved_steps = 0
         self._slab_table: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,11 +121,12 @@ class PagedStore:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the store holds: their bytes are the bytes it costs."""
         table = [] if self._slab_table is None else [self._slab_table]
-        return [self.counts, *table, *self.tail.values(), *(x for slab in self.slabs for x in slab.values())]
+        pages = [x for slab in (self.tail, *self.slabs) for x in slab.values()]
+        return [self.counts, self.full_pages, *table, *pages]
 
     def to(self, device: torch.device) -> None:
         """Moves every tensor to `device`."""
-        self.counts = self.counts.to(device)
+        self.counts, self.full_pages = self.counts.to(device), self.full_pages.to(device)
         self.tail = {name: x.to(device) for name, x in self.tail.items()}
         self.slabs = [{name: x.to(device) for name, x in slab.items()} for slab in self.slabs]
         self._slab_table = None
@@ -130,7 +139,7 @@ class PagedStore:
         slot = self.fill[tokens.streams] + _ranks(tokens.streams, added)
         pages, self_fill = (self.fill + added) // PAGE_SIZE, self.fill
         sealed_before = self.counts // PAGE_SIZE
-        self.counts = self.counts + added
+        self.counts, self.reserved_steps = self.counts + added, 0
         total = int(pages.sum())
         if total == 0:
             self._write(self.tail, tokens, tokens.streams, slot)
@@ -146,7 +155,7 @@ class PagedStore:
         opened = KeptTokens(**fields, streams=stream)
         owner = torch.repeat_interleave(pages, output_size=total)
         rank = sealed_before[owner] + _ranks(owner, pages)
-        for slab, offset, first, last in self._reserve(total):
+        for slab, offset, first, last in self._take(total):
             slab["owner"][offset : offset + last - first] = owner[first:last]
             slab["rank"][offset : offset + last - first] = rank[first:last]
             for part, part_page, part_column in ((opened, start[stream], opened_column), (sealed, page, column)):
@@ -162,21 +171,82 @@ class PagedStore:
         for name in self.FIELDS:
             pages[name][page, slot] = getattr(tokens, name)
 
-    def _reserve(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
-        """Room for `pages` more full pages: `(slab, offset, first, last)` takes pages `first` to `last` of them."""
-        room = len(self.slabs[-1]["owner"]) - self.used[-1] if self.slabs else 0
-        spans = []
-        # What is left of the last slab is used up first: room left behind would never be filled.
-        if room:
-            spans.append((self.slabs[-1], self.used[-1], 0, min(room, pages)))
-            self.used[-1] += min(room, pages)
-        if pages > room:
-            growth = max(MIN_SLAB_PAGES, int(sum(self.used) * SLAB_GROWTH))
-            self.slabs.append(self._new_pages(max(pages - room, growth), self.device))
-            self.used.append(pages - room)
-            self._slab_table = None
-            spans.append((self.slabs[-1], 0, room, pages))
+    @property
+    def capacity(self) -> int:
+        """Pages of the slabs, used and free."""
+        return sum(len(slab["owner"]) for slab in self.slabs)
+
+    @property
+    def used(self) -> list[int]:
+        """Full pages of each slab: slabs are filled one after the other. It waits for the device."""
+        left, used = int(self.full_pages), []
+        for slab in self.slabs:
+            used.append(min(left, len(slab["owner"])))
+            left -= used[-1]
+        return used
+
+    def _grow(self, pages: int) -> None:
+        """A new slab of so many pages, and not too few."""
+        self.slabs.append(self._new_pages(max(pages, MIN_SLAB_PAGES), self.device))
+        self._slab_table = None
+
+    def _take(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
+        """The next `pages` free pages: `(slab, offset, first, last)` has those from `first` to `last` of them."""
+        used = self.used
+        begin = sum(used)
+        missing = begin + pages - self.capacity
+        if missing > 0:
+            self._grow(max(missing, int(self.capacity * SLAB_GROWTH)))
+            used.append(0)
+        self.full_pages = self.full_pages + pages
+        spans, first = [], 0
+        for slab, offset in zip(self.slabs, used, strict=True):
+            last = min(first + len(slab["owner"]) - offset, pages)
+            if last > first:
+                spans.append((slab, offset, first, last))
+            first = last
         return spans
+
+    def shortage(self, counts: torch.Tensor) -> float:
+        """Which part of the free pages that it should have the store lacks; 1 if the next token may need one more.
+
+        Args:
+            counts: `[N]` the store's, on the CPU.
+        """
+        free, due = self._free_and_due(counts)
+        if free < due or not self.slabs:
+            return 1.0
+        wanted = int(self.capacity * SLAB_GROWTH)
+        # The smallest slab would be more than what is missing.
+        return 0.0 if wanted - free < MIN_SLAB_PAGES else 1 - free / wanted
+
+    def _free_and_due(self, counts: torch.Tensor) -> tuple[int, int]:
+        """Free pages, and how many become full if every stream keeps the next token."""
+        free = self.capacity - int((counts // PAGE_SIZE).sum())
+        return free, int((counts % PAGE_SIZE == PAGE_SIZE - 1).sum())
+
+    def reserve(self, counts: torch.Tensor, grow: bool) -> None:
+        """Works out `reserved_steps`, after filling up the free pages if it is to `grow`.
+
+        Args:
+            counts: `[N]` the store's, on the CPU.
+            grow: whether to make a new slab, which a `shortage` of 1 demands.
+        """
+        free, due = self._free_and_due(counts)
+        if grow:
+            self._grow(max(due, int(self.capacity * SLAB_GROWTH)) - free)
+            free, _ = self._free_and_due(counts)
+        # In 16 steps every stream that keeps all fills one page, in fewer those whose open page is full enough.
+        rounds, rest = divmod(free, self.num_streams)
+        sealing = [int((counts % PAGE_SIZE + step >= PAGE_SIZE).sum()) for step in range(PAGE_SIZE)]
+        self.reserved_steps = PAGE_SIZE * rounds + max(step for step, n in enumerate(sealing) if n <= rest)
+
+    def open_pages(self) -> tuple[torch.Tensor, ...]:
+        """Where the kernel of a decoding step appends, as it takes it; `reserve` made room."""
+        index = self.index()
+        if index is None:
+            raise ValueError("The device appends to a store that has slabs, and a kernel that knows them.")
+        return *(self.tail[name] for name in self.FIELDS), self.counts, self.full_pages, index[0]
 
     def pages(self) -> list[dict[str, torch.Tensor]]:
         """The full pages of every slab, as views."""
@@ -185,7 +255,7 @@ class PagedStore:
     def index(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Where the slabs lie and how many tokens each stream holds, if a kernel wants to know."""
         if self._slab_table is None and self.slabs:
-            fields = ("keys", "values", "owner", "rank")
+            fields = ("keys", "values", "owner", "rank", "scores", "positions")
             self._slab_table = slab_table([tuple(slab[name] for name in fields) for slab in self.slabs])
         return None if self._slab_table is None else (self._slab_table, self.counts)
 
@@ -244,13 +314,18 @@ class PagedStore:
     def mark(self) -> dict:
         """What `rollback` needs to forget every later append: counters and the open pages, never the full ones."""
         tail = {name: x.clone() for name, x in self.tail.items()}
-        return {"counts": self.counts, "tail": tail, "used": list(self.used)}
+        return {
+            "counts": self.counts.clone(),
+            "full_pages": self.full_pages.clone(),
+            "tail": tail,
+            "slabs": len(self.slabs),
+        }
 
     def rollback(self, mark: dict) -> None:
         """Forgets what was appended since `mark`."""
-        self.counts, self.tail, self.used = mark["counts"], mark["tail"], list(mark["used"])
-        del self.slabs[len(self.used) :]
-        self._slab_table = None
+        self.counts, self.full_pages, self.tail = mark["counts"], mark["full_pages"], mark["tail"]
+        del self.slabs[mark["slabs"] :]
+        self.reserved_steps, self._slab_table = 0, None
 
 
 @dataclass
@@ -438,9 +513,12 @@ def _attend_stored(
     """Attention of new tokens over a store, the kept ones among themselves, and themselves; shapes of `attend_new`."""
     heads = k.shape[2]
     q, k, v, keep = (x.transpose(1, 2).flatten(0, 1) for x in (q.unflatten(2, (heads, -1)), k, v, keep))
-    pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
+    index = store.index()
+    # Given an index the operation counts the pages in use itself, and whole slabs are the same until the store grows.
+    slabs = store.pages() if index is None else store.slabs
+    pages = [(x["keys"], x["values"], x["owner"]) for x in slabs]
     tail = (store.tail["keys"], store.tail["values"], store.fill)
-    out = ragged_decode_attention(q, k, v, keep, pages, tail, index=store.index())
+    out = ragged_decode_attention(q, k, v, keep, pages, tail, index=index)
     return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2, 3)
 
 
@@ -594,6 +672,22 @@ class HAMCacheLayer(CacheLayerMixin):
         survives[order] = _ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
         self.store = self.store.rebuilt(tokens.select(survives))
 
+    def open_pages(self) -> tuple[torch.Tensor, ...] | None:
+        """Where the kernel of a decoding step appends, `None` in a linear layer; `HAMCache.reserve` made room."""
+        return None if self.store is None else self.store.open_pages()
+
+    def addressed(self) -> list[torch.Tensor | None]:
+        """Tensors at whose addresses a decoding step on the device works: while they are the same, so may it be."""
+        store = self.store
+        stored = [] if store is None else [store.counts, *(store.index() or ())[:1]]
+        return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
+
+    def count_step(self) -> None:
+        """Takes in that the device has appended, or been told to append, one token to every row by itself."""
+        self.seen_tokens += 1
+        if self.store is not None:
+            self.store.reserved_steps -= 1
+
     def _snapshot(self, step: LayerStep) -> dict:
         conv_state = self.conv_state
         if conv_state is None and step.conv_state is not None:
@@ -696,10 +790,11 @@ class HAMCacheLayer(CacheLayerMixin):
         steps = [x for step in self._steps for x in [*vars(step).values(), *(step.rnn or ())]]
         base = [] if self._base is None else [self._base["conv_state"], self._base["recurrent_state"]]
         if self._base is not None and self._base["store"] is not None:
-            base.extend(self._base["store"]["tail"].values())
+            store = self._base["store"]
+            base.extend([store["counts"], store["full_pages"], *store["tail"].values()])
         own = [self.conv_state, self.recurrent_state, self.real_tokens, *steps, *base]
-        store = [] if self.store is None else self.store.tensors()
-        return [x for x in own if isinstance(x, torch.Tensor)] + store
+        stored = [] if self.store is None else self.store.tensors()
+        return [x for x in own if isinstance(x, torch.Tensor)] + stored
 
     def state_bytes(self) -> int:
         """Bytes of what does not grow: convolution and recurrent state."""
@@ -836,6 +931,22 @@ class HAMCache(Cache):
     def real_tokens(self) -> torch.Tensor | None:
         """`[B]` tokens seen that were not padding, `None` before the first."""
         return self.layers[0].real_tokens if self.is_initialized else None
+
+    def reserve(self) -> None:
+        """Sees to it that the device can append one more token to every head of every row by itself.
+
+        For as many steps as the free pages surely suffice nothing is done. Then the host waits for the device and
+        looks at all layers. They grow together, because a captured step does not outlive growth: when one has used up
+        three quarters of what it had, all that have used up a quarter.
+        """
+        stores = [store for store in self._stores() if store is not None]
+        if all(store.reserved_steps for store in stores):
+            return
+        counts = [store.counts.cpu() for store in stores]
+        shortages = [store.shortage(n) for store, n in zip(stores, counts, strict=True)]
+        least = GROWS_WITH_OTHERS if max(shortages) >= GROWS else GROWS
+        for store, n, shortage in zip(stores, counts, shortages, strict=True):
+            store.reserve(n, grow=shortage >= least)
 
     def kept_tokens(self) -> torch.Tensor:
         """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""

@@ -34,7 +34,7 @@ from .inputs_ham import (
     packed_documents,
     token_layout,
 )
-from .ops_ham import decode_update_kernel, gated_delta_rule_with_prediction, l2norm, short_convolution
+from .ops_ham import decode_kernel, gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
     NUM_QUANTILES,
     HAMRouter,
@@ -221,9 +221,12 @@ class HAMMixer(nn.Module):
         if self.layer_type != "hybrid":
             kv_budget = None
         if cache is not None and not output_attentions:
-            kernel = self._decoding_kernel(hidden_states, tokens, cache)
-            if kernel is not None:
-                out = self._decode(kernel, hidden_states, position_embeddings, tokens, cache, threshold, kv_budget)
+            # A full head drops tokens, and an offloaded layer moves its pages: then the host appends.
+            kernels = self._decoding_kernels(hidden_states, tokens, cache, kv_budget is None and not offloaded)
+            if kernels is not None:
+                if past_key_values is not None and kernels[1] is not None:
+                    past_key_values.reserve()
+                out = self._decode(kernels, hidden_states, position_embeddings, tokens, cache, threshold, kv_budget)
                 if offloaded:
                     cache.offload()
                 return out
@@ -260,36 +263,42 @@ class HAMMixer(nn.Module):
             control = self._control(keep, tokens)
         return self._mix(hidden_states, o_rnn, o_kv), weights, scores, control
 
-    def _decoding_kernel(
-        self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer
-    ) -> Callable[..., Any] | None:
-        """The kernel that takes a single token past everything but the kept ones, where there is one."""
+    def _decoding_kernels(
+        self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer, appends: bool
+    ) -> tuple[Callable[..., Any], Callable[..., Any] | None] | None:
+        """The kernels of a single token, where there are any: before attention and, if it `appends`, after it."""
         one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
-        known_score = self.layer_type == "hybrid" and self.config.router in ERROR_ROUTERS
-        # It updates the states in place, which a cache that is to be rolled back needs as they were.
-        if not one_token or not known_score or self.training or cache.record_past:
+        # They update the states in place, which a cache that is to be rolled back needs as they were.
+        if not one_token or not self.has_rnn or self.training or cache.record_past:
             return None
         if cache.conv_state is None or cache.recurrent_state is None:
             return None
         # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
         if cache.conv_state.dtype != self.conv.weight.dtype:
             return None
-        return decode_update_kernel(cache.recurrent_state)
+        update = decode_kernel("decode_update", cache.recurrent_state)
+        if update is None:
+            return None
+        return update, decode_kernel("decode_mix_append", cache.recurrent_state) if appends else None
 
     def _decode(
         self,
-        kernel: Callable[..., Any],
+        kernels: tuple[Callable[..., Any], Callable[..., Any] | None],
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: TokenLayout,
         cache: HAMCacheLayer,
         threshold: torch.Tensor | None,
         kv_budget: int | None,
-    ) -> tuple[torch.Tensor, None, torch.Tensor, None]:
-        """`forward` for a single token, with all but the projections and the attention in one kernel."""
+    ) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
+        """`forward` for a single token, in kernels: what comes before attention and, if there is one, what follows.
+
+        With the second kernel nothing waits for the host while the cache has room `reserve`d.
+        """
+        update, append = kernels
         x = hidden_states.squeeze(1)
-        threshold = self.threshold.detach().float()[None] if threshold is None else threshold.to(x.device)
-        out = kernel(
+        real = None if tokens.real is None else tokens.real.squeeze(1).contiguous()
+        out = update(
             torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
             cache.conv_state,
             self.conv.weight,
@@ -298,20 +307,82 @@ class HAMMixer(nn.Module):
             self.A_log.float(),
             self.dt_bias.float(),
             cache.recurrent_state,
-            threshold,
-            score=self.config.router,
-            real=None if tokens.real is None else tokens.real.squeeze(1).contiguous(),
-            norm_weights=(self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else None,
-            rope=position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
-            attention_conv=self.config.attention_conv,
-            eps=self.config.rms_norm_eps,
+            real=real,
+            **self._decoding_attention(hidden_states, position_embeddings, tokens, threshold),
         )
-        o_rnn, q, k, v, scores, keep = (y.unsqueeze(1) for y in out)
-        o_kv = self._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
-        step = LayerStep(tokens.positions, tokens.real, keys=k, values=v, scores=scores, keep=keep)
+        scores, o_kv = None, None
+        if self.has_attention:
+            q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
+            o_kv = self._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
+        if append is not None:
+            mixed = self._mix_and_append(append, x, out, o_kv, real, tokens, cache)
+            return mixed.unsqueeze(1), None, scores, None
+        step = LayerStep(tokens.positions, tokens.real)
+        if self.has_attention:
+            step.keys, step.values, step.scores, step.keep = k, v, scores, keep
         step.conv_state, step.recurrent_state = cache.conv_state, cache.recurrent_state
         cache.update(step, kv_budget)
-        return self._mix(hidden_states, o_rnn, o_kv), None, scores, None
+        return self._mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
+
+    def _decoding_attention(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: TokenLayout,
+        threshold: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """What the kernel of a single token wants to know of the layer's attention, and of what it keeps."""
+        config = self.config
+        if not self.has_attention:
+            return {"threshold": None, "score": None}
+        arguments: dict[str, Any] = {"score": config.router}
+        if config.router not in ERROR_ROUTERS:
+            arguments["given"] = self.router.without_state(hidden_states, tokens.positions).squeeze(1)
+            arguments["scale_values"] = config.router in LEARNED_ROUTERS
+            if config.router == "learned_error":
+                arguments["error_weight"] = self.router.error_weight.float()
+            else:
+                arguments["score"] = "given"
+        return arguments | {
+            "threshold": self._threshold(threshold, hidden_states.device),
+            "norm_weights": (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None,
+            "rope": position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
+            "attention_conv": config.attention_conv,
+            "eps": config.rms_norm_eps,
+        }
+
+    def _mix_and_append(
+        self,
+        kernel: Callable[..., Any],
+        x: torch.Tensor,
+        update: tuple[torch.Tensor, ...],
+        o_kv: torch.Tensor | None,
+        real: torch.Tensor | None,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer,
+    ) -> torch.Tensor:
+        """`_mix` of a single token `[B, D]`, in a kernel that also gives the cache what it is to hold of the token."""
+        config = self.config
+        attention: dict[str, Any] = {}
+        if o_kv is not None:
+            attention["o_kv"] = o_kv.squeeze(1)
+            attention["gates"] = (self.rnn_gate_proj(x), self.kv_gate_proj(x))
+        mixed = kernel(
+            update,
+            tokens.positions.squeeze(1),
+            cache.real_tokens,
+            real=real,
+            norm_weights=(
+                self.rnn_norm.weight if config.rnn_output_norm else None,
+                self.kv_norm.weight if self.has_attention and config.kv_output_norm else None,
+            ),
+            output_gate=self.z_proj(x) if config.output_gate else None,
+            pages=cache.open_pages(),
+            eps=config.rms_norm_eps,
+            **attention,
+        )
+        cache.count_step()
+        return self.o_proj(mixed)
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
@@ -359,12 +430,14 @@ class HAMMixer(nn.Module):
             scores = torch.ones(k.shape[:3], device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         else:
-            threshold = self.threshold.detach().float()[None] if threshold is None else threshold.to(scores.device)
             scores = scores.detach()
-            keep = scores >= threshold[:, None]
+            keep = scores >= self._threshold(threshold, scores.device)[:, None]
         if tokens.real is not None:
             keep = keep & tokens.real[..., None]
         return scores, keep
+
+    def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
 
     def _control(self, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
         """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
@@ -528,11 +601,13 @@ class HAMModel(HAMPreTrainedModel):
         output_attentions = checked_flags(kwargs, self.config)
         batch, length = check_tokens(input_ids, inputs_embeds, self.config)
         check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
-        thresholds = self._thresholds(threshold, kv_usage, batch)
+        thresholds = self.layer_thresholds(threshold, kv_usage, batch)
         kv_budget = check_kv_budget(kv_budget)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         device = inputs_embeds.device
+        # Here rather than in each layer, where a copy that waits would stall a GPU once a layer.
+        thresholds = [x if x is None else x.to(device, non_blocking=x.device.type == "cpu") for x in thresholds]
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
         past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
@@ -570,7 +645,7 @@ class HAMModel(HAMPreTrainedModel):
         errors = usage_errors(usage.detach(), self.config.target_kv_usage, self.config.threshold_scope)
         return AddGradient.apply(hidden_states, levers, -errors)
 
-    def _thresholds(
+    def layer_thresholds(
         self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
     ) -> list[torch.Tensor | None]:
         """What each layer compares its scores with: `[B or 1, Hk or 1]`, or `None` for the learned threshold."""

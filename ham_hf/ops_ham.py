@@ -302,17 +302,18 @@ def _document_borders(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return documents == before, documents == after, (before == after).squeeze(-1)
 
 
-def decode_update_kernel(state: torch.Tensor) -> Callable[..., Any] | None:
-    """The kernel that takes one token through a layer in place, or `None`: then the operations of this file do.
+def decode_kernel(op: str, state: torch.Tensor) -> Callable[..., Any] | None:
+    """A kernel that takes one token through a part of a layer in place, or `None`: then PyTorch's operations do.
 
     It has no backward and no mixed precision.
 
     Args:
+        op: `"decode_update"`, what comes before attention, or `"decode_mix_append"`, what comes after.
         state: `[B, Hk, K, V]` recurrent state of the layer.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
         return None
-    return _kernel("decode_update", state, state.mT)
+    return _kernel(op, state, state.mT)
 
 
 def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -542,7 +543,7 @@ def _group_alike(counts: list[int]) -> list[list[int]]:
 
 
 def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor | None:
-    """What the kernel of `ragged_decode_attention` knows of each slab `(keys, values, owner, rank)`; PyTorch: `None`.
+    """What the kernels know of each slab `(keys, values, owner, rank, scores, positions)`; PyTorch: `None`.
 
     `rank` `[P]` int32 numbers the pages of each stream, from 0. The table holds as long as the tensors stay in place.
     """
@@ -573,7 +574,8 @@ def ragged_decode_attention(
         tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
         scale: factor of the logits; `K ** -0.5` if `None`.
         index: `(slab_table(...), counts [N] int64)`: where the slabs lie and how many tokens each stream holds, which
-            spares the kernel a sort; `None` if it is not known.
+            spares the kernel a sort; `None` if it is not known. With it the last pages may be free: of all, slab by
+            slab, only as many are read as the counts fill.
 
     Returns:
         `[N, T, G, V]` in the dtype of `v`.
@@ -582,6 +584,8 @@ def ragged_decode_attention(
     if not needs_gradient and (kernel := _kernel("ragged_decode_attention", k, v)):
         return kernel(q, k, v, keep, pages, tail, scale, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if index is not None:
+        pages = _pages_in_use(pages, int((index[1] // tail[0].shape[1]).sum()))
     form = _attend_page_by_page if q.shape[1] * q.shape[2] <= PAGED_QUERIES else _attend_stream_by_stream
     return form(q, k, v, keep, pages, tail, scale)
 
@@ -684,10 +688,22 @@ def _gather_pages(
     return [x.flatten(1, 2).unsqueeze(1) for x in gathered]
 
 
+def _pages_in_use(
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], number: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The first `number` pages of slabs `(keys, values, owner)`."""
+    in_use = []
+    for keys, values, owner in pages:
+        if number > 0:
+            in_use.append((keys[:number], values[:number], owner[:number]))
+        number -= len(owner)
+    return in_use
+
+
 __all__ = [
     "compact_kept",
     "convolution_state",
-    "decode_update_kernel",
+    "decode_kernel",
     "gated_delta_rule_with_prediction",
     "l2norm",
     "ragged_decode_attention",

@@ -104,16 +104,27 @@ class HAMRouter(nn.Module):
         """
         if self.kind in ERROR_ROUTERS:
             return errors
+        given = self.without_state(hidden_states, positions).expand(*hidden_states.shape[:2], self.num_heads)
+        if self.kind == "learned_error":
+            return (given + self.error_weight.float() * errors).sigmoid()
+        return given
+
+    def without_state(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the RNN's state has no part in: scores of `random` and `learned`, logits of `learned_error`.
+
+        Args:
+            hidden_states: `[B, T, D]`; positions: `[B, T]`.
+
+        Returns:
+            `[B, T, Hk]` float32.
+        """
         if self.kind == "random":
-            scores = random_score(positions, self.layer_idx, self.num_heads)
-            return scores.expand(*hidden_states.shape[:2], self.num_heads)
+            return random_score(positions, self.layer_idx, self.num_heads)
         # In bfloat16 the scores of many tokens would tie.
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden = F.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype))).float()
             logits = F.linear(hidden, self.down_proj.weight.float(), self.down_proj.bias.float())
-        if self.kind == "learned_error":
-            logits = logits + self.error_weight.float() * errors
-        return logits.sigmoid()
+        return logits if self.kind == "learned_error" else logits.sigmoid()
 
 
 def check_threshold(threshold: object, num_layers: int, batch_size: int, num_heads: int) -> torch.Tensor | None:
@@ -154,7 +165,9 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
         tensor = torch.tensor([float(x) for x in threshold]).view(-1, 1, 1)
     else:
         raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
-    if torch.isnan(tensor).any():
+    # The capture of a CUDA graph forbids to read a GPU's values: who captures has had them checked before.
+    unreadable = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not unreadable and torch.isnan(tensor).any():
         raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
     return tensor
 

@@ -18,7 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ham_hf import HAMCache, HAMForCausalLM, cache_ham
-from ham_hf.cache_ham import MIN_SLAB_PAGES, PAGE_SIZE, SLAB_GROWTH, HAMCacheLayer, KeptTokens, LayerStep, PagedStore
+from ham_hf.cache_ham import (
+    GROWS,
+    GROWS_WITH_OTHERS,
+    MIN_SLAB_PAGES,
+    PAGE_SIZE,
+    SLAB_GROWTH,
+    HAMCacheLayer,
+    KeptTokens,
+    LayerStep,
+    PagedStore,
+)
 from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction as naive_delta_rule
 from ham_hf.reference_ham import naive_short_convolution, naive_sparse_attention, naive_surviving_tokens
 from ham_hf.routing_ham import cosine_score, random_score
@@ -307,18 +317,23 @@ def test_bytes_follow_kept_tokens(make_model, others, dtype):
             check("turns", cache)
     del cache
 
-    # The same growth from nothing, token by token, without the rest of the model.
-    layer = HAMCacheLayer()
+    # The same growth from nothing, token by token, without the rest of the model; also with room ahead of need.
     keep = torch.rand(1300, heads) < others
     keep[:, 0] = True
-    for t in range(1300):
-        layer.update(random_step(keep[None, t : t + 1], t, 16, dtype))
-        if t >= 1000:
-            store = layer.store
-            per_token = 32 * dtype.itemsize + 8
-            held = sum(x.untyped_storage().nbytes() for x in layer.tensors())
-            ratio = held / (int(store.counts.sum()) * per_token)
-            ratios["token by token"] = max(ratio, ratios.get("token by token", 0))
+    for ahead in (False, True):
+        layer = HAMCacheLayer()
+        for t in range(1300):
+            layer.update(random_step(keep[None, t : t + 1], t, 16, dtype))
+            if ahead and not layer.store.reserved_steps:
+                counts = layer.store.counts
+                layer.store.reserve(counts, grow=layer.store.shortage(counts) >= GROWS_WITH_OTHERS)
+            if t >= 1000:
+                store = layer.store
+                per_token = 32 * dtype.itemsize + 8
+                held = sum(x.untyped_storage().nbytes() for x in layer.tensors())
+                ratio = held / (int(store.counts.sum()) * per_token)
+                name = "token by token, ahead" if ahead else "token by token"
+                ratios[name] = max(ratio, ratios.get(name, 0))
     print("\nbytes held / bytes of kept tokens:", {name: round(ratio, 3) for name, ratio in ratios.items()})
     assert max(ratios.values()) <= MAX_RATIO, ratios
     assert min(ratios.values()) >= 1
@@ -335,6 +350,60 @@ def test_a_copy_does_not_take_over_addresses(monkeypatch):
     assert torch.equal(store.index()[0], table)
     assert twin.index()[0][0, 0] == twin.slabs[0]["keys"].data_ptr() != table[0, 0]
     assert torch.equal(twin.tokens().keys, store.tokens().keys)
+
+
+@pytest.mark.parametrize("streams", [1, 3, 40])
+def test_room_is_reserved_for_exactly_as_many_steps_as_fit(streams):
+    """As many as fill all free pages if every stream keeps everything; and the host does not look before."""
+    store = PagedStore(streams, 3, 2, torch.float32, torch.device("cpu"))
+    position = itertools.count()
+    for turn in range(24):
+        more = torch.randint(1, 60, (streams,))
+        if turn % 2:
+            more += (PAGE_SIZE - 1 - store.counts - more) % PAGE_SIZE  # every page lacks one token
+        new = torch.arange(streams).repeat_interleave(more)
+        store.append(as_tokens([(n, (0.0, 0.5, next(position))) for n in new.tolist()]))
+        assert store.reserved_steps == 0
+        shortage = store.shortage(store.counts)
+        store.reserve(store.counts, grow=shortage >= GROWS)
+        free = store.capacity - sum(store.used)
+
+        def sealed(steps, store=store):
+            return int(((store.fill + steps) // PAGE_SIZE).sum())
+
+        assert store.reserved_steps >= 1
+        assert sealed(store.reserved_steps) <= free < sealed(store.reserved_steps + 1)
+        assert shortage <= 1
+
+
+class Nothing(TorchDispatchMode):
+    """Fails on any operation at all."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
+def test_layers_get_room_together(make_model):
+    """One wait for all of them, and none while room remains; a slab is made by all that miss a quarter of theirs."""
+    cache = filled(make_model(num_hidden_layers=3, num_key_value_heads=2), torch.randint(1, 97, (1, 9)))
+    for layer in cache.layers:
+        layer.store = layer.store.rebuilt(layer.store.tokens().select(torch.tensor([], dtype=torch.long)))
+        layer.update(random_step(torch.ones(1, 8192, 2, dtype=torch.bool), 9, layer.store.key_dim, torch.float32))
+    stores = [layer.store for layer in cache.layers]
+    assert [store.capacity for store in stores] == [1024] * 3
+    cache.reserve()
+    assert [store.capacity for store in stores] == [1024 + 64] * 3
+    steps = [store.reserved_steps for store in stores]
+    assert steps == [16 * 32 + 15] * 3
+    with Nothing():
+        cache.reserve()
+    for layer, more in zip(cache.layers, (416, 200, 60), strict=True):
+        layer.update(random_step(torch.ones(1, more, 2, dtype=torch.bool), 9, layer.store.key_dim, torch.float32))
+    free = [store.capacity - sum(store.used) for store in stores]
+    assert free == [64 - 2 * 26, 64 - 2 * 12, 64 - 2 * 3]
+    cache.reserve()
+    assert [store.capacity - sum(store.used) for store in stores] == [68, 68, 58]
+    assert all(store.reserved_steps for store in stores)
 
 
 def test_turns_fill_what_is_left_of_a_slab():

@@ -24,6 +24,7 @@ OPS = (
     "sparse_prefix_attention",
     "ragged_decode_attention",
     "decode_update",
+    "decode_mix_append",
 )
 # A threshold, and how many rows: two are padded, one is not and has no mask, which a kernel for a single token wants.
 CASES = ((0.0, 1), (0.4, 2), (0.5, 1), (0.6, 2), (2.0, 2))

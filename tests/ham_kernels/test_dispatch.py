@@ -14,7 +14,9 @@ import ham_kernels
 from ham_hf import HAMForCausalLM, ops_ham
 
 TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention")
-OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update")
+OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update", "decode_mix_append")
+# What runs on the kernels, too, because an op takes what these return.
+COMPANIONS = {"ragged_decode_attention": ("slab_table",), "decode_mix_append": ("slab_table", "decode_update")}
 EACH = pytest.mark.parametrize("on_kernels", [*OPS, "all"], indirect=True)
 TRAINED = pytest.mark.parametrize("on_kernels", [*TRAINED_OPS, "all"], indirect=True)  # decoding has no gradient
 # Ten seconds each under the interpreter.
@@ -36,12 +38,10 @@ def on_kernels(request, monkeypatch):
     calls = dict.fromkeys(chosen, 0)
 
     def kernel(op, *tensors):
-        # The table of slabs is an argument of the kernel of this op.
-        if op == "slab_table" and "ragged_decode_attention" in chosen:
-            return ham_kernels.slab_table
-        if op not in chosen:
+        if op in chosen:
+            calls[op] += 1
+        elif not any(op in COMPANIONS.get(x, ()) for x in chosen):
             return None
-        calls[op] += 1
         return getattr(ham_kernels, op)
 
     def switch():

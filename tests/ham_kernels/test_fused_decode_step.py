@@ -36,6 +36,7 @@ def composed(
     threshold,
     score="cosine",
     given=None,
+    error_weight=None,
     norm_weights=None,
     rope=None,
     attention_conv=True,
@@ -60,6 +61,8 @@ def composed(
         scores = given[:, None]
     elif score == "residual":
         scores = residual_score(v.to(wide), prediction, beta)
+    elif score == "learned_error":
+        scores = (given[:, None] + error_weight * cosine_score(v.to(wide), prediction)).sigmoid()
     else:
         scores = {"cosine": cosine_score, "l2": l2_score}[score](v.to(wide), prediction)
     q, k, v = split(convolved if attention_conv else qkv[:, None])
@@ -102,6 +105,9 @@ def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, width=
         arguments["rope"] = (angle.cos().to(dtype), angle.sin().to(dtype))
     if options.get("score") == "given":
         arguments["given"] = torch.rand(batch, kv_heads, device=device)
+    if options.get("score") == "learned_error":
+        arguments["given"] = torch.randn(batch, kv_heads, device=device)
+        arguments["error_weight"] = torch.randn(kv_heads, device=device)
     return arguments | options
 
 
@@ -129,7 +135,8 @@ def run(arguments):
     arguments = cast(arguments, inside_nan)
     out = decode_update(**arguments)
     assert all(x[:64].isnan().all() and x[-64:].isnan().all() for x in buffers), "something was written out of bounds"
-    return out._asdict() | {name: arguments[name] for name in ("conv_state", "state")}
+    named = {name: x for name, x in out._asdict().items() if x is not None}
+    return named | {name: arguments[name] for name in ("conv_state", "state")}
 
 
 def check(draws, assert_error_within):
@@ -158,7 +165,8 @@ def make_many(device, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_composed_step(dtype, score, device, assert_error_within):
     # Enough streams for the largest errors of both to be alike, not a matter of luck.
-    arguments = make(device, batch=32, groups=2, dtype=dtype, score=score, scale_values=score == "given")
+    arguments = make(device, batch=32, groups=2, dtype=dtype, score=score)
+    arguments["scale_values"] = score in ("given", "learned_error")
     check([arguments], assert_error_within)
 
 
@@ -190,6 +198,21 @@ def test_a_state_of_several_tiles(device, assert_error_within, monkeypatch):
 )
 def test_options(options, device, assert_error_within):
     check(make_many(device, **options), assert_error_within)
+
+
+@pytest.mark.parametrize("attention_conv", [False, True])
+def test_values_scaled_by_a_score_that_the_state_decides(attention_conv, device, assert_error_within):
+    options = {"groups": 2, "score": "learned_error", "scale_values": True, "attention_conv": attention_conv}
+    check(make_many(device, **options), assert_error_within)
+
+
+def test_a_layer_without_attention(device):
+    arguments = make(device, batch=3, groups=2, rope=False, qk_norm=False)
+    expected = run(arguments)
+    out = run(arguments | {"score": None, "threshold": None})
+    assert out.keys() == {"o", "conv_state", "state"}
+    for name, x in out.items():
+        assert torch.equal(x, expected[name]), name
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 2), (3, 2)])
@@ -285,8 +308,11 @@ def test_follows_the_mixer_token_by_token(device, tiny_config):
     ("changes", "message"),
     [
         ({"score": "cosin"}, "`score` must be one of 'cosine', .* got 'cosin'"),
-        ({"score": "given"}, "`given` must hold scores"),
-        ({"scale_values": True}, "`scale_values` takes `given` scores"),
+        ({"score": "given"}, "`given` must be a tensor with `score` 'given', got None"),
+        ({"given": torch.zeros(2, 2)}, "`given` must be None with `score` 'cosine'"),
+        ({"score": "learned_error", "given": torch.zeros(2, 2)}, "`error_weight` must be a tensor"),
+        ({"score": None}, "`threshold` must be None with `score` None"),
+        ({"threshold": None}, "`threshold` must be a tensor with `score` 'cosine'"),
         ({"qkv": torch.zeros(2, 3, 4)}, r"`qkv` must be \[B, C\]"),
         ({"qkv": torch.zeros(2, 97)}, "`qkv` must have the channels"),
         ({"state": torch.zeros(2, 2, 16)}, r"`state` must be \[B, Hk, K, V\]"),
@@ -315,7 +341,7 @@ def calls(monkeypatch, device):
     names = []
 
     def kernel(op, *tensors):
-        if op not in ("decode_update", "ragged_decode_attention", "slab_table"):
+        if op not in ("decode_update", "decode_mix_append", "ragged_decode_attention", "slab_table"):
             return None
         names.append(op)
         return getattr(ham_kernels, op)
@@ -339,6 +365,9 @@ def decoded(model, ids, prompt, **options):
         ({}, {}),
         ({"router": "l2", "qk_norm": False}, {"threshold": 0.3}),
         ({"router": "residual", "rope_parameters": None}, {"threshold": torch.tensor([0.2, 0.4])}),
+        ({"router": "learned"}, {"threshold": 0.5}),
+        ({"router": "learned_error", "output_gate": False}, {"threshold": torch.tensor([0.615, 0.62])}),
+        ({"router": "random", "rnn_output_norm": False, "kv_output_norm": False}, {"threshold": 0.3}),
         ({"attention_conv": False, "num_key_value_heads": 4}, {"kv_budget": 17}),
     ],
     ids=str,
@@ -348,6 +377,7 @@ def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls
     ids = torch.randint(1, 97, (2, 27), device=device)
     logits, cache = decoded(model, ids, 23, **options)
     assert calls.count("decode_update") == calls.count("ragged_decode_attention") == 2 * 4
+    assert calls.count("decode_mix_append") == (0 if "kv_budget" in options else 2 * 4)
     monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
     expected, expected_cache = decoded(model, ids, 23, **options)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)

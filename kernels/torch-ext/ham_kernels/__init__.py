@@ -2,7 +2,7 @@
 """Triton kernels of Hybrid Associative Memories (arXiv 2603.22325): one file an op, each op's function named here."""
 
 from .compact import compact_kept
-from .fused_decode_step import decode_update
+from .fused_decode_step import decode_mix_append, decode_update
 from .gated_delta_rule import gated_delta_rule_with_prediction
 from .ragged_decode_attention import ragged_decode_attention, slab_table
 from .sparse_prefix_attention import sparse_prefix_attention
@@ -11,6 +11,7 @@ from .tuning import check_platform, platform_problem
 __all__ = [
     "check_platform",
     "compact_kept",
+    "decode_mix_append",
     "decode_update",
     "gated_delta_rule_with_prediction",
     "platform_problem",

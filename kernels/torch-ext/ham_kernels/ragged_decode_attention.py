@@ -29,7 +29,8 @@ from .compact import compact_kept
 from .sparse_prefix_attention import sparse_prefix_attention_fwd
 from .tuning import INTERPRETED, check_platform
 
-# Numbers of a slab: addresses of keys, values, owners and ranks, pages in the slabs before it, its own pages.
+# Numbers of a slab: addresses of keys, values, owners and ranks, pages in the slabs before it, its own pages. Behind
+# them a table may have what others know of the slab.
 SLAB_FIELDS = 6
 # A split holds this many pages at most: 512 keys at 16 tokens a page, 500 times the bytes of a row's partial result.
 # With more than 8 rows it may grow with them, up to 8 times.
@@ -243,14 +244,16 @@ def index_pages(
     return (slabs, pages_of * pages[0][0].shape[1]), ranks
 
 
-def slab_table(slabs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """`[S, 6]` int64 on the slabs' device: what the kernels know of each slab `(keys, values, owner, rank)`.
+def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """`[S, 6 + n]` int64 on the slabs' device: what the kernels know of each slab `(keys, values, owner, rank, ...)`.
 
-    Addresses of the four tensors, pages in the slabs before, own pages. It holds as long as the tensors live.
+    Addresses of the four tensors, pages in the slabs before, own pages, addresses of `n` further tensors, of which
+    `decode_mix_append` takes scores and positions. It holds as long as the tensors live.
     """
     rows, before = [], 0
     for slab in slabs:
-        rows.append([*(x.data_ptr() for x in slab), before, len(slab[0])])
+        addresses = [x.data_ptr() for x in slab]
+        rows.append([*addresses[:4], before, len(slab[0]), *addresses[4:]])
         before += len(slab[0])
     device = slabs[0][0].device
     # From pinned memory the copy does not wait for what the GPU is doing.
@@ -305,8 +308,9 @@ def ragged_decode_attention_fwd(
         largest = max(len(owner) for _, _, owner in pages)
         key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
         page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
-            slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes, FIELDS=SLAB_FIELDS, BLOCK=256
-        )
+            slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes,
+            FIELDS=slabs.shape[1], BLOCK=256,
+        )  # fmt: skip
         ragged_decode_attention_fwd_kernel[(num_splits * tiles,)](
             q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, rows,
             scale, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages), BLOCK_K=block_k,
@@ -340,9 +344,8 @@ def attend_near(
     kept, before = compact_kept(keep[..., None], k[:, :, None], v[:, :, None], capacity=q.shape[1])
     keys, values = (torch.cat([x.unsqueeze(1), new], 2) for x, new in zip(opened, kept, strict=True))
     begin = (page - fill)[:, None, None].expand_as(before).contiguous()
-    return sparse_prefix_attention_fwd(
-        q, k[:, :, None], v[:, :, None], keys, values, begin, page + before, None, scale
-    )
+    own = k[:, :, None], v[:, :, None]
+    return sparse_prefix_attention_fwd(q, *own, keys, values, begin, page + before, None, scale)[:2]
 
 
 def split_sizes(num_pages: int, num_streams: int, rows: int, tiles: int) -> tuple[int, int]:
@@ -403,8 +406,9 @@ def ragged_decode_attention(
             it is in use.
         scale: factor of the logits; `K ** -0.5` if `None`.
         index: `(slab_table(...), counts [N] int64)`: where pages lie and how many tokens each stream holds, of which
-            those in the open page do not matter; a store knows both. If `None`, it is worked out by a sort and a
-            small copy from the host.
+            those in the open page do not matter; a store knows both. Slabs are then filled one after the other, and
+            of their pages only as many are read as the counts fill. If `None`, all are, and it is worked out by a sort
+            and a small copy from the host.
 
     Returns:
         `[N, T, G, V]` in the dtype of `v`.
@@ -455,7 +459,8 @@ def _check_arguments(q, k, v, keep, pages, tail, index) -> None:
             raise ValueError(f"`{name}` requires a gradient, got grad mode on; the op takes tensors without.")
     _check_integers("tail[2]", fill, (streams,), (torch.int32, torch.int64), q.device)
     if index is not None:
-        _check_integers("index[0]", index[0], (len(index[0]), SLAB_FIELDS), (torch.int64,), q.device)
+        fields = max(SLAB_FIELDS, index[0].shape[-1])
+        _check_integers("index[0]", index[0], (len(index[0]), fields), (torch.int64,), q.device)
         _check_integers("index[1]", index[1], (streams,), (torch.int64,), q.device)
 
 

@@ -1,0 +1,178 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""A decoding step as a CUDA graph: on a GPU the launches of a step cost more than a small model's arithmetic."""
+
+from typing import NamedTuple
+
+import torch
+
+from .cache_ham import HAMCache
+from .modeling_ham import HAMForCausalLM
+from .ops_ham import decode_kernel
+
+# Kinds of RoPE whose frequencies change with the length, which they read on the host.
+GROWING_ROPE = ("dynamic", "longrope")
+DEVICE = "cuda"
+
+
+# The tensors at whose addresses a step works; `None` for what a layer does not have.
+Addressed = list[torch.Tensor | None]
+
+
+class Recording(NamedTuple):
+    """A captured step, the logits that it writes, and what it found at the addresses it works at."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    addressed: Addressed
+
+
+class CapturedStep:
+    """One token a row through a model and its cache, replayed from a CUDA graph.
+
+    The first call runs as usual, which compiles what is not yet compiled; the second is captured and every later one
+    replayed. When the cache has grown, or was changed by anything else, the next two calls do so again. The host waits
+    for the GPU only when the pages that the cache has in reserve might not do for another token: the more it holds,
+    the more it has in reserve.
+
+    Rows may have been padded in the prompt; from here on every row has a token at each step. `kv_budget`, gradients,
+    packed rows and drafts that may be taken back are not captured: call the model.
+
+    Args:
+        model: in evaluation mode, on one CUDA device; layers `"hybrid"` and `"linear_attention"`.
+        cache: filled by a prompt, not offloaded, not recording for assisted generation.
+        threshold, kv_usage: as in `generate`.
+
+    Raises:
+        TypeError, ValueError: for what cannot be captured.
+
+    Example:
+    ```python
+    >>> cache = HAMCache(model.config)
+    >>> with torch.no_grad():
+    ...     logits = model(**inputs, past_key_values=cache, logits_to_keep=1, threshold=0.4).logits[:, -1]
+    >>> step = CapturedStep(model, cache, threshold=0.4)
+    >>> for _ in range(100):
+    ...     tokens = logits.argmax(-1)
+    ...     logits = step(tokens)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: HAMForCausalLM,
+        cache: HAMCache,
+        threshold: float | list[float] | torch.Tensor | None = None,
+        kv_usage: float | None = None,
+    ):
+        _check_model(model)
+        _check_cache(cache)
+        _check_kernels(model, cache)
+        self.model, self.cache = model, cache
+        self._threshold = self._resolved(threshold, kv_usage)
+        self._tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
+        self._recording: Recording | None = None
+        self._rehearsed: Addressed = []
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feeds the next token of each row.
+
+        Args:
+            tokens: `[B]` int64 on the model's device.
+
+        Returns:
+            `[B, vocabulary]` logits, which the next call overwrites.
+        """
+        _check_cache(self.cache, rows=len(self._tokens))
+        self._check_tokens(tokens)
+        self._tokens.copy_(tokens[:, None])
+        self.cache.reserve()
+        layers = self.cache.layers
+        addressed = [x for layer in layers for x in layer.addressed()]
+        recording = self._recording
+        if recording is not None and _same(addressed, recording.addressed):
+            for layer in layers:
+                layer.count_step()
+        else:
+            _check_kernels(self.model, self.cache)
+            if not _same(addressed, self._rehearsed):
+                self._rehearsed = addressed
+                return self._step()
+            self._recording = None  # frees its memory
+            recording = self._recording = self._record(addressed)
+        recording.graph.replay()
+        return recording.logits
+
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        own = self._tokens
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"`tokens` must be a tensor [{len(own)}], got {type(tokens).__name__}.")
+        if (tokens.shape, tokens.dtype, tokens.device) != (own.shape[:1], own.dtype, own.device):
+            raise ValueError(
+                f"`tokens` must be [{len(own)}] of {own.dtype} on {own.device}, got {list(tokens.shape)} of "
+                f"{tokens.dtype} on {tokens.device}."
+            )
+
+    def _step(self) -> torch.Tensor:
+        return self.model(self._tokens, past_key_values=self.cache, threshold=self._threshold).logits[:, -1]
+
+    def _record(self, addressed: Addressed) -> Recording:
+        """Captures a step, of which only the host's part takes place: it counts the token that the replay will add."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step()
+        return Recording(graph, logits, addressed)
+
+    def _resolved(
+        self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None
+    ) -> torch.Tensor | None:
+        """`[layers, B, Hk]` thresholds on the model's device; `None` for the learned ones."""
+        batch, heads = self.cache.batch_size, self.model.config.num_key_value_heads
+        given = self.model.model.layer_thresholds(threshold, kv_usage, batch)
+        tensors = [x.to(self.model.device).expand(batch, heads) for x in given if x is not None]
+        return torch.stack(tensors) if tensors else None
+
+
+def _same(tensors: Addressed, others: Addressed) -> bool:
+    return len(tensors) == len(others) and all(x is y for x, y in zip(tensors, others, strict=True))
+
+
+def _check_model(model: HAMForCausalLM) -> None:
+    if not isinstance(model, HAMForCausalLM):
+        raise TypeError(f"`model` must be a HAMForCausalLM, got {type(model).__name__}.")
+    devices = sorted({str(x.device) for x in model.parameters()})
+    if len(devices) > 1 or model.device.type != DEVICE:
+        raise ValueError(f"`model` must be on one CUDA device, got {', '.join(devices)}.")
+    if model.training:
+        raise ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
+    if "full_attention" in model.config.layer_types:
+        raise ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
+    rope = (model.config.rope_parameters or {}).get("rope_type", "default")
+    if rope in GROWING_ROPE:
+        raise ValueError(f"`model` must have a RoPE of constant frequencies, got {rope!r}.")
+
+
+def _check_cache(cache: HAMCache, rows: int | None = None) -> None:
+    if not isinstance(cache, HAMCache):
+        raise TypeError(f"`cache` must be a HAMCache, got {type(cache).__name__}.")
+    if not cache.is_initialized:
+        raise ValueError("`cache` must hold a prompt, got an empty one: run the model with it first.")
+    if rows not in (None, cache.batch_size):
+        raise ValueError(f"`cache` must hold {rows} rows as it did, got {cache.batch_size}.")
+    if cache.offload_layers or cache.layers[0].record_past:
+        raise ValueError("`cache` must be neither offloaded nor recording for assisted generation.")
+
+
+@torch.no_grad()
+def _check_kernels(model: HAMForCausalLM, cache: HAMCache) -> None:
+    for layer, block in zip(cache.layers, model.model.layers, strict=True):
+        state, conv_state = layer.recurrent_state, layer.conv_state
+        fits = state is not None and decode_kernel("decode_mix_append", state) is not None
+        if not fits or conv_state is None or conv_state.dtype != block.mixer.conv.weight.dtype:
+            raise ValueError(
+                "`model` must run on the kernels: `ham_kernels` for this GPU, no autocast, no float64, heads of at "
+                "most 256 and projections of one dtype."
+            )
+
+
+__all__ = ["CapturedStep"]

@@ -1,0 +1,364 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds a decoding step to never waiting for the host, and its replay to the step as the model takes it."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+import ham_kernels
+from ham_hf import HAMCache, HAMForCausalLM, cache_ham, decoding, ops_ham
+from ham_hf.decoding import CapturedStep
+
+# The package names its op as the file is named.
+attention = importlib.import_module("ham_kernels.ragged_decode_attention")
+OPS = ("decode_update", "decode_mix_append", "ragged_decode_attention", "slab_table")
+# Operations whose result the host reads, or whose result's shape depends on values, so that it must.
+NEED_THE_HOST = (
+    *("_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "unique", "_unique2", "equal"),
+    *("unique_consecutive", "unique_dim", "histc", "is_nonzero"),
+)
+PROMPT = 21
+
+
+class WithoutHost(TorchDispatchMode):
+    """Fails on operations that need the host; indices that are masks or come without their number do so, too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        needs = name in NEED_THE_HOST
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            needs = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if name == "repeat_interleave":
+            needs = kwargs.get("output_size") is None
+        assert not needs, f"{name} needs the host"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """Makes the model decode by kernels, on a CPU too, and lists those that were asked for."""
+    names = []
+
+    def kernel(op, *tensors):
+        if op not in OPS:
+            return None
+        names.append(op)
+        return getattr(ham_kernels, op)
+
+    monkeypatch.setattr(ops_ham, "_kernel", kernel)
+    return names
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Slabs of few pages, so that a short text fills several."""
+    monkeypatch.setattr(cache_ham, "MIN_SLAB_PAGES", 1)
+
+
+def make_model(tiny_config, device, **overrides):
+    torch.manual_seed(5)
+    settings = {"head_dim": 8, "value_head_dim": 12, "layer_types": ["hybrid", "linear_attention"]}
+    return HAMForCausalLM(tiny_config(**(settings | overrides))).eval().to(device)
+
+
+def prompted(model, ids, **options):
+    """A cache that has seen the prompt, the first row padded on the left if there are several."""
+    cache = HAMCache(model.config)
+    mask = torch.ones_like(ids[:, :PROMPT])
+    if len(ids) > 1:
+        mask[0, :5] = 0
+    with torch.no_grad():
+        model(ids[:, :PROMPT], attention_mask=mask, past_key_values=cache, **options)
+    return cache
+
+
+def stored(cache):
+    """Every number that a cache holds, by name, the kept tokens in order."""
+    found = {}
+    for i, layer in enumerate(cache.layers):
+        found |= {f"{i}.{name}": x for name, x in layer.state_dict().items()}
+        found[f"{i}.seen_tokens"] = torch.tensor(layer.seen_tokens)
+    return found
+
+
+def assert_same_caches(found, expected):
+    found, expected = stored(found), stored(expected)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        if x.is_floating_point():
+            assert found[name].shape == x.shape, name
+            error = (found[name] - x).abs().max().item() if x.numel() else 0
+            assert error <= 2e-5, f"{name}: off by {error:.1e}"
+        else:
+            assert torch.equal(found[name], x), name
+
+
+# --- a step without the host -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ["cosine", "learned_error", "random"])
+def test_a_step_never_waits_for_the_host(router, tiny_config, on_kernels, device):
+    model = make_model(tiny_config, device, router=router)
+    ids = torch.randint(1, 97, (2, PROMPT + 3), device=device)
+    cache = prompted(model, ids)
+    embedded = model.get_input_embeddings()(ids)  # ids on a CPU are looked at, to be refused if they are out of range
+    kept = cache.kept_tokens()
+    cache.reserve()
+    with torch.no_grad(), WithoutHost():
+        for t in range(PROMPT, PROMPT + 3):
+            model(inputs_embeds=embedded[:, t : t + 1], past_key_values=cache)
+    assert on_kernels.count("decode_mix_append") == 2 * 3
+    assert cache.get_seq_length() == PROMPT + 3
+    assert (cache.kept_tokens() >= kept).all()
+
+
+@pytest.mark.parametrize("op", ["nonzero", "_local_scalar_dense"])
+def test_the_step_of_the_host_does(op, tiny_config, on_kernels, device, monkeypatch):
+    """What the test above proves fails where the host appends."""
+    model = make_model(tiny_config, device)
+    ids = torch.randint(1, 97, (2, PROMPT + 1), device=device)
+    cache = prompted(model, ids, threshold=0.0)
+    embedded = model.get_input_embeddings()(ids)
+    monkeypatch.setitem(globals(), "NEED_THE_HOST", (op,))
+    with torch.no_grad(), WithoutHost(), pytest.raises(AssertionError, match=f"{op} needs the host"):
+        model(inputs_embeds=embedded[:, PROMPT:], past_key_values=cache, kv_budget=200)
+
+
+def test_a_mask_for_an_index_is_noticed():
+    x = torch.arange(3)
+    with WithoutHost(), pytest.raises(AssertionError, match="index needs the host"):
+        x[x > 1]
+
+
+def test_between_growths_the_host_looks_seldom_and_launches_are_the_same(tiny_config, on_kernels, device, monkeypatch):
+    model = make_model(tiny_config, device, num_hidden_layers=1, layer_types=["hybrid"])
+    cache = prompted(model, torch.randint(1, 97, (1, PROMPT), device=device), threshold=0.0)
+    embedded = torch.randn(1, 1, 32, device=device)
+    store, looked, capacities, sizes = cache.layers[0].store, [], [], []
+    plain = attention.split_sizes
+    monkeypatch.setattr(attention, "split_sizes", lambda *numbers: sizes.append(numbers) or plain(*numbers))
+    for step in range(28):
+        if not store.reserved_steps:
+            looked.append(step)
+        with torch.no_grad():
+            model(inputs_embeds=embedded, past_key_values=cache, threshold=0.0)
+        capacities.append((store.capacity, store.num_streams))
+    # Both heads keep everything, have 5 tokens in their open pages, and of the slab's four pages two are free: 11
+    # steps to the end of the open pages and 15 more.
+    assert looked == [0, 26]
+    assert sizes == capacities
+    assert sizes[25] == sizes[0], "pages became full, and the launches' sizes must not tell"
+    assert cache.kept_tokens().tolist() == [[[PROMPT + 28] * 2]]
+
+
+# --- what the device appended is there for the host ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
+    tiny_config, on_kernels, device, monkeypatch, small_pages, tmp_path
+):
+    """Rows at thresholds of their own, one padded, over seals and growth; then pruning, reordering, files, turns."""
+    steps = 13
+    model = make_model(tiny_config, device)
+    ids = torch.randint(1, 97, (3, PROMPT + steps + 6), device=device)
+    threshold = torch.tensor([0.45, 0.0, 2.0], device=device)
+
+    def run():
+        cache = prompted(model, ids, threshold=threshold)
+        slabs = len(cache.layers[0].store.slabs)
+        logits = []
+        with torch.no_grad():
+            for t in range(PROMPT, PROMPT + steps):
+                logits.append(model(ids[:, t : t + 1], past_key_values=cache, threshold=threshold).logits)
+        assert len(cache.layers[0].store.slabs) > slabs
+        return torch.cat(logits, 1), cache
+
+    def go_on(cache):
+        end = PROMPT + steps
+        with torch.no_grad():
+            return [
+                model(ids[:, begin:stop], past_key_values=cache, threshold=threshold).logits
+                for begin, stop in ((end, end + 4), (end + 4, end + 5), (end + 5, end + 6))
+            ]
+
+    logits, cache = run()
+    assert on_kernels.count("decode_mix_append") == 2 * steps
+    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+    expected, wanted = run()
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    some, everything, nothing = cache.kept_tokens()[0]
+    assert (some > 0).all()
+    assert (everything == PROMPT + steps).all()
+    assert (nothing == 0).all()
+    assert_same_caches(cache, wanted)
+
+    def refused_crop(cache):
+        with pytest.raises(ValueError, match="reaches past the 0 tokens recorded"):
+            cache.crop(-1)
+
+    def on_kernels_again():
+        monkeypatch.setattr(ops_ham, "_kernel", lambda op, *x: getattr(ham_kernels, op) if op in OPS else None)
+
+    changes = {
+        "nothing": lambda cache: None,
+        "prune": lambda cache: cache.prune(0.5),
+        "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1], device=device)),
+        "crop": refused_crop,
+    }
+    for name, change in changes.items():
+        found, other = copy.deepcopy(cache), copy.deepcopy(wanted)
+        change(found)
+        change(other)
+        assert_same_caches(found, other)
+        on_kernels_again()
+        after = go_on(found)
+        monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+        for x, y in zip(after, go_on(other), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert_same_caches(found, other)
+    cache.save(tmp_path / "cache.safetensors")
+    assert_same_caches(HAMCache.load(tmp_path / "cache.safetensors", model.config, device), wanted)
+
+
+# --- the captured step -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch, device):
+    """Graphs without a GPU: a capture leaves the device's tensors as they were, a replay the host's counters."""
+    caches, captures = [], []
+
+    class Graph:
+        def replay(self):
+            before = [(layer.seen_tokens, layer.store and layer.store.reserved_steps) for layer in caches[-1].layers]
+            logits = self.step._step()
+            for layer, (seen, steps) in zip(caches[-1].layers, before, strict=True):
+                layer.seen_tokens = seen
+                if layer.store is not None:
+                    layer.store.reserved_steps = steps
+            self.step._recording.logits.copy_(logits)
+
+    class Capture:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def __enter__(self):
+            captures.append(self.graph)
+            self.tensors = [(x, x.clone()) for layer in caches[-1].layers for x in layer.tensors()]
+
+        def __exit__(self, *error):
+            for x, before in self.tensors:
+                x.copy_(before)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(decoding, "DEVICE", device)
+
+    def make(model, cache, **options):
+        caches.append(cache)
+        Graph.step = CapturedStep(model, cache, **options)
+        return Graph.step
+
+    return make, captures
+
+
+@pytest.mark.slow
+def test_replays_equal_the_model_s_own_steps(tiny_config, on_kernels, graphs, small_pages, device):
+    make, captures = graphs
+    model = make_model(tiny_config, device)
+    steps = 15
+    ids = torch.randint(1, 97, (2, PROMPT + steps + 2), device=device)
+    options = {"threshold": torch.tensor([0.45, 0.0], device=device)}
+    cache, expected = (prompted(model, ids, **options) for _ in range(2))
+    step, logits = make(model, cache, **options), []
+    for t in range(PROMPT, PROMPT + steps):
+        logits.append(step(ids[:, t]).clone())
+    with torch.no_grad():
+        wanted = [
+            model(ids[:, t : t + 1], past_key_values=expected, **options).logits[:, 0]
+            for t in range(PROMPT, PROMPT + steps)
+        ]
+    torch.testing.assert_close(torch.stack(logits), torch.stack(wanted), atol=1e-5, rtol=0)
+    assert_same_caches(cache, expected)
+    assert cache.get_seq_length() == PROMPT + steps
+    assert 2 <= len(captures) <= 4, "captured again when the cache has grown, and replayed in between"
+
+    cache.prune(0.5)  # the store is another one now
+    expected.prune(0.5)
+    before = len(captures)
+    found = [step(ids[:, t]).clone() for t in (-2, -1)]
+    with torch.no_grad():
+        wanted = [model(ids[:, t, None], past_key_values=expected, **options).logits[:, 0] for t in (-2, -1)]
+    torch.testing.assert_close(torch.stack(found), torch.stack(wanted), atol=1e-5, rtol=0)
+    assert len(captures) == before + 1
+
+
+def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, monkeypatch, device):
+    make, _ = graphs
+    model = make_model(tiny_config, device)
+    ids = torch.randint(1, 97, (2, PROMPT), device=device)
+    cache = prompted(model, ids)
+
+    def refused(message, model=model, cache=cache, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            CapturedStep(model, cache, **options)
+
+    refused("`model` must be a HAMForCausalLM, got HAMModel", model=model.model, error=TypeError)
+    refused("`model` must be in evaluation mode", model=make_model(tiny_config, device).train())
+    full = make_model(tiny_config, device, layer_types=["hybrid", "full_attention"])
+    refused("no 'full_attention' layers", model=full)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    refused("constant frequencies, got 'dynamic'", model=make_model(tiny_config, device, rope_parameters=rope))
+    refused("`cache` must be a HAMCache, got tuple", cache=(), error=TypeError)
+    refused("`cache` must hold a prompt", cache=HAMCache(model.config))
+    offloaded, recording = prompted(model, ids), prompted(model, ids)
+    offloaded.offload_layers = True
+    recording.activate_past_recording()
+    refused("neither offloaded nor recording", cache=offloaded)
+    refused("neither offloaded nor recording", cache=recording)
+    refused("at most one of `threshold` and `kv_usage`", threshold=0.5, kv_usage=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+        refused("`model` must run on the kernels")
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "DEVICE", "cuda")
+        refused("`model` must be on one CUDA device, got cpu", model=make_model(tiny_config, "cpu"))
+
+    step = make(model, cache)
+    with pytest.raises(ValueError, match=r"`tokens` must be \[2\] of torch.int64 on .*, got \[2, 1\]"):
+        step(ids[:, :1])
+    with pytest.raises(TypeError, match="`tokens` must be a tensor"):
+        step([1, 2])
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="neither offloaded nor recording"):
+        step(ids[:, 0])
+    cache.batch_select_indices(torch.tensor([0], device=device))
+    with pytest.raises(ValueError, match="`cache` must hold 2 rows as it did, got 1"):
+        step(ids[:, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_replays_the_model_s_own_steps(dtype, tiny_config):
+    model = make_model(tiny_config, "cuda", head_dim=16, value_head_dim=32).to(dtype)
+    ids = torch.randint(1, 97, (2, PROMPT + 200), device="cuda")
+    options = {"threshold": torch.tensor([0.0, 0.45], device="cuda")}
+    cache, expected = (prompted(model, ids, **options) for _ in range(2))
+    step = CapturedStep(model, cache, **options)
+    recordings = set()
+    with torch.no_grad():
+        for t in range(PROMPT, PROMPT + 200):
+            found = step(ids[:, t])
+            wanted = model(ids[:, t : t + 1], past_key_values=expected, **options).logits[:, 0]
+            torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+            recordings.add(id(step._recording))
+    assert 2 < len(recordings) < 60
+    assert_same_caches(cache, expected)

@@ -1,0 +1,255 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Holds the end of a decoding step to the model's own mix, and what it appends to what the host would have."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from ham_hf.cache_ham import GROWS, PAGE_SIZE, KeptTokens, PagedStore
+from ham_kernels import fused_decode_step
+from ham_kernels.fused_decode_step import DecodeUpdate, decode_mix_append
+from ham_kernels.ragged_decode_attention import ragged_decode_attention, slab_table
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FIELDS = (*PagedStore.FIELDS, "streams")
+
+
+class DeviceStore(PagedStore):
+    """A store whose slabs the kernels know, on a CPU too, and whose free slots and pages hold NaN."""
+
+    def _new_pages(self, pages, device):
+        new = super()._new_pages(pages, device)
+        for name in ("keys", "values", "scores"):
+            new[name].fill_(torch.nan)
+        return new
+
+    def make_room(self):
+        """What HAMCache does for a single store, before a step that it then counts."""
+        if not self.reserved_steps:
+            counts = self.counts.cpu()
+            self.reserve(counts, grow=self.shortage(counts) >= GROWS)
+
+    def index(self):
+        if not self.slabs:
+            return None
+        if self._slab_table is None:
+            names = ("keys", "values", "owner", "rank", "scores", "positions")
+            self._slab_table = slab_table([tuple(slab[name] for name in names) for slab in self.slabs])
+        return self._slab_table, self.counts
+
+
+def rms_norm(x, weight, eps):
+    if weight is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def composed(o_rnn, o_kv, gates, output_gate, norm_weights, eps=1e-6):
+    """What `HAMMixer._mix` computes before the projection."""
+    mixed = rms_norm(o_rnn, norm_weights[0], eps)
+    if o_kv is not None:
+        mixed = gates[0].sigmoid()[..., None] * mixed
+        mixed = mixed + gates[1].sigmoid()[..., None] * rms_norm(o_kv, norm_weights[1], eps)
+    return mixed.flatten(1) if output_gate is None else mixed.flatten(1) * F.silu(output_gate)
+
+
+def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, dtype=torch.float32, without=()):
+    """Random arguments: of the mix by name, the kernel's update, and an empty store; `without` names absent parts."""
+    heads = kv_heads * groups
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    attention = "attention" not in without
+    weights = [1 + randn(value_dim) / 5 if name not in without else None for name in ("rnn_norm", "kv_norm")]
+    mix = {
+        "o_rnn": randn(batch, heads, value_dim),
+        "o_kv": randn(batch, heads, value_dim) if attention else None,
+        "gates": (randn(batch, heads), randn(batch, heads)) if attention else None,
+        "output_gate": randn(batch, heads * value_dim) if "output_gate" not in without else None,
+        "norm_weights": (weights[0], weights[1] if attention else None),
+    }
+    update = DecodeUpdate(mix["o_rnn"])
+    store = DeviceStore(batch * kv_heads, key_dim, value_dim, dtype, torch.device(device))
+    if attention:
+        update = update._replace(
+            q=randn(batch, heads, key_dim),
+            k=randn(batch, kv_heads, key_dim),
+            v=randn(batch, kv_heads, value_dim),
+            scores=torch.rand(batch, kv_heads, device=device),
+            keep=torch.ones(batch, kv_heads, dtype=torch.bool, device=device),
+        )
+    return mix, update, store
+
+
+def run(mix, update, store, position=0, real=None, real_tokens=None):
+    """The kernel's mix; the store appends, and a step that it was given room for is counted."""
+    batch, device = len(update.o), update.o.device
+    arguments = {name: x for name, x in mix.items() if name != "o_rnn"}
+    if update.k is not None:
+        store.make_room()
+        store.reserved_steps -= 1
+        arguments["pages"] = store.open_pages()
+    return decode_mix_append(
+        update,
+        torch.full((batch,), position, device=device),
+        torch.full((batch,), position, device=device) if real_tokens is None else real_tokens,
+        real=real,
+        **arguments,
+    )
+
+
+def cast(mix, dtype):
+    def one(x):
+        return tuple(map(one, x)) if isinstance(x, tuple) else x if x is None else x.to(dtype)
+
+    return {name: one(x) for name, x in mix.items()}
+
+
+@pytest.mark.parametrize("without", [(), ("rnn_norm",), ("kv_norm", "output_gate"), ("attention",)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mix_is_the_model_s(dtype, without, device, assert_error_within, bfloat16_as_on_a_gpu):
+    mix, update, store = make(device, batch=8, groups=2, dtype=dtype, without=without)
+    baseline, reference = composed(**mix), composed(**cast(mix, torch.float64))
+    out = run(mix, update, store)
+    assert out.dtype == baseline.dtype
+    assert_error_within(out, reference, baseline)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 1, "kv_heads": 1, "groups": 1, "key_dim": 16, "value_dim": 16},
+        {"batch": 3, "kv_heads": 2, "groups": 3, "key_dim": 12, "value_dim": 20},
+        {"batch": 1, "kv_heads": 3, "groups": 4, "key_dim": 6, "value_dim": 5},
+    ],
+    ids=str,
+)
+def test_odd_sizes(sizes, device, assert_error_within):
+    mix, update, store = make(device, **sizes)
+    out = run(mix, update, store)
+    assert_error_within(out, composed(**cast(mix, torch.float64)), composed(**mix))
+    tokens = store.tokens()
+    assert torch.equal(tokens.keys, update.k.flatten(0, 1))
+    assert torch.equal(tokens.values, update.v.flatten(0, 1))
+
+
+def assert_same_tokens(found, expected):
+    for name in FIELDS:
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("prompt", [0, 14, 100])
+def test_appends_what_the_host_would(prompt, device, monkeypatch):
+    """Streams that keep everything, nothing and some, over seals and new slabs; then the host goes on with it."""
+    monkeypatch.setattr(fused_decode_step, "SLAB_BLOCK", 2)  # slabs are searched in several rounds
+    mix, update, store = make(device, batch=2, kv_heads=2, key_dim=6, value_dim=10)
+    twin = PagedStore(4, 6, 10, torch.float32, torch.device(device))
+    streams = torch.arange(4, device=device)
+    positions = torch.arange(prompt, device=device).repeat(4).int()
+    held = KeptTokens(
+        torch.randn(4 * prompt, 6, device=device),
+        torch.randn(4 * prompt, 10, device=device),
+        torch.rand(4 * prompt, device=device),
+        positions,
+        streams.repeat_interleave(prompt),
+    )
+    store.append(held)
+    twin.append(held)
+    slabs, synchronised, mark = len(store.slabs), 0, None
+    for step in range(70):
+        update.k.normal_()
+        update.v.normal_()
+        update.scores.uniform_()
+        update.keep.copy_(torch.tensor([[True, False], [step % 3 == 0, step > 40]]))
+        synchronised += not store.reserved_steps
+        run(mix, update, store, position=prompt + step)
+        keep = update.keep.flatten()
+        fields = (update.k.flatten(0, 1), update.v.flatten(0, 1), update.scores.flatten())
+        new = (*(x[keep] for x in fields), torch.full_like(streams[keep], prompt + step).int(), streams[keep])
+        twin.append(KeptTokens(*new))
+        if step == 30:
+            mark = store.mark(), twin.mark()
+    assert len(store.slabs) > slabs + 1, "growth is to be seen"
+    assert synchronised < 40, "steps that need no look from the host are to be seen"
+    assert store.counts.tolist() == twin.counts.tolist()
+    assert sum(store.used) == sum(twin.used) == int((twin.counts // PAGE_SIZE).sum())
+    assert_same_tokens(store.tokens(), twin.tokens())
+
+    q = torch.randn(4, 1, 6, device=device)
+    arguments = (q, update.k.flatten(0, 1), update.v.flatten(0, 1))
+    tail = (store.tail["keys"], store.tail["values"], store.fill)
+    whole = [(x["keys"], x["values"], x["owner"]) for x in store.slabs]
+    used = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
+    assert sum(len(x[2]) for x in whole) > sum(len(x[2]) for x in used), "free pages are to be seen and not read"
+    found = ragged_decode_attention(*arguments, whole, tail, index=store.index())
+    torch.testing.assert_close(found, ragged_decode_attention(*arguments, used, tail), atol=1e-6, rtol=0)
+
+    chosen = torch.tensor([3, 0, 0], device=device)
+    assert_same_tokens(store.selected(chosen).tokens(), twin.selected(chosen).tokens())
+    store.append(held)
+    twin.append(held)
+    assert_same_tokens(store.tokens(), twin.tokens())
+    lowest = KeptTokens(*(x[keep] for x in fields), torch.full_like(streams[keep], 999).int(), streams[keep])
+    store.replace_lowest(lowest)
+    twin.replace_lowest(lowest)
+    assert_same_tokens(store.tokens(), twin.tokens())
+    store.rollback(mark[0])
+    twin.rollback(mark[1])
+    assert_same_tokens(store.tokens(), twin.tokens())
+    run(mix, update, store, position=prompt + 31)
+    assert store.counts.tolist() == (twin.counts + update.keep.flatten()).tolist()
+
+
+def test_padding_is_neither_kept_nor_counted(device):
+    mix, update, store = make(device, batch=3)
+    real = torch.tensor([True, False, True], device=device)
+    update.keep[1] = False  # as the first half of the step has it
+    real_tokens = torch.tensor([5, 5, 5], device=device)
+    run(mix, update, store, position=5, real=real, real_tokens=real_tokens)
+    assert real_tokens.tolist() == [6, 5, 6]
+    assert store.counts.tolist() == [1, 1, 0, 0, 1, 1]
+    assert store.tokens().positions.tolist() == [5] * 4
+
+
+def test_a_layer_without_attention_counts_tokens(device):
+    mix, update, store = make(device, without=("attention",))
+    real_tokens = torch.tensor([5, 5], device=device)
+    run(mix, update, store, position=5, real_tokens=real_tokens)
+    assert real_tokens.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": torch.zeros(2).int()}, r"`positions` must be \[2\] of torch.int64"),
+        ({"real_tokens": torch.zeros(3).long()}, r"`real_tokens` must be \[2\]"),
+        ({"real": torch.zeros(2)}, "`real` must be .*bool"),
+        ({"norm_weights": (torch.ones(15), None)}, r"`norm_weights\[0\]` must be \[16\]"),
+        ({"output_gate": torch.zeros(2, 31)}, r"`output_gate` must be \[2, 32\]"),
+        ({"o_kv": torch.zeros(2, 2, 16, requires_grad=True)}, "`o_kv` requires a gradient"),
+        ({"o_kv": None}, r"must all be given, or none of them, got None for \['o_kv'\]"),
+        ({"gates": (torch.zeros(2, 2), torch.zeros(2))}, r"`gates\[1\]` must be \[2, 2\]"),
+        ({"update": DecodeUpdate(torch.zeros(2, 2, 16).double())}, "`update.o` must be .*float64"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    mix, update, store = make("cpu")
+    store.make_room()
+    arguments = {"update": update, "positions": torch.zeros(2).long(), "real_tokens": torch.zeros(2).long()}
+    arguments |= {name: x for name, x in mix.items() if name != "o_rnn"} | {"pages": store.open_pages()}
+    with pytest.raises(ValueError, match=message):
+        decode_mix_append(**(arguments | changes))
+    assert store.counts.tolist() == [0] * 4
+
+
+def test_slabs_that_lack_scores_are_refused():
+    mix, update, store = make("cpu")
+    store.make_room()
+    pages = (*store.open_pages()[:-1], store.open_pages()[-1][:, :6].contiguous())
+    arguments = {name: x for name, x in mix.items() if name != "o_rnn"} | {"pages": pages}
+    with pytest.raises(ValueError, match=r"`pages.slabs` must be \[1, 8\]"):
+        decode_mix_append(update, torch.zeros(2).long(), torch.zeros(2).long(), **arguments)
