@@ -590,7 +590,7 @@ class HAMCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized or self.store is None:
             return attend_new(q, k, v, keep, scores, budget)
-        # A budget lets tokens of the cache leave between those of a call, and bounds what padding costs.
+        # With a budget stored tokens leave in the course of a call; it also bounds what padding costs.
         if budget is None or q.shape[1] == 1:
             return _attend_stored(q, k, v, keep, self.store)
         batch, _, heads, _ = k.shape

@@ -48,12 +48,12 @@ def tokenized(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
 
 
 def turns(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float) -> dict[str, Any]:
-    """Logits `[n, V]` of real tokens, their scores and what each layer keeps, after two long and two short calls."""
+    """Logits `[n, V]` of real tokens, their scores and what each layer keeps, after two long and three short calls."""
     ids, mask = (rows[name].to(model.device) for name in ("input_ids", "attention_mask"))
     length = ids.shape[1]
     cache, logits, scores = None, [], []
     with torch.no_grad():
-        for begin, end in itertools.pairwise((0, length // 2, length - 2, length - 1, length)):
+        for begin, end in itertools.pairwise((0, length // 2, length - 7, length - 2, length - 1, length)):
             out = model(
                 ids[:, begin:end],
                 attention_mask=None if len(ids) == 1 else mask[:, :end],

@@ -74,12 +74,12 @@ def kept(cache):
 
 
 def several_turns(model, threshold, padded):
-    """Logits and kept sets after a prefill, a second turn and two single tokens."""
+    """Logits and kept sets after a prefill, a second turn, a draft of five tokens and two single ones."""
     model.eval()
     whole, cache, logits = inputs(model.device), None, []
     real = whole["attention_mask"].bool() if padded else torch.ones_like(whole["input_ids"]).bool()
     with torch.no_grad():
-        for begin, end in itertools.pairwise((0, 40, LENGTH - 2, LENGTH - 1, LENGTH)):
+        for begin, end in itertools.pairwise((0, 40, LENGTH - 7, LENGTH - 2, LENGTH - 1, LENGTH)):
             out = model(
                 whole["input_ids"][:, begin:end],
                 attention_mask=real[:, :end].long() if padded else None,

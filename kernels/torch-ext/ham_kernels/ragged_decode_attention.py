@@ -363,10 +363,12 @@ def split_sizes(num_pages: int, num_streams: int, rows: int, tiles: int) -> tupl
 
 def tile_shape(rows: int, page: int, width: int, element_size: int) -> dict[str, int]:
     """Rows and keys of a tile, and how it is run, for heads that fit into a power of two `width`."""
-    largest = 128 * 128 // width if element_size == 2 else 32 * 128 // width
-    block_m = max(16, min(128, largest, triton.next_power_of_2(rows)))
+    # What registers hold: see `AOT_CASES`. Tensor cores do not multiply float32 exactly.
+    largest = min(128, 128 * 128 // width) if element_size == 2 else min(32, 32 * 128 // width)
+    block_m = max(16, min(largest, triton.next_power_of_2(rows)))
     # A power of two of keys, at least one page and 16, whose keys and values fill a tile.
-    block_n = max(page, 16, min(128 if block_m < 64 else 64, TILE_BYTES // (2 * width * element_size)))
+    most = 128 if block_m * element_size <= 64 else 128 // element_size
+    block_n = max(page, 16, min(most, TILE_BYTES // (2 * width * element_size)))
     num_warps = 8 if block_m * max(width, 128) > 64 * 128 else 4
     # Few rows wait for memory, which many blocks on a processor hide; many rows compute. It takes Triton 5 stages to
     # load keys while it computes, because it must have loaded their addresses before.
@@ -474,12 +476,12 @@ def _check_integers(
         )
 
 
-def _aot_case(key_dim: int, rows: int) -> dict:
-    """The shipped tile of a head dimension and a number of rows in bfloat16."""
+def _aot_case(key_dim: int, rows: int, dtype: str = "bf16") -> dict:
+    """The shipped tile of a head dimension and a number of rows."""
     integers = dict.fromkeys(("num_pages", "split_pages", "rows"), "i32")
-    pointers = {"q": "*bf16", "page_list": "*i64"} | dict.fromkeys(("peak", "total", "partial"), "*fp32")
+    pointers = {"q": f"*{dtype}", "page_list": "*i64"} | dict.fromkeys(("peak", "total", "partial"), "*fp32")
     pointers |= dict.fromkeys(("page_start", "split_start", "split_stream"), "*i32")
-    tile = tile_shape(rows, 16, key_dim, 2)
+    tile = tile_shape(rows, 16, key_dim, 2 if dtype == "bf16" else 4)
     launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     sizes = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
     return {
@@ -508,6 +510,7 @@ def _aot_merge_case(key_dim: int, block_t: int, near: bool) -> dict:
 AOT_CASES = [
     *(_aot_case(key_dim, rows) for key_dim in (128, 64) for rows in (16, 32, 64, 128)),
     *(_aot_case(256, rows) for rows in (16, 32, 64)),
+    *(_aot_case(key_dim, 32, "fp32") for key_dim in (128, 64, 256)),
     *(_aot_merge_case(key_dim, *kind) for key_dim in (128, 64, 256) for kind in ((1, False), (16, False), (16, True))),
     {
         "kernel": split_plan_fwd_kernel,
