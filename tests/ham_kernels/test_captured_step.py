@@ -118,6 +118,20 @@ def test_a_step_never_waits_for_the_host(router, tiny_config, on_kernels, device
     assert (cache.kept_tokens() >= kept).all()
 
 
+def test_nor_does_a_step_that_uses_up_the_room(tiny_config, on_kernels, device, monkeypatch):
+    model = make_model(tiny_config, device, layer_types=["hybrid", "hybrid"])
+    cache = prompted(model, torch.randint(1, 97, (1, PROMPT), device=device))
+    cache.reserve()
+    for layer in cache.layers:
+        layer.store.reserved_steps = 1
+    monkeypatch.setattr(cache_ham.PagedStore, "shortage", lambda *arguments: pytest.fail("the host looked"))
+    step = {"inputs_embeds": torch.randn(1, 1, 32, device=device), "past_key_values": cache}
+    with torch.no_grad():
+        model(**step)
+        with pytest.raises(pytest.fail.Exception, match="the host looked"):
+            model(**step)
+
+
 @pytest.mark.parametrize("op", ["nonzero", "_local_scalar_dense"])
 def test_the_step_of_the_host_does(op, tiny_config, on_kernels, device, monkeypatch):
     """What the test above proves fails where the host appends."""
