@@ -932,15 +932,20 @@ class HAMCache(Cache):
         """`[B]` tokens seen that were not padding, `None` before the first."""
         return self.layers[0].real_tokens if self.is_initialized else None
 
-    def reserve(self) -> None:
+    def reserve(self, layer_idx: int | None = None) -> None:
         """Sees to it that the device can append one more token to every head of every row by itself.
 
         For as many steps as the free pages surely suffice nothing is done. Then the host waits for the device and
         looks at all layers. They grow together, because a captured step does not outlive growth: when one has used up
         three quarters of what it had, all that have used up a quarter.
+
+        Args:
+            layer_idx: the layer that is to append next, all of them if `None`. Within a step the room of layers before
+                it may have ended with this very token, and must not make the host wait.
         """
         stores = [store for store in self._stores() if store is not None]
-        if all(store.reserved_steps for store in stores):
+        next_one = None if layer_idx is None else self.layers[layer_idx].store
+        if all(store.reserved_steps for store in stores if layer_idx is None or store is next_one):
             return
         counts = [store.counts.cpu() for store in stores]
         shortages = [store.shortage(n) for store, n in zip(stores, counts, strict=True)]

@@ -225,7 +225,7 @@ class HAMMixer(nn.Module):
             kernels = self._decoding_kernels(hidden_states, tokens, cache, kv_budget is None and not offloaded)
             if kernels is not None:
                 if past_key_values is not None and kernels[1] is not None:
-                    past_key_values.reserve()
+                    past_key_values.reserve(self.layer_idx)
                 out = self._decode(kernels, hidden_states, position_embeddings, tokens, cache, threshold, kv_budget)
                 if offloaded:
                     cache.offload()
