@@ -286,6 +286,13 @@ def test_large_logits_and_a_scale(size, but, device, assert_error_within):
     check(inputs, counted(keep), assert_error_within, but=but, scale=0.7)
 
 
+def test_weights_of_nearly_one_keep_their_digits(device, assert_error_within):
+    """The log-sum-exp of logits in the hundreds loses more to rounding than such a weight does in PyTorch."""
+    inputs = [x.detach().mul(6).requires_grad_() for x in make_inputs(device, batch=8, length=40, columns=40)]
+    keep = torch.rand(8, 40, 2, device=device) < 0.7
+    check(inputs, counted(keep), assert_error_within, but=("o", "lse", "q", "k", "k_kept"), scale=0.7)
+
+
 def test_strided_inputs(device):
     keep = torch.rand(1, 40, 2, device=device) < 0.7
     inputs = make_inputs(device, length=40, columns=40)
