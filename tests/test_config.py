@@ -182,5 +182,5 @@ def test_the_configuration_describes_itself(tiny_config):
     """What a reader is told matches the code: every field is documented, and `repr` shows what was set."""
     for field in own_fields():
         if not field.name.endswith("_token_id"):
-            assert f"        {field.name} (" in HAMConfig.__doc__, field.name
+            assert f" {field.name} (" in HAMConfig.__doc__, field.name
     assert '"threshold": 0.375' in repr(tiny_config(threshold=0.375))

@@ -103,6 +103,20 @@ def test_nothing_kept_and_no_tokens(device):
     assert before.shape == (2, 0, 3)
 
 
+def test_tokens_that_lie_two_billion_elements_apart(tiles, device):
+    """The last token's offset does not fit 32 bits; of the storage only the tokens themselves are ever touched.
+
+    As much lies before the first: an offset that turned negative must find something wrong, not crash.
+    """
+    stride = 2**29
+    storage = torch.empty(8 * stride + 16, dtype=torch.int8, device=device)
+    x = storage.as_strided((1, 5, 1, 16), (0, stride, 16, 1), 4 * stride)
+    x.copy_(torch.arange(80).view(1, 5, 1, 16))
+    keep = torch.tensor([True, False, True, True, True], device=device).view(1, 5, 1)
+    (compacted,), _ = compact.compact_kept(keep, x)
+    assert torch.equal(compacted[0, 0], x[0, keep[0, :, 0], 0])
+
+
 def test_bad_input(device):
     keep, x = torch.ones(1, 4, 2, dtype=torch.bool, device=device), torch.zeros(1, 4, 2, 8, device=device)
     with pytest.raises(TypeError, match=r"`keep` must be a bool tensor, got torch.int64"):

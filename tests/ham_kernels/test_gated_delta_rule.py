@@ -6,6 +6,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 from ham_hf.ops_ham import l2norm  # noqa: E402
 from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction  # noqa: E402
 from ham_hf.routing_ham import cosine_score, l2_score, residual_score  # noqa: E402
@@ -335,6 +337,30 @@ def test_head_dimensions_above_256_are_refused(device):
     inputs = random_inputs(1, 2, 1, 1, 257, 16, device=device, state=False)
     with pytest.raises(ValueError, match="256"):
         gated_delta_rule_with_prediction(*inputs)
+
+
+@triton.jit
+def borders_kernel(out, borders, chunk, sequence, T, NT, HK: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr):
+    start, _ = module._chunk(borders, chunk, T, NT, 64, PACKED)
+    begin, _, first, _, _ = module._sequence(borders, sequence, T, NT, PACKED)
+    tl.store(out, start * HK * K)
+    tl.store(out + 1, begin * HK * K)
+    tl.store(out + 2, first * HK * (K * K))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_addresses_have_64_bits(packed, device):
+    """Of tokens and of states, in a batch of long rows."""
+    T, HK, K, row = 2**20, 16, 128, 5
+    NT = T // 64
+    table = torch.tensor([row * T, (row + 1) * T, row * NT, row, row], device=device)
+    out = torch.empty(3, dtype=torch.int64, device=device)
+    # Packed, the first entries of the table serve as borders of a chunk as well.
+    borders_kernel[(1,)](
+        out, table if packed else None, 0 if packed else row * NT, 0 if packed else row, T, NT, HK, K, packed
+    )
+    assert out.tolist() == [row * T * HK * K, row * T * HK * K, row * NT * HK * K * K]
+    assert out.min() > 2**32
 
 
 @pytest.mark.gpu

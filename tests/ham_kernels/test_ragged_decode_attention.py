@@ -124,7 +124,7 @@ def test_several_tokens(owners, fill, length, groups, device, monkeypatch, asser
     [(3, 3, 24, 40, 4), (3, 17, 16, 8, 2), (19, 2, 5, 3, 1), (67, 3, 20, 24, 8)],
 )
 def test_several_tokens_of_odd_sizes_and_dtypes(
-    length, groups, key_dim, value_dim, page, dtype, device, assert_error_within, bfloat16_as_on_a_gpu
+    length, groups, key_dim, value_dim, page, dtype, device, assert_error_within, arithmetic_as_on_a_gpu
 ):
     owners, fill = [[0, 2, 2, 0, 2], [2, 2, 1, 2, 2, 0, 2]], [page - 1, 0, page // 2]
     arguments = make(device, owners, fill, groups, key_dim, value_dim, page, dtype, length)
