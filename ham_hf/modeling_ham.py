@@ -19,7 +19,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -176,11 +176,11 @@ class HAMMixer(nn.Module):
             self.b_proj = nn.Linear(hidden, kv_heads, bias=False)
             self.A_log = nn.Parameter(torch.empty(kv_heads))
             self.dt_bias = nn.Parameter(torch.empty(kv_heads))
-            self.rnn_norm = LlamaRMSNorm(value_dim, config.rms_norm_eps) if config.rnn_output_norm else nn.Identity()
+            self.rnn_norm = nn.RMSNorm(value_dim, config.rms_norm_eps) if config.rnn_output_norm else nn.Identity()
         if self.has_attention:
-            self.q_norm = LlamaRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            self.k_norm = LlamaRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            self.kv_norm = LlamaRMSNorm(value_dim, config.rms_norm_eps) if config.kv_output_norm else nn.Identity()
+            self.q_norm = nn.RMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            self.k_norm = nn.RMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            self.kv_norm = nn.RMSNorm(value_dim, config.rms_norm_eps) if config.kv_output_norm else nn.Identity()
         if self.layer_type == "hybrid":
             self.rnn_gate_proj = nn.Linear(hidden, heads)
             self.kv_gate_proj = nn.Linear(hidden, heads)
@@ -483,8 +483,8 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.mixer = HAMMixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, hidden_states: torch.Tensor, **mixer_arguments: Any
@@ -550,7 +550,7 @@ class HAMModel(HAMPreTrainedModel):
         layers = [HAMDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         # torch's ModuleList does not say what it holds.
         self.layers: Sequence[HAMDecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None
         if config.rope_parameters is not None:
             self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too

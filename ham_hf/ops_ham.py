@@ -602,14 +602,15 @@ def _attend_page_by_page(
     """`ragged_decode_attention` by a softmax whose parts are the pages: copies no keys, but the queries for each."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     tail_k, tail_v, fill = tail
-    length, groups = q.shape[1:3]
+    (length, groups), page = q.shape[1:3], tail_k.shape[1]
     q = q.flatten(1, 2)
-    token = torch.arange(length, device=q.device)
-    earlier = (token[:, None] > token) & keep[:, None] | (token[:, None] == token)
-    opened = torch.arange(tail_k.shape[1], device=q.device) < fill[:, None]
-    visible = torch.cat([opened[:, None].expand(-1, length, -1), earlier], -1).repeat_interleave(groups, 1)
     near = (q @ torch.cat([tail_k, k], 1).mT).to(dtype) * scale
-    near.masked_fill_(~visible, -torch.inf)
+    unused = torch.arange(page, device=q.device) >= fill[:, None]
+    near[..., :page].masked_fill_(unused[:, None], -torch.inf)
+    if length > 1:
+        token = torch.arange(length, device=q.device)
+        unseen = (token[:, None] < token) | (token[:, None] > token) & ~keep[:, None]
+        near[..., page:].masked_fill_(unseen.repeat_interleave(groups, 1), -torch.inf)
     peak = near.amax(-1)
     paged = [(q[owner] @ keys.mT).to(dtype).mul_(scale) for keys, _, owner in pages]
     if pages:
