@@ -187,7 +187,23 @@ def delta_inputs(length, batch=2, heads=4, kv_heads=2, key_dim=5, value_dim=7, w
 DELTA = ["o", "prediction", "final_state"]
 
 
+@pytest.fixture(params=["one segment", "a segment a chunk"])
+def segments(request, monkeypatch):
+    """The chunkwise delta rule over everything at once, and over one chunk at a time."""
+    if request.param == "a segment a chunk":
+        monkeypatch.setattr(ops_ham, "SEGMENT_TOKENS", 1)
+
+
+def test_a_segment_holds_as_many_chunks_as_stay_in_a_cache(monkeypatch):
+    lengths, chunks = [], ops_ham._delta_rule_chunks
+    monkeypatch.setattr(ops_ham, "_delta_rule_chunks", lambda *x: lengths.append(x[0].shape[1]) or chunks(*x))
+    monkeypatch.setattr(ops_ham, "SEGMENT_TOKENS", 2 * 4 * 70)
+    gated_delta_rule_with_prediction(**delta_inputs(150, batch=2, heads=4))
+    assert lengths == [64, 64, 22]
+
+
 @DTYPES
+@pytest.mark.usefixtures("segments")
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
 def test_delta_rule_and_all_gradients_equal_the_token_loop(length, dtype):
     for with_state in (False, True):
@@ -213,6 +229,7 @@ def test_delta_rule_at_every_chunk_size_and_head_layout(heads, chunk_size):
 
 
 @DTYPES
+@pytest.mark.usefixtures("segments")
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [3, 64, 1, 62], [64, 64], [20, 90, 40]], ids=str)
 def test_delta_rule_clears_the_state_between_documents(lengths, dtype):
     inputs = delta_inputs(sum(lengths), batch=len(lengths)) | {"seq_idx": documents(lengths, len(lengths))}
@@ -221,7 +238,8 @@ def test_delta_rule_clears_the_state_between_documents(lengths, dtype):
     )
 
 
-@pytest.mark.parametrize("length", [1, 64, 150])
+@pytest.mark.usefixtures("segments")
+@pytest.mark.parametrize("length", [1, 64, 96, 150])
 def test_first_prediction_of_a_document_is_exactly_zero(length):
     # Not merely small: a cosine with rounding noise would be a random score, where the design says 0.5.
     inputs = delta_inputs(length, with_state=False)
