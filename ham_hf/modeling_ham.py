@@ -658,10 +658,12 @@ class HAMModel(HAMPreTrainedModel):
         tensor = check_threshold(threshold, config.num_hybrid_layers, batch, config.num_key_value_heads)
         per_layer: list[torch.Tensor | None] = [None] * config.num_hidden_layers
         hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
-        for n, i in enumerate(hybrid):
-            if kv_usage is not None:
-                per_layer[i] = usage_threshold(self.layers[i].mixer.score_quantiles, kv_usage)[None]
-            elif tensor is not None:
+        if kv_usage is not None and hybrid:
+            quantiles = [self.layers[i].mixer.score_quantiles for i in hybrid]
+            # All layers at once: a GPU is waited for to know whether they were calibrated.
+            tensor = usage_threshold(torch.stack([x.to(quantiles[0].device) for x in quantiles]), kv_usage)[:, None]
+        if tensor is not None:
+            for n, i in enumerate(hybrid):
                 per_layer[i] = tensor[min(n, len(tensor) - 1)]
         return per_layer
 
