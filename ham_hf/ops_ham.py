@@ -18,8 +18,9 @@ except ImportError as error:
     ham_kernels = None  # type: ignore[assignment]
     NO_KERNELS_BECAUSE = str(error)
 
-# The logits of one attention block are held at once: 128 queries keep them small beside the keys they read.
-QUERY_BLOCK = 128
+# Queries of an attention block, whose logits are held at once; twice as many where there are many columns.
+QUERY_BLOCK = 64
+MANY_COLUMNS = 512
 # Streams whose kept counts lie within this ratio share one padded batch, which bounds what padding costs.
 GROUP_RATIO = 0.75
 # The mask of such a batch has about this many elements at most: larger ones leave a CPU core's own cache.
@@ -463,20 +464,21 @@ def _blocks(
 ) -> Iterator[_Block]:
     """Yields every block of every group of streams that see alike numbers of columns; `copies` of each mask."""
     length = end.shape[1]
-    size = min(QUERY_BLOCK, length)
-    starts = list(range(0, length, size))
-    lows, highs = begin[:, starts].tolist(), end[:, starts].tolist()
+    lows, highs = begin[:, ::QUERY_BLOCK].tolist(), end[:, ::QUERY_BLOCK].tolist()
     firsts, lasts, totals = begin[:, 0].tolist(), begin[:, -1].tolist(), (end[:, -1] - begin[:, 0]).tolist()
     # A token is kept if the next one counts one more, and then stands in the column of its own count.
     kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
     dropped = torch.zeros_like(kept, dtype=k.dtype).masked_fill_(~kept, -torch.inf)
-    later = k.new_full((size, size), -torch.inf).triu()
+    later = k.new_full((2 * QUERY_BLOCK, 2 * QUERY_BLOCK), -torch.inf).triu()
     for group in _group_alike(totals):
+        size = min(_block_size(max(totals[n] for n in group)), length)
+        starts = range(0, length, size)
         streams = slice(group[0], group[0] + 1) if len(group) == 1 else torch.tensor(group, device=end.device)
         alike = len(group) == 1 and firsts[group[0]] == lasts[group[0]] and until is None
         # Room in front for a block's own keys: they are written over columns that no later query sees.
         keys, values = (F.pad(x[streams], (0, 0, size, 0)) for x in (k_kept, v_kept))
-        spans = [slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)) for i in range(len(starts))]
+        marks = [start // QUERY_BLOCK for start in starts]
+        spans = [slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)) for i in marks]
         mask = keys.new_zeros(len(group), copies, size, size + max(x.stop - x.start for x in spans))
         for start, columns in zip(starts, spans, strict=True):
             own = min(size, length - start)
@@ -494,6 +496,11 @@ def _blocks(
                 block_mask[..., own:] = torch.where(visible, 0.0, -torch.inf)[:, None]
             block_mask[..., :own] = inside[:, None]
             yield _Block(streams, rows, columns, keys[:, first:last], values[:, first:last], block_mask)
+
+
+def _block_size(columns: int) -> int:
+    """A block's queries also read all of its own keys: a short one pays beside few columns, a long one beside many."""
+    return QUERY_BLOCK if columns < MANY_COLUMNS else 2 * QUERY_BLOCK
 
 
 def _visible_inside(
@@ -534,7 +541,8 @@ def _group_alike(counts: list[int]) -> list[list[int]]:
     groups: list[list[int]] = []
     largest = 0
     for n in sorted(range(len(counts)), key=lambda n: -counts[n]):
-        room = max(1, GROUP_ELEMENTS // (QUERY_BLOCK * (QUERY_BLOCK + largest)))
+        size = _block_size(largest)
+        room = max(1, GROUP_ELEMENTS // (size * (size + largest)))
         if not groups or counts[n] < GROUP_RATIO * largest or len(groups[-1]) == room:
             groups.append([])
             largest = counts[n]
