@@ -740,7 +740,9 @@ class HAMCacheLayer(CacheLayerMixin):
         if step.rnn is not None:
             k, v, g, beta = step.rnn
             state = self.recurrent_state
-            step.recurrent_state = gated_delta_rule_with_prediction(k, k, v, g, beta, initial_state=state)[2]
+            step.recurrent_state = gated_delta_rule_with_prediction(
+                k, k, v, g, beta, initial_state=state, predict=False
+            )[2]
         self._take(step, budget=None)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

@@ -399,8 +399,8 @@ class HAMMixer(nn.Module):
         tokens: TokenLayout,
         cache: HAMCacheLayer | None,
         step: LayerStep,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the RNN: its output `[B, T, H, V]`, and its prediction's score (without a router, the prediction)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the RNN: its output `[B, T, H, V]`, and the score of its prediction if the layer's router reads one."""
         beta = self.b_proj(hidden_states).float().sigmoid()
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         if tokens.real is not None:
@@ -410,7 +410,7 @@ class HAMMixer(nn.Module):
         state = None if cache is None else cache.recurrent_state
         score = self.router.error if self.layer_type == "hybrid" else None
         o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
-            l2norm(q), k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score
+            l2norm(q), k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score, predict=bool(score)
         )
         return o_rnn.to(hidden_states.dtype), errors
 

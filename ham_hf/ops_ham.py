@@ -134,7 +134,8 @@ def gated_delta_rule_with_prediction(
     seq_idx: torch.Tensor | None = None,
     chunk_size: int | None = None,
     score: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    predict: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with what the state predicted for each token.
 
     Within a chunk the pseudo-values `u_t = beta_t (v_t - vhat_t)` solve `(I + diag(beta) A) U = diag(beta) (V - V0)`,
@@ -152,13 +153,19 @@ def gated_delta_rule_with_prediction(
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
         chunk_size: tokens solved at once; by default what is fastest, 64 in the kernel and 32 in PyTorch.
         score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, outside the graph.
+        predict: `False` leaves the predictions out, for one who reads neither them nor a score.
 
     Returns:
         `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider; with
-        `score`, scores `[B, T, Hk]` float32 in place of the predictions.
+        `score`, scores `[B, T, Hk]` float32 in place of the predictions; without `predict`, `None`.
+
+    Raises:
+        ValueError: for a score without `predict`.
     """
+    if score is not None and not predict:
+        raise ValueError(f"`predict` must be True with `score` {score!r}, got {predict!r}.")
     if kernel := _kernel("gated_delta_rule_with_prediction", k, v):
-        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size or 64, score)
+        return kernel(q, k, v, g, beta, scale, initial_state, seq_idx, chunk_size or 64, score, predict)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
@@ -166,13 +173,15 @@ def gated_delta_rule_with_prediction(
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     # Scores decide what is kept, so autocast must not lower the precision of the state they come from.
     with torch.autocast(q.device.type, enabled=False):
+        prediction: torch.Tensor | None
         if q.shape[1] == 1:
             o, prediction, state = _delta_rule_step(q, k, v, g, beta, initial_state, scale)
         else:
-            o, prediction, state = _delta_rule(q, k, v, g, beta, initial_state, seq_idx, scale, chunk_size or 32)
-        if score is not None:
+            chunk = chunk_size or 32
+            o, prediction, state = _delta_rule(q, k, v, g, beta, initial_state, seq_idx, scale, chunk, predict)
+        if score is not None and prediction is not None:
             prediction = error_score(score, v, prediction, beta)
-        return o, prediction, state
+        return o, prediction if predict else None, state
 
 
 def _delta_rule_step(
@@ -204,7 +213,8 @@ def _delta_rule(
     seq_idx: torch.Tensor | None,
     scale: float,
     chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    predict: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gated delta rule over segments of whole chunks, short enough to be worked on in the cache of a CPU."""
     length = q.shape[1]
     chunk = min(chunk, length)
@@ -216,11 +226,12 @@ def _delta_rule(
             state = state * (seq_idx[:, start] == seq_idx[:, start - 1])[:, None, None, None]
         documents = None if seq_idx is None else seq_idx[:, part]
         out, prediction, state = _delta_rule_chunks(
-            q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], state, documents, scale, chunk
+            q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], state, documents, scale, chunk, predict
         )
         outputs.append(out)
-        predictions.append(prediction)
-    return torch.cat(outputs, 1), torch.cat(predictions, 1), state
+        if prediction is not None:
+            predictions.append(prediction)
+    return torch.cat(outputs, 1), torch.cat(predictions, 1) if predict else None, state
 
 
 def _delta_rule_chunks(
@@ -233,7 +244,8 @@ def _delta_rule_chunks(
     seq_idx: torch.Tensor | None,
     scale: float,
     chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    predict: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gated delta rule over chunks: everything but the state's own recurrence is one batched product."""
     length = q.shape[1]
     q = q.unflatten(2, (k.shape[2], -1))
@@ -268,12 +280,15 @@ def _delta_rule_chunks(
     states, updates = torch.cat(state_of_chunk), torch.cat(update_of_chunk)
 
     # One matrix a stream and chunk from here on: `[N * B * Hk, rows, columns]`.
-    prediction = torch.baddbmm(k_in.flatten(0, 2) @ states, products.flatten(0, 2), updates)
+    prediction = None
+    if predict:
+        prediction = torch.baddbmm(k_in.flatten(0, 2) @ states, products.flatten(0, 2), updates)
+        prediction = _join_chunks(prediction.view(v.shape))[:, :length]
     weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * within.unsqueeze(4)
     weights, q_in = (x.flatten(0, 2).flatten(1, 2) for x in (weights, q * from_start[..., None, None]))
     out = torch.baddbmm(q_in @ states, weights, updates, beta=scale, alpha=scale)
-    out, prediction = out.view(*q.shape[:-1], -1), prediction.view(v.shape)
-    return _join_chunks(out)[:, :length].flatten(2, 3), _join_chunks(prediction)[:, :length], state.view(shape)
+    out = _join_chunks(out.view(*q.shape[:-1], -1))[:, :length]
+    return out.flatten(2, 3), prediction, state.view(shape)
 
 
 def _split_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ class HAMRouter(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        errors: torch.Tensor,
+        errors: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
         """Scores of tokens.
@@ -101,13 +101,18 @@ class HAMRouter(nn.Module):
             hidden_states: `[B, T, D]` normalised input of the layer.
             errors: `[B, T, Hk]` float32 scores of the RNN's prediction, of the kind `self.error`; not read if `None`.
             positions: `[B, T]` int64 index among real tokens.
+
+        Raises:
+            ValueError: for a router that reads errors and is given none.
         """
+        if self.error is None:
+            given = self.without_state(hidden_states, positions)
+            return given.expand(*hidden_states.shape[:2], self.num_heads)
+        if errors is None:
+            raise ValueError(f"`errors` must be a tensor with the router {self.kind!r}, got None.")
         if self.kind in ERROR_ROUTERS:
             return errors
-        given = self.without_state(hidden_states, positions).expand(*hidden_states.shape[:2], self.num_heads)
-        if self.kind == "learned_error":
-            return (given + self.error_weight.float() * errors).sigmoid()
-        return given
+        return (self.without_state(hidden_states, positions) + self.error_weight.float() * errors).sigmoid()
 
     def without_state(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the RNN's state has no part in: scores of `random` and `learned`, logits of `learned_error`.

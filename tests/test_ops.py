@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ham_hf import HAMModel, cache_ham, ops_ham
 from ham_hf.cache_ham import HAMCacheLayer, KeptColumns, LayerStep, PagedStore, attend_new, eviction_times
@@ -261,6 +262,35 @@ def test_scores_take_the_place_of_predictions(length, score):
     assert torch.equal(scored[2], state)
     assert torch.equal(scored[1], error_score(score, inputs["v"], prediction, inputs["beta"]))
     assert not scored[1].requires_grad
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, 70])
+def test_predictions_that_are_left_out_change_nothing_else(length, packed):
+    inputs = {name: x.requires_grad_() for name, x in delta_inputs(length).items()}
+    more = {"seq_idx": documents([length // 3, length - length // 3], 2)[:, :length]} if packed else {}
+    results = []
+    for predict in (False, True):
+        o, prediction, state = gated_delta_rule_with_prediction(**inputs, **more, predict=predict)
+        assert (prediction is None) == (not predict)
+        results.append([o, state, *torch.autograd.grad(o.sum() + state.square().sum(), list(inputs.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_predictions_that_are_left_out_are_not_computed():
+    """Two products a chunk and head, of its keys with the state and of its own weights with the updates."""
+    inputs, operations = delta_inputs(70, heads=3, kv_heads=3, key_dim=8, value_dim=6), []
+    for predict in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            gated_delta_rule_with_prediction(**inputs, chunk_size=32, predict=predict)
+        operations.append(counter.get_total_flops())
+    streams, chunks = 2 * 3, 3
+    assert operations[1] - operations[0] == streams * chunks * 2 * 32 * (8 + 32) * 6
+
+
+def test_a_score_needs_predictions():
+    with pytest.raises(ValueError, match="`predict` must be True with `score` 'cosine', got False"):
+        gated_delta_rule_with_prediction(**delta_inputs(3), score="cosine", predict=False)
 
 
 def test_padding_neither_decays_nor_writes_the_state():

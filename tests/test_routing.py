@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ham_hf import HAMForCausalLM, HAMModel
+from ham_hf import HAMForCausalLM, HAMModel, modeling_ham
 from ham_hf.configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, ROUTERS
 from ham_hf.routing_ham import (
     HAMRouter,
@@ -96,7 +96,7 @@ def router_inputs(batch=3, length=40, heads=2, hidden=32, value_dim=6, scale=1.0
 
 
 def scored(module, hidden_states, v, prediction, beta, positions):
-    errors = prediction if module.error is None else error_score(module.error, v, prediction, beta)
+    errors = None if module.error is None else error_score(module.error, v, prediction, beta)
     return module(hidden_states, errors, positions)
 
 
@@ -147,7 +147,7 @@ def test_learned_scores_equal_their_formulas(tiny_config):
     errors = cosine_score(inputs["v"], inputs["prediction"])
     expected = torch.sigmoid(logits + torch.tensor([2.0, -3.0]) * errors)
     assert torch.allclose(scored(module, **inputs), expected, atol=1e-6)
-    module.kind = "learned"
+    module.kind, module.error = "learned", None
     assert torch.allclose(scored(module, **inputs), logits.sigmoid(), atol=1e-6)
 
 
@@ -164,6 +164,37 @@ def test_a_learned_router_learns_through_the_values_that_attention_reads(router,
 
 
 # --------------------------------------------------------------------------- the random router
+
+
+@pytest.mark.parametrize("layer_type", ["hybrid", "linear_attention"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_the_rnn_predicts_is_computed_where_it_is_read(router, layer_type, tiny_config, monkeypatch):
+    read = layer_type == "hybrid" and router not in ("random", "learned")
+    model = HAMModel(tiny_config(router=router, layer_types=[layer_type] * 2)).eval()
+    plain, found = modeling_ham.gated_delta_rule_with_prediction, []
+    monkeypatch.setattr(
+        modeling_ham,
+        "gated_delta_rule_with_prediction",
+        lambda *args, **options: found.append(plain(*args, **options)) or found[-1],
+    )
+    ids = torch.randint(1, 97, (2, 40))
+    cache = model(ids[:, :39]).past_key_values
+    out = model(ids[:, 39:], past_key_values=cache).last_hidden_state
+    assert [prediction is not None for _, prediction, _ in found] == [read] * 4
+
+    def predicting(*args, predict, **options):
+        o, prediction, state = plain(*args, **options)
+        return o, prediction if predict else None, state
+
+    monkeypatch.setattr(modeling_ham, "gated_delta_rule_with_prediction", predicting)
+    cache = model(ids[:, :39]).past_key_values
+    assert torch.equal(model(ids[:, 39:], past_key_values=cache).last_hidden_state, out)
+
+
+@pytest.mark.parametrize("router", [*ERROR_ROUTERS, "learned_error"])
+def test_a_router_that_reads_errors_is_given_them(router, tiny_config):
+    with pytest.raises(ValueError, match=f"`errors` must be a tensor with the router '{router}', got None"):
+        HAMRouter(tiny_config(router=router), layer_idx=0)(torch.zeros(1, 3, 32), None, torch.arange(3)[None])
 
 
 def test_random_scores_are_uniform():

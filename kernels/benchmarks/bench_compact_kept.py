@@ -18,7 +18,7 @@ behind them, which the bytes here leave out. The number of columns is given, as 
 PyTorch sorts the flags (radix sort, 8 bytes an index, several passes) and gathers through the order of every head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,14 +78,13 @@ def measured(length: int, usage: float, bandwidth: float) -> list[dict[str, Any]
     return rows
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> Iterator[dict[str, Any]]:
     """Every length and usage; one length and two usages if `quick`."""
     torch.manual_seed(0)
-    bandwidth, rows = copy_bandwidth(), []
+    bandwidth = copy_bandwidth()
     for length in LENGTHS[1:2] if quick else LENGTHS:
         for usage in (0.25, 1.0) if quick else USAGES:
-            rows += measured(length, usage, bandwidth)
-    return rows
+            yield from measured(length, usage, bandwidth)
 
 
 if __name__ == "__main__":

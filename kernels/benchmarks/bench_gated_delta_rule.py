@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the prediction and its score add to the chunked gated delta rule: our kernels, and fla's without it.
+"""What the prediction and its score add to the chunked gated delta rule: our kernels with and without, and fla's.
 
 Arithmetic, a token and head of dimension `D` = 128 in bfloat16. A tensor `[T, H, D]` is 256 bytes of it, the states
 before chunks of 64 tokens `2 D D / 64` = 512 bytes, the inverses 128.
@@ -22,10 +22,12 @@ overlap. `T = 8192` and 16 heads move 0.64 GB, 0.19 ms at best. For both sides t
 that is bound by latency in a single row; fla also sums the gates in a kernel of its own, and clears the inverses
 first, 128 bytes that we do not write.
 
-Forward and backward are compared where fla allows its backward, which is not on Hopper with Triton 3.4.0 to 3.7.0.
+The forward is also compared with our own without either. Forward and backward are compared where fla allows its
+backward, which is not on Hopper with Triton 3.4.0 to 3.7.0.
 """
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from timing import main, median_ms, row
 
 from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction
 
+DEVICE = "cuda"
 HEADS = 16
 HEAD_DIM = 128
 LENGTHS = (8192, 32768)
@@ -45,9 +48,9 @@ Tensors = list[torch.Tensor]
 def random_inputs(length: int) -> Tensors:
     """`q, k, v, g, beta` of one row, as a trained layer gives them: unit keys, slow decay."""
     shape = 1, length, HEADS, HEAD_DIM
-    q, k, v = (torch.randn(shape, device="cuda") for _ in range(3))
-    g = -0.1 * torch.rand(shape[:3], device="cuda")
-    beta = torch.rand(shape[:3], device="cuda")
+    q, k, v = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    g = -0.1 * torch.rand(shape[:3], device=DEVICE)
+    beta = torch.rand(shape[:3], device=DEVICE)
     return [F.normalize(q, dim=-1).bfloat16(), F.normalize(k, dim=-1).bfloat16(), v.bfloat16(), g, beta]
 
 
@@ -63,6 +66,13 @@ def with_prediction(
     return gated_delta_rule_with_prediction(q, k, v, g, beta)[0]
 
 
+def without_prediction(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """Our output alone."""
+    return gated_delta_rule_with_prediction(q, k, v, g, beta, predict=False)[0]
+
+
 def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """The output of flash-linear-attention, which has no prediction; it too returns the final state."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -76,39 +86,46 @@ def both_ways(function: Callable[..., torch.Tensor], inputs: Tensors, dout: torc
     return lambda: list(torch.autograd.grad(function(*inputs), inputs, dout))
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def measured(length: int, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of forward, and of forward and backward, of ours and, where it can, fla's."""
+    torch.manual_seed(seed)
+    inputs = random_inputs(length)
+    dout = torch.randn_like(inputs[2])
+    sides = {"score": ours, "prediction": with_prediction, "neither": without_prediction}
+    if importlib.util.find_spec("fla"):
+        sides["fla"] = fla
+    with torch.no_grad():
+        forward = median_ms({name: lambda f=f: f(*inputs) for name, f in sides.items()})
+    if "fla" not in sides:
+        return forward, {}
+    functions = {"ours": both_ways(ours, inputs, dout), "fla": both_ways(fla, inputs, dout)}
+    try:
+        functions["fla"]()
+    except RuntimeError as error:  # fla refuses GPUs on which Triton compiles its backward wrongly
+        print(f"fla's backward: {error}")
+        return forward, {}
+    return forward, median_ms(functions)
+
+
+def run(quick: bool) -> Iterator[dict[str, Any]]:
     """Rows for each length; both lengths and several input sets unless `quick`."""
-    rows = []
     for length in LENGTHS[:1] if quick else LENGTHS:
-        forward, backward = [], []
-        for seed in range(1 if quick else 3):
-            torch.manual_seed(seed)
-            inputs = random_inputs(length)
-            dout = torch.randn_like(inputs[2])
-            with torch.no_grad():
-                sides = {"ours": ours, "prediction": with_prediction, "fla": fla}
-                forward.append(median_ms({name: lambda f=f, x=inputs: f(*x) for name, f in sides.items()}))
-            functions = {"ours": both_ways(ours, inputs, dout)}
-            try:
-                both_ways(fla, inputs, dout)()
-                functions["fla"] = both_ways(fla, inputs, dout)
-            except RuntimeError as error:  # fla refuses GPUs on which Triton compiles its backward wrongly
-                print(f"fla's backward: {error}")
-            backward.append(median_ms(functions))
+        times = [measured(length, seed) for seed in range(1 if quick else 3)]
+        forward, backward = ([x[i] for x in times] for i in (0, 1))
         what = f"gated delta rule, T = {length}"
-        rows.append(_middle_row(f"{what}, forward with score", AT_MOST, forward))
-        written = [x | {"ours": x["prediction"]} for x in forward]
-        rows.append(_middle_row(f"{what}, forward with prediction", AT_MOST, written))
-        if "fla" in backward[0]:
-            rows.append(_middle_row(f"{what}, forward + backward", AT_MOST_WITH_BACKWARD, backward))
-    return rows
+        for other in ("fla", "neither"):
+            if other in forward[0]:
+                yield _middle_row(f"{what}, forward with score", AT_MOST, forward, "score", other)
+                yield _middle_row(f"{what}, forward with prediction", AT_MOST, forward, "prediction", other)
+        if backward[0]:
+            yield _middle_row(f"{what}, forward + backward", AT_MOST_WITH_BACKWARD, backward, "ours", "fla")
 
 
-def _middle_row(what: str, at_most: float, times: list[dict[str, float]]) -> dict[str, Any]:
+def _middle_row(what: str, at_most: float, times: list[dict[str, float]], own: str, other: str) -> dict[str, Any]:
     """The row of the input set whose ratio is the median."""
-    times = sorted(times, key=lambda x: x["ours"] / x["fla"])
-    middle = times[len(times) // 2]
-    return row(what, "fla's chunk_gated_delta_rule without it", at_most, middle["ours"], middle["fla"])
+    middle = sorted(times, key=lambda x: x[own] / x[other])[len(times) // 2]
+    against = {"fla": "fla's chunk_gated_delta_rule without it", "neither": "our forward without it"}[other]
+    return row(what, against, at_most, middle[own], middle[other])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ share is `[T, H]` and the compaction's 0.3 ms. Whatever is on both sides moves t
 than this estimate and the target of 0.85 is missed. No GPU has confirmed the percentages yet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,8 +91,8 @@ def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta
 
 
 def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """The output of ours."""
-    return gated_delta_rule_with_prediction(q, k, v, g, beta)[0]
+    """The output of ours, without the prediction."""
+    return gated_delta_rule_with_prediction(q, k, v, g, beta, predict=False)[0]
 
 
 def forward(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -113,40 +113,40 @@ def both_ways(
     return lambda: torch.autograd.grad(function(), inputs, grad, allow_unused=True)
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def measured(seed: int, backward: bool) -> dict[str, float]:
+    """Milliseconds of ours and of each other side that can, for one mixer and input."""
+    torch.manual_seed(seed)
+    mixer = make_mixer()
+    hidden = torch.randn(1, LENGTH, HEADS * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    threshold, inputs = threshold_for(mixer, hidden, USAGE), [hidden, *mixer.parameters()]
+    sides: dict[str, Callable[[], Any]] = {
+        "ham": lambda: ham(mixer, hidden, threshold),
+        "fla": lambda: one_after_the_other(mixer, hidden, fla),
+        "own": lambda: one_after_the_other(mixer, hidden, own),
+    }
+    sides = {name: both_ways(side, inputs) if backward else forward(side) for name, side in sides.items()}
+    try:
+        sides["fla"]()
+    except (ImportError, RuntimeError) as error:  # missing, or on a GPU for which Triton compiles its backward wrongly
+        print(f"fla, {'forward + backward' if backward else 'forward'}: {error}")
+        del sides["fla"]
+    return median_ms(sides)
+
+
+def run(quick: bool) -> Iterator[dict[str, Any]]:
     """Forward, forward + backward, with each RNN that can; the median of three inputs unless `quick`."""
-    measurements: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for seed in range(1 if quick else 3):
-        torch.manual_seed(seed)
-        mixer = make_mixer()
-        hidden = torch.randn(1, LENGTH, HEADS * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        threshold, inputs = threshold_for(mixer, hidden, USAGE), [hidden, *mixer.parameters()]
-        sides: dict[str, Callable[[], torch.Tensor]] = {
-            "ham": lambda m=mixer, x=hidden, t=threshold: ham(m, x, t),
-            "fla": lambda m=mixer, x=hidden: one_after_the_other(m, x, fla),
-            "own": lambda m=mixer, x=hidden: one_after_the_other(m, x, own),
-        }
-        for direction, prepared in (
-            ("forward", {name: forward(side) for name, side in sides.items()}),
-            ("forward + backward", {name: both_ways(side, inputs) for name, side in sides.items()}),
-        ):
-            try:
-                prepared["fla"]()
-            except RuntimeError as error:  # fla refuses GPUs on which Triton compiles its backward wrongly
-                print(f"fla, {direction}: {error}")
-                del prepared["fla"]
-            ms = median_ms(prepared)
-            for name in ms.keys() - {"ham"}:
-                measurements.setdefault((direction, name), []).append({"ours": ms["ham"], "other": ms[name]})
-    return [_middle_row(direction, name, times) for (direction, name), times in sorted(measurements.items())]
+    for backward in (False, True):
+        times = [measured(seed, backward) for seed in range(1 if quick else 3)]
+        for name in sorted(times[0].keys() - {"ham"}):
+            yield _middle_row(backward, name, times)
 
 
-def _middle_row(direction: str, name: str, times: list[dict[str, float]]) -> dict[str, Any]:
+def _middle_row(backward: bool, name: str, times: list[dict[str, float]]) -> dict[str, Any]:
     """The row of the input whose ratio is the median."""
-    middle = sorted(times, key=lambda x: x["ours"] / x["other"])[len(times) // 2]
+    middle = sorted(times, key=lambda x: x["ham"] / x[name])[len(times) // 2]
     rnn = {"fla": "fla's Gated DeltaNet", "own": "our Gated DeltaNet"}[name]
-    what = f"HAM mixer, {direction}, T={LENGTH} u={USAGE}"
-    return row(what, f"{rnn}, then flash SDPA over everything", AT_MOST, middle["ours"], middle["other"])
+    what = f"HAM mixer, forward{' + backward' if backward else ''}, T={LENGTH} u={USAGE}"
+    return row(what, f"{rnn}, then flash SDPA over everything", AT_MOST, middle["ham"], middle[name])
 
 
 if __name__ == "__main__":

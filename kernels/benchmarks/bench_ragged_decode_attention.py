@@ -30,6 +30,7 @@ Heads that keep between 1% and 100% have shares spaced evenly on a logarithmic s
 target is a time of at most 1 / 0.75 of what the copy bandwidth needs for the bytes of kept keys and values alone.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,15 +84,13 @@ def measured(rows: int, balanced: bool, slabs: int, tokens: int, bandwidth: floa
     return row(what, "bytes of kept keys and values / copy bandwidth", 1 / TARGET, ours, other)
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> Iterator[dict[str, Any]]:
     """One token and several, heads that keep alike and others, after one prefill and, unless `quick`, many turns."""
     bandwidth = copy_bandwidth()
-    return [
-        measured(32, balanced, slabs, tokens, bandwidth)
-        for slabs in ((1,) if quick else (1, 40))
-        for tokens in (1, 4, 8)
-        for balanced in (True, False)
-    ]
+    for slabs in (1,) if quick else (1, 40):
+        for tokens in (1, 4, 8):
+            for balanced in (True, False):
+                yield measured(32, balanced, slabs, tokens, bandwidth)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FlexAttention with the mask of kept columns skips tiles of 128 x 128 that are em
 fewer than one in a hundred is kept: it computes everything, and masks it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -165,18 +165,16 @@ def compare_with_flex(length: int, usage: float) -> dict[str, Any]:
     return row(f"forward, T={length} u={usage}", FLEX, 1 / FASTER_THAN_FLEX[usage], ms["ours"], ms["flex"])
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> Iterator[dict[str, Any]]:
     """All comparisons, on the current GPU."""
     torch.manual_seed(0)
-    rows = []
     for length in QUICK_LENGTHS if quick else LENGTHS:
         for usage in QUICK_USAGES if quick else USAGES:
-            rows += compare_with_flash(length, usage)
+            yield from compare_with_flash(length, usage)
     for pattern in (clustered, unbalanced):
-        rows += compare_with_flash(32768, 0.25, pattern)
+        yield from compare_with_flash(32768, 0.25, pattern)
     for usage in FASTER_THAN_FLEX:
-        rows.append(compare_with_flex(8192 if quick else 16384, usage))
-    return rows
+        yield compare_with_flex(8192 if quick else 16384, usage)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ a process of its own with a share of the time. A stage that fails, or runs out o
 status 1, and the others still run; a benchmark that misses its target is a result, not a failure. Without an NVIDIA
 GPU it says so and exits with 0: nothing was found to be wrong.
 
-It needs Python with PyTorch, Triton, Transformers and pytest, nothing installed, and no network.
+It needs Python with PyTorch, Triton, Transformers and pytest, nothing installed, and no network. Without pytest the
+tests do not run and have not passed; without flash-linear-attention the benchmarks compare with this repository's own
+Gated DeltaNet. Wheels that are carried along are enough, unpacked into a folder that PYTHONPATH names.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,13 +36,34 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Shares of the time: the tests and the comparison get at most this, the benchmarks divide what is left.
-TEST_SHARE, PARITY_SHARE = 0.45, 0.2
+TEST_SHARE, PARITY_SHARE = 0.35, 0.12
+# Seconds in which a stage whose time is up may write down what it has.
+GRACE = 5
+# Seconds that a benchmark's quick form is expected to take on an H100: their shares of that. A process takes about 8
+# to start; a kernel compiles in about 0.3, and is measured in 0.2, for each of its tile shapes: 28 of our gated delta
+# rule forward, three times 12 of them for what may be returned, 34 backward, some 70 of fla's. FlexAttention and its
+# mask are compiled for a minute. What is measured takes a second or two of each. Together 280 of the default 450:
+# where the tests leave less, all get less, and keep the rows they had.
+SECONDS = {
+    "bench_compact_kept": 15,
+    "bench_decode_step": 35,
+    "bench_gated_delta_rule": 75,
+    "bench_mixer": 45,
+    "bench_ragged_decode_attention": 20,
+    "bench_sparse_prefix_attention": 90,
+}
+USUAL_SECONDS = 30
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")
+# What the tests and the comparisons need, by module, and the wheels to carry. With xdist the tests run in parallel.
+WHEELS = {
+    "pytest": "pytest, pluggy, iniconfig, packaging, pygments, pytest-xdist and execnet",
+    "fla": "flash-linear-attention, fla-core and einops",
+}
 
 
-def environment() -> dict[str, str]:
-    """What the results depend on."""
-    found = {"gpu": torch.cuda.get_device_name(), "driver": "unknown", "commit": "unknown"}
+def environment(commit: str = "unknown") -> dict[str, str]:
+    """What the results depend on; `commit` is what stands there if git does not know."""
+    found = {"gpu": torch.cuda.get_device_name(), "driver": "unknown", "commit": commit}
     commands = {
         "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         "commit": ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -58,7 +83,7 @@ def environment() -> dict[str, str]:
 
 
 def run_stage(name: str, command: list[str], seconds: float, **variables: str) -> dict[str, Any]:
-    """Runs one command with this repository's packages importable; kills it, and what it started, at its time."""
+    """Runs one command with this repository's packages importable; stops it, and what it started, at its time."""
     print(f"\n== {name} (at most {seconds:.0f} s)", flush=True)
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(HERE), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"} | variables
@@ -69,7 +94,11 @@ def run_stage(name: str, command: list[str], seconds: float, **variables: str) -
         status = process.wait(max(seconds, 1))
         outcome = "passed" if status == 0 else f"failed, exit status {status}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGINT)  # on which pytest reports the tests that it has run
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         outcome = f"stopped after {seconds:.0f} s"
     took = time.monotonic() - begin
@@ -77,8 +106,17 @@ def run_stage(name: str, command: list[str], seconds: float, **variables: str) -
     return {"stage": name, "outcome": outcome, "seconds": round(took, 1)}
 
 
+def missing_wheels(module: str) -> str | None:
+    """What to carry to this machine to have a module, or `None` if it is there."""
+    if importlib.util.find_spec(module):
+        return None
+    return f"{module} is missing; carry the wheels of {WHEELS[module]}"
+
+
 def run_tests(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
     """The tests of the kernels; untuned, because measuring tile shapes for every test's shape would take minutes."""
+    if missing := missing_wheels("pytest"):
+        return {"stage": "tests on the GPU", "outcome": f"not run: {missing}", "seconds": 0.0}
     report = folder / "tests.xml"
     # Not the settings in pyproject.toml: they ask for a newer pytest than a bare machine may have.
     command = [sys.executable, "-m", "pytest", "tests/ham_kernels", "-q", "-c", os.devnull, "--rootdir", str(ROOT)]
@@ -86,7 +124,7 @@ def run_tests(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
     # What is slow under the interpreter is not on a GPU; compiling every case ahead of time, which takes none, is.
     command += ["-k", "not test_every_case_fits_the_chips"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(16, os.cpu_count() or 1))]
     stage = run_stage("tests on the GPU", command, seconds, HAM_KERNELS_TUNING="0")
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -109,12 +147,20 @@ def run_parity(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
     return stage
 
 
+def write_rows(rows: Iterator[dict[str, Any]], file: str) -> None:
+    """Writes each row as soon as it is there."""
+    with open(file, "w") as output:
+        for row in rows:
+            output.write(json.dumps(row) + "\n")
+            output.flush()
+
+
 def run_benchmark(name: str, seconds: float, quick: bool, folder: pathlib.Path) -> dict[str, Any]:
-    """The rows of one benchmark."""
-    output = folder / f"{name}.json"
-    program = f"import json, {name}; rows = {name}.run({quick}); open({str(output)!r}, 'w').write(json.dumps(rows))"
+    """The rows of one benchmark, those it had finished too when it failed or was stopped."""
+    output = folder / f"{name}.jsonl"
+    program = f"import {name}, gpu_check; gpu_check.write_rows({name}.run({quick}), {str(output)!r})"
     stage = run_stage(name, [sys.executable, "-c", program], seconds)
-    stage["rows"] = json.loads(output.read_text()) if output.exists() else []
+    stage["rows"] = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     print(timing.markdown(stage["rows"]), flush=True)
     return stage
 
@@ -126,8 +172,11 @@ def run_all(budget: float, quick: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         stages = [run_tests(TEST_SHARE * budget, folder), run_parity(PARITY_SHARE * budget, folder)]
+        if missing := missing_wheels("fla"):
+            print(f"\nNo comparison with flash-linear-attention: {missing}", flush=True)
+        expected = [SECONDS.get(name, USUAL_SECONDS) for name in names]
         for i, name in enumerate(names):
-            share = (end - time.monotonic()) / (len(names) - i)
+            share = (end - time.monotonic()) * expected[i] / sum(expected[i:])
             stages.append(run_benchmark(name, share, quick, folder))
     return stages
 
@@ -146,10 +195,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(stages: list[dict[str, Any]], folder: pathlib.Path) -> pathlib.Path:
+def write_report(stages: list[dict[str, Any]], folder: pathlib.Path, commit: str) -> pathlib.Path:
     """Writes the report as JSON and as Markdown, named by date and GPU; returns the second."""
     now = datetime.datetime.now(datetime.UTC)
-    report = {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "environment": environment(), "stages": stages}
+    report = {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "environment": environment(commit), "stages": stages}
     gpu = re.sub(r"[^a-z0-9]+", "-", report["environment"]["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{now:%Y-%m-%d-%H%M}-{gpu}.md"
@@ -164,12 +213,13 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=450, help="seconds for everything (default 450)")
     parser.add_argument("--full", action="store_true", help="all shapes of the benchmarks; give a larger budget")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="the folder of the reports")
+    parser.add_argument("--commit", default="unknown", help="the commit, where the folder has no history of git")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.version.cuda is None:
         print("No NVIDIA GPU is visible to PyTorch: there is nothing to check here.")
         return
     stages = run_all(arguments.budget, not arguments.full)
-    print(f"\nWrote {write_report(stages, arguments.out)}")
+    print(f"\nWrote {write_report(stages, arguments.out, arguments.commit)}")
     for stage in stages:
         print(f"{stage['stage']}: {stage['outcome']}")
     if not all(stage["outcome"].startswith("passed") for stage in stages):

@@ -3,7 +3,7 @@
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -85,12 +85,12 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main(run: Callable[[bool], list[dict[str, Any]]], description: str | None) -> None:
-    """The command line of a benchmark whose rows `run(quick)` returns."""
+def main(run: Callable[[bool], Iterator[dict[str, Any]]], description: str | None) -> None:
+    """The command line of a benchmark whose rows `run(quick)` yields."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     quick = parser.parse_args().quick
     if not torch.cuda.is_available():
         print("No NVIDIA GPU: nothing to measure.")
         return
-    print(markdown(run(quick)))
+    print(markdown(list(run(quick))))

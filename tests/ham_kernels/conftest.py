@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of the kernels share: where they run, bfloat16, poisoned buffers, and the bound on an error."""
+"""What the tests of the kernels share: where they run, bfloat16, poisoned and huge buffers, the bound on an error."""
 
 from collections.abc import Callable
 
@@ -69,6 +69,39 @@ def poisoned() -> Callable[[torch.Tensor], torch.Tensor]:
         return view.detach().requires_grad_(tensor.requires_grad)
 
     return poison
+
+
+@pytest.fixture
+def last_of(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A function that gives `[n, ...]` whose last entry is that of a tensor `[1, ...]`, and the rest never touched.
+
+    Of every grid Triton's interpreter then runs the last program alone, so that buffers of gigabytes and grids of
+    millions, whose last addresses do not fit 32 bits, cost next to nothing.
+    """
+    if device != "cpu":
+        pytest.skip("needs the interpreter: a GPU runs all programs and holds all memory")
+    import triton
+    from triton.runtime import interpreter
+
+    plain_call = interpreter.GridExecutor.__call__
+
+    def run_last(self, *args, **kwargs):
+        last, self.grid = [size - 1 for size in self.grid], (1,)
+
+        def program_id(builder, axis):
+            return interpreter.TensorHandle(np.array([last[axis]], dtype=np.int32), triton.language.int32)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program_id)
+        plain_call(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last)
+
+    def enlarge(n: int, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(n, *x.shape[1:], dtype=x.dtype)
+        out[-1:] = x
+        return out
+
+    return enlarge
 
 
 # Fewer errors than this have no spread to speak of: one number may be exact by luck.

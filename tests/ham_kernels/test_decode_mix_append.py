@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from ham_hf.cache_ham import GROWS, PAGE_SIZE, KeptTokens, PagedStore
 from ham_kernels import fused_decode_step
-from ham_kernels.fused_decode_step import DecodeUpdate, decode_mix_append
+from ham_kernels.fused_decode_step import DecodeUpdate, OpenPages, decode_mix_append
 from ham_kernels.ragged_decode_attention import ragged_decode_attention, slab_table
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -220,6 +220,56 @@ def test_a_layer_without_attention_counts_tokens(device):
     real_tokens = torch.tensor([5, 5], device=device)
     run(mix, update, store, position=5, real_tokens=real_tokens)
     assert real_tokens.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("held", [20, 31])
+def test_addresses_have_64_bits(held, last_of):
+    """The last of very many streams does what it does alone: its open page takes the token, or the last page does."""
+    groups, page, dim = 16, 16, 256  # of a stream 4,096 numbers each of outputs and of pages
+    update = DecodeUpdate(
+        torch.randn(1, 2 * groups, dim).half(),
+        None,
+        *torch.randn(2, 1, 2, dim).half(),
+        torch.rand(1, 2),
+        torch.ones(1, 2, dtype=torch.bool),
+    )
+    gates, (o_kv, z) = tuple(torch.randn(2, 1, 2 * groups).half()), torch.randn(2, 1, 2 * groups * dim).half()
+    tail_k, tail_v = torch.randn(2, 1, 2, page, dim).half()
+
+    def results(rows):
+        streams = 2 * rows
+        kinds = ((torch.half, dim), (torch.half, dim), (torch.int32, 0), (torch.int32, 0), (torch.float, 1))
+        slab = [torch.empty(streams, *([page] if n else []), *([n] if n > 1 else []), dtype=t) for t, n in kinds]
+        slab.append(torch.empty(streams, page, dtype=torch.int32))
+        opened = OpenPages(
+            *(last_of(rows, x).flatten(0, 1) for x in (tail_k, tail_v)),
+            torch.zeros(streams, page),
+            torch.zeros(streams, page, dtype=torch.int32),
+            torch.full((streams,), held),
+            torch.tensor(streams - 1),  # one page is free
+            slab_table([tuple(slab)]),
+        )
+        many = DecodeUpdate(*(x if x is None else last_of(rows, x) for x in update))
+        out = decode_mix_append(
+            many,
+            torch.full((rows,), 40),
+            torch.zeros(rows, dtype=torch.long),
+            output_gate=last_of(rows, z),
+            o_kv=last_of(rows, o_kv.view(1, 2 * groups, dim)),
+            gates=tuple(last_of(rows, x) for x in gates),
+            pages=opened,
+        )
+        seal = opened.full_pages.item() == streams
+        stored = [x[-1] for x in (slab if seal else opened[:4])]
+        return seal, [out[-1, groups * dim :], opened.counts[-1], *stored]
+
+    (seal, alone), (sealed, far) = results(1), results(2**18 + 1)
+    assert seal == sealed == (held % page == page - 1)
+    if seal:  # the page's owner is the stream itself
+        assert (alone.pop(4).item(), far.pop(4).item()) == (1, 2**19 + 1)
+    for a, b in zip(alone, far, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
 
 
 @pytest.mark.parametrize(

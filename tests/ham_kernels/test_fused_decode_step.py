@@ -215,6 +215,23 @@ def test_a_layer_without_attention(device):
         assert torch.equal(x, expected[name]), name
 
 
+def test_addresses_have_64_bits(last_of):
+    """The last of so many streams that their states are more than 2^31 numbers does what it does alone."""
+    small = make("cpu", batch=1, key_dim=256, value_dim=256)
+    of_rows = ("qkv", "conv_state", "a", "b", "state")
+
+    def results(rows):
+        arguments = {name: last_of(rows, x) if name in of_rows else x for name, x in small.items()}
+        arguments["rope"] = tuple(last_of(rows, x) for x in small["rope"])
+        out = decode_update(**arguments)
+        return [*(x[-1, -1] for x in out), arguments["state"][-1], arguments["conv_state"][-1]]
+
+    alone, far = results(1), results(2**14 + 1)
+    assert not torch.equal(alone[-2][-1], small["state"][0, -1])
+    for a, b in zip(alone, far, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_thresholds_of_every_shape(shape, device):
     arguments = make(device, batch=3, rope=False)

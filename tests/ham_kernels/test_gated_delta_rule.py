@@ -238,6 +238,62 @@ def test_scores_change_nothing_else(device):
         assert torch.equal(a, b)
 
 
+@pytest.fixture
+def products(device, monkeypatch):
+    """Counts the products of matrices that Triton's interpreter computes."""
+    if device != "cpu":
+        pytest.skip("only the interpreter's products can be counted")
+    from triton.runtime import interpreter
+
+    counted = []
+    plain = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda *args: counted.append(1) or plain(*args))
+    return counted
+
+
+def without_and_with_prediction(inputs, **options):
+    """Both results of the op, each behind the gradients of its output and final state where it has any."""
+    results = []
+    for predict in (False, True):
+        o, prediction, state = call(gated_delta_rule_with_prediction, predict=predict, **options)(*inputs)
+        assert (prediction is not None) == predict
+        loss = o.sum() + state.square().sum()
+        gradients = torch.autograd.grad(loss, inputs) if loss.requires_grad else ()
+        results.append([o, state, *gradients])
+    return results
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
+    inputs = random_inputs(2, 40, 1, 2, 32, 48, device=device)
+    seq_idx = (torch.arange(40, device=device) >= 21).long().expand(2, -1) if packed else None
+    without, with_it = without_and_with_prediction(inputs, chunk_size=16, seq_idx=seq_idx)
+    assert len(without) == 8
+    assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
+
+
+def test_a_prediction_that_is_left_out_is_not_computed(products):
+    """Of each chunk and tile: keys times state, keys times keys, and the latter times the updates."""
+    inputs = [x.detach() for x in random_inputs(2, 40, 3, 1, 32, 32)]
+    numbers = []
+    for predict in (False, True):
+        products.clear()
+        call(gated_delta_rule_with_prediction, predict=predict, chunk_size=16)(*inputs)
+        numbers.append(len(products))
+    chunks, heads, tiles = 2 * 3, 3, 1
+    assert numbers[1] - numbers[0] == 3 * chunks * heads * tiles
+
+
+def test_a_step_may_leave_the_prediction_out(device, monkeypatch):
+    inputs = [x.detach() for x in random_inputs(3, 1, 2, 2, 32, 48, device=device)]
+    places, plain = [], module._prediction_and_moments
+    monkeypatch.setattr(module, "_prediction_and_moments", lambda *args: places.append(plain(*args)) or places[-1])
+    without, with_it = without_and_with_prediction(inputs)
+    assert places[0] == (None, None)
+    assert places[1][0].shape == (3, 1, 2, 48)
+    assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
+
+
 def test_documents_and_padding_score_as_they_predict(device):
     """What a document's first token finds is nothing: a score of 0.5, also after padding in front."""
     q, k, v, g, beta = (x.detach() for x in random_inputs(1, 40, 1, 1, 32, 48, device=device, state=False))
@@ -331,6 +387,12 @@ def test_wrong_arguments_are_named(name, change, device):
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=f"`{name}`"):
         gated_delta_rule_with_prediction(**arguments)
+
+
+def test_a_score_without_a_prediction_is_refused(device):
+    inputs = random_inputs(1, 4, 2, 1, 16, 32, device=device)
+    with pytest.raises(ValueError, match="`predict` must be True with `score` 'l2', got False"):
+        call(gated_delta_rule_with_prediction, predict=False, score="l2")(*inputs)
 
 
 def test_head_dimensions_above_256_are_refused(device):

@@ -59,7 +59,8 @@ def test_every_stage_runs_and_a_failure_makes_the_exit_status(gpu_check, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--commit", "carried"])
+    monkeypatch.setenv("PATH", "")  # no git, no nvidia-smi
 
     def stage(name, failed=(), **more):
         outcome = "failed, exit status 1" if failed else "passed"
@@ -80,13 +81,53 @@ def test_every_stage_runs_and_a_failure_makes_the_exit_status(gpu_check, monkeyp
     assert seen == sorted(file.stem for file in FOLDER.glob("bench_*.py"))
     report = json.loads(next(tmp_path.glob("*-nvidia-h100-80gb-hbm3.json")).read_text())
     assert report["environment"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert {"gpu", "driver", "triton", "commit"} <= report["environment"].keys()
+    assert {"gpu", "driver", "triton"} <= report["environment"].keys()
+    assert report["environment"]["commit"] == "carried"
     text = next(tmp_path.glob("*.md")).read_text()
     assert "test_ops::test_sum" in text
     assert "| logits | 1e-05 | 0.0001 | yes |" in text
     monkeypatch.setattr(gpu_check, "run_tests", lambda seconds, folder: stage("tests"))
     gpu_check.main()  # a target that is missed is no failure
     assert "parity: passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome"),
+    [
+        ("raise RuntimeError", "failed, exit status 1"),
+        pytest.param("time.sleep(60)", "stopped after 20 s", marks=pytest.mark.slow),
+    ],
+)
+def test_a_benchmark_keeps_the_rows_it_had(ending, outcome, gpu_check, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines = ("import time", "def run(quick):", "    yield {'what': 'first', 'quick': quick}", f"    {ending}")
+    (tmp_path / "sample.py").write_text("\n".join(lines))
+    stage = gpu_check.run_benchmark("sample", 20, True, tmp_path)
+    assert stage["outcome"] == outcome
+    assert stage["rows"] == [{"what": "first", "quick": True}]
+
+
+def test_a_stage_that_is_stopped_may_write_down_what_it_has(gpu_check, tmp_path):
+    program = f"import time\ntry: time.sleep(60)\nfinally: open({str(tmp_path / 'written')!r}, 'w').write('all')"
+    assert gpu_check.run_stage("sample", [sys.executable, "-c", program], 2)["outcome"] == "stopped after 2 s"
+    assert (tmp_path / "written").read_text() == "all"
+
+
+def test_what_is_missing_is_named(gpu_check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        gpu_check, "run_parity", lambda *args: {"stage": "parity", "outcome": "passed", "seconds": 1.0}
+    )
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *args: {"outcome": "passed", "seconds": args[1]})
+    tests, _, *benchmarks = gpu_check.run_all(400, True)
+    assert tests["outcome"] == "not run: pytest is missing; carry the wheels of " + gpu_check.WHEELS["pytest"]
+    assert "carry the wheels of flash-linear-attention" in capsys.readouterr().out
+    # None of them took any time here, so the last may have all that there is.
+    assert benchmarks[-1]["seconds"] == pytest.approx(400, abs=5)
+
+
+def test_every_benchmark_has_a_share_of_the_time(gpu_check):
+    assert gpu_check.SECONDS.keys() == {file.stem for file in FOLDER.glob("bench_*.py")}
 
 
 def test_a_row_says_whether_the_target_is_met(timing):
@@ -143,10 +184,38 @@ def test_the_benchmark_of_the_compaction_compares_the_same(benchmarks, monkeypat
         return dict.fromkeys(functions, 1.0)
 
     monkeypatch.setattr(bench, "median_ms", compared)
-    rows = bench.run(True)
+    rows = list(bench.run(True))
     assert len(rows) == 2 * 2 * 2
     keep = torch.ones(1, 10, 2, dtype=torch.bool)
     assert bench.bytes_moved(keep, 16) == (28 * 20 + 8 * 16 * 20, 18 * 20 + 4 * 16 * 40)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_benchmark_of_the_delta_rule_compares_the_same(there, benchmarks, monkeypatch, arithmetic_as_on_a_gpu):
+    """With fla, of which the backward may be refused, and without."""
+    import bench_gated_delta_rule as bench
+
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "HEADS", 2)
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "LENGTHS", (40,))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: there or None)
+
+    def refusing(*inputs):
+        if torch.is_grad_enabled():
+            raise RuntimeError("refused")
+        return bench.without_prediction(*inputs)
+
+    def compared(functions):
+        results = [function() for function in functions.values()]
+        assert all(torch.equal(x, results[0]) for x in results)
+        return {name: 1.0 + i for i, name in enumerate(functions)}
+
+    monkeypatch.setattr(bench, "fla", refusing)
+    monkeypatch.setattr(bench, "median_ms", compared)
+    rows = [(r["what"].split()[-1], r["against"].split("'")[0].split()[0], r["ours_ms"]) for r in bench.run(True)]
+    ours = [("score", "our", 1.0), ("prediction", "our", 2.0)]
+    assert rows == ([("score", "fla", 1.0), ("prediction", "fla", 2.0)] if there else []) + ours
 
 
 def test_the_benchmark_of_the_mixer_compares_the_same(benchmarks, monkeypatch):

@@ -334,3 +334,49 @@ def test_a_bad_index_is_refused(device):
         ragged_decode_attention(*new, pages, tail, index=(slabs[:, :5], counts))
     with pytest.raises(ValueError, match=r"`index\[1\]` must be \[2\] of torch.int64"):
         ragged_decode_attention(*new, pages, tail, index=(slabs, counts.int()))
+
+
+# Times 16 rows, or 16 tokens of a page, of 256 numbers: more than 2^31.
+MANY = 2**19 + 2
+
+
+def test_addresses_of_pages_have_64_bits(last_of):
+    base, page_bytes = 10**12, 16 * 256 * 2
+    owner, rank = torch.zeros(MANY, dtype=torch.int32), torch.arange(MANY, dtype=torch.int32)
+    slabs = torch.tensor([[base, 3 * base, owner.data_ptr(), rank.data_ptr(), 0, MANY]])
+    page_list = torch.zeros(2, MANY, dtype=torch.long)
+    module.page_list_fwd_kernel[(-(-MANY // 256), 1)](
+        slabs, torch.tensor([0, MANY]).int(), page_list, 1, MANY, page_bytes, page_bytes, FIELDS=6, BLOCK=256
+    )
+    assert page_list[:, -1].tolist() == [x + (MANY - 1) * page_bytes for x in (base, 3 * base)]
+
+
+def test_addresses_of_streams_and_splits_have_64_bits(last_of):
+    """The last of very many streams, which holds a page in the last of very many splits, reads what it reads alone."""
+    length, page, dim = 16, 16, 256
+    sizes = {"K": dim, "V": dim, "PAGE": page, "BLOCK_K": dim, "BLOCK_V": dim}
+    q, k, v, tail_k, tail_v = torch.randn(5, 1, length, dim).half()
+    keys, values = torch.randn(2, page, dim).half()
+    page_list = torch.tensor([[keys.data_ptr()], [values.data_ptr()]])
+
+    def results(n):
+        first_page, first_split = torch.zeros(n + 1, dtype=torch.int32), torch.full((n + 1,), n - 1, dtype=torch.int32)
+        first_page[-1], first_split[-1] = 1, n
+        streams, fill = torch.full((n,), n - 1, dtype=torch.int32), torch.full((n,), 5)
+        queries, (peak, total) = last_of(n, q), torch.empty(2, n, length)
+        partial, out = torch.empty(n, length, dim), torch.empty(n, length, dim, dtype=torch.half)
+        module.ragged_decode_attention_fwd_kernel[(n,)](
+            queries, page_list, first_page, first_split, streams, peak, total, partial, 1, 4, length, 0.1,
+            ALIGNMENT=16, BLOCK_M=length, BLOCK_N=page, **sizes,
+        )  # fmt: skip
+        module.ragged_decode_merge_fwd_kernel[(n * length,)](
+            queries, last_of(n, k), last_of(n, v), torch.ones(n, length, dtype=torch.uint8), last_of(n, tail_k),
+            last_of(n, tail_v), fill, None, None, first_split, peak, total, partial, out, length, 0.1,
+            G=1, BLOCK_P=page, BLOCK_T=length, BLOCK_S=16, **sizes,
+        )  # fmt: skip
+        return peak[-1], total[-1], partial[-1], out[-1, -1]
+
+    alone = results(1)
+    assert all(x.isfinite().all() for x in alone)
+    for far, near in zip(results(MANY), alone, strict=True):
+        assert torch.equal(far, near)

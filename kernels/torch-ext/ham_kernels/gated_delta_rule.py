@@ -298,7 +298,7 @@ def output_fwd_kernel(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The prediction, or its moments, and the outputs of a group of query heads, in `BV` columns of one chunk."""
+    """The prediction, its moments or neither, and a group of query heads' outputs, in `BV` columns of one chunk."""
     i_v, i_c = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_h = tl.program_id(1)
     start, end = _chunk(borders, i_c, T, NT, BT, PACKED)
@@ -311,13 +311,14 @@ def output_fwd_kernel(
     u += head * V
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
 
-    b_p = _read(k, k, u, states, b_g, real, o_v, HK, HK, K, V, BT, BK, BV, True, PRECISION)
-    offsets = row[:, None] * (HK * V) + o_v[None, :]
-    if moments is None:
-        tl.store(prediction + head * V + offsets, b_p.to(prediction.dtype.element_ty), mask=mask)
-    else:
-        b_v = tl.load(v + head * V + offsets, mask=mask, other=0.0)
-        _store_moments(moments, head + row * HK, i_v, b_v, b_p, real, V, BV, WIDTH)
+    if prediction is not None or moments is not None:
+        b_p = _read(k, k, u, states, b_g, real, o_v, HK, HK, K, V, BT, BK, BV, True, PRECISION)
+        offsets = row[:, None] * (HK * V) + o_v[None, :]
+        if moments is None:
+            tl.store(prediction + head * V + offsets, b_p.to(prediction.dtype.element_ty), mask=mask)
+        else:
+            b_v = tl.load(v + head * V + offsets, mask=mask, other=0.0)
+            _store_moments(moments, head + row * HK, i_v, b_v, b_p, real, V, BV, WIDTH)
     for i_q in range(GROUP):
         query = head * GROUP + i_q
         b_o = _read(q + query * K, k, u, states, b_g, real, o_v, HK, HK * GROUP, K, V, BT, BK, BV, False, PRECISION)
@@ -345,9 +346,9 @@ def step_fwd_kernel(
         b_S *= tl.exp2(tl.load(g + i_bh) * LOG2E)
     b_p = tl.sum(b_S * b_k, 0)
     b_S += b_k * (tl.load(beta + i_bh) * (b_v - b_p))[None, :]
-    if moments is None:
+    if prediction is not None:
         tl.store(prediction + i_bh * V + o_v, b_p.to(prediction.dtype.element_ty), mask=in_v)
-    else:
+    if moments is not None:
         one = tl.arange(0, 1)
         _store_moments(moments, i_bh + one, i_v, b_v[None, :], b_p[None, :], one == 0, V, BV, WIDTH)
     tl.store(final_state + i_bh * (K * V) + square, b_S, mask=in_square)
@@ -735,11 +736,15 @@ def state_fwd(
     return w, u, states, final_state
 
 
-def _prediction_or_moments(v: torch.Tensor, score: str | None, columns: int) -> torch.Tensor:
-    """Where a kernel puts what it predicts: the prediction itself, or all that a score needs of it."""
+def _prediction_and_moments(
+    v: torch.Tensor, score: str | None, predict: bool, columns: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where a kernel puts what it predicts: the prediction itself, or all that a score needs of it, or nowhere."""
+    if not predict:
+        return None, None
     if score is None:
-        return torch.empty_like(v)
-    return v.new_empty(*v.shape[:3], triton.cdiv(v.shape[3], columns), 4, dtype=torch.float32)
+        return torch.empty_like(v), None
+    return None, v.new_empty(*v.shape[:3], triton.cdiv(v.shape[3], columns), 4, dtype=torch.float32)
 
 
 def score_fwd(moments: torch.Tensor, beta: torch.Tensor, score: str) -> torch.Tensor:
@@ -762,17 +767,19 @@ def output_fwd(
     scale: float,
     chunks: Chunks,
     score: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[B, T, H, V]` and predictions `[B, T, Hk, V]`, in the dtype of `u`, or the scores of these instead."""
+    predict: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Outputs `[B, T, H, V]`, predictions `[B, T, Hk, V]` in the dtype of `u`, or the scores of these, or `None`."""
     o = u.new_empty(*q.shape[:3], u.shape[3])
-    found = _prediction_or_moments(v, score, CHUNK_COLUMNS)
-    prediction, moments = (found, None) if score is None else (None, found)
+    prediction, moments = _prediction_and_moments(v, score, predict, CHUNK_COLUMNS)
     output_fwd_kernel[lambda meta: (chunks.total * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
         q, k, v, u, gc, states, o, prediction, moments, chunks.borders, scale,
         GROUP=q.shape[2] // k.shape[2], V=u.shape[3], BK=_tile(k.shape[3], 64), WIDTH=CHUNK_COLUMNS,
         **_shape(k, u, chunks),
     )  # fmt: skip
-    return o, found if score is None else score_fwd(found, beta, score)
+    if score is not None and moments is not None:
+        return o, score_fwd(moments, beta, score)
+    return o, prediction
 
 
 def step_fwd(
@@ -784,20 +791,22 @@ def step_fwd(
     initial_state: torch.Tensor | None,
     scale: float,
     score: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output `[B, 1, H, V]`, prediction `[B, 1, Hk, V]` or its score, and final state of one token a row."""
+    predict: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Output `[B, 1, H, V]`, prediction `[B, 1, Hk, V]`, its score or `None`, and final state of one token a row."""
     batch, _, kv_heads, key_dim = k.shape
     value_dim = v.shape[3]
     o = v.new_empty(*q.shape[:3], value_dim)
-    found = _prediction_or_moments(v, score, STEP_COLUMNS)
-    prediction, moments = (found, None) if score is None else (None, found)
+    prediction, moments = _prediction_and_moments(v, score, predict, STEP_COLUMNS)
     final_state = k.new_empty(batch, kv_heads, key_dim, value_dim, dtype=torch.float32)
     step_fwd_kernel[lambda meta: (batch * kv_heads * triton.cdiv(value_dim, meta["BV"]),)](
         q, k, v, g, beta, initial_state, o, prediction, moments, final_state, scale,
         bucket=next_bucket(batch * kv_heads), HK=kv_heads, GROUP=q.shape[2] // kv_heads, K=key_dim, V=value_dim,
         BK=_tile(key_dim, MAX_HEAD_DIM), WIDTH=STEP_COLUMNS,
     )  # fmt: skip
-    return o, found if score is None else score_fwd(found, beta, score), final_state
+    if score is not None and moments is not None:
+        return o, score_fwd(moments, beta, score), final_state
+    return o, prediction, final_state
 
 
 def output_and_state_bwd(
@@ -878,14 +887,16 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
         scale: float,
         chunks: Chunks,
         score: str | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        predict: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Runs the three stages."""
         gc, inverse = wy_fwd(k, g, beta, v, chunks)
         _, u, states, final_state = state_fwd(k, v, beta, gc, inverse, initial_state, chunks)
-        o, prediction = output_fwd(q, k, v, beta, u, gc, states, scale, chunks, score)
+        o, prediction = output_fwd(q, k, v, beta, u, gc, states, scale, chunks, score, predict)
         ctx.save_for_backward(q, k, v, beta, initial_state, gc, inverse, chunks.borders, chunks.table)
         ctx.scale, ctx.chunks = scale, chunks._replace(borders=None, table=None)
-        ctx.mark_non_differentiable(prediction)
+        if prediction is not None:
+            ctx.mark_non_differentiable(prediction)
         ctx.set_materialize_grads(False)
         return o, prediction, final_state
 
@@ -905,7 +916,7 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
             q, k, w, u, gc, states, do, dfinal_state, dinitial_state, ctx.scale, chunks
         )
         dv, dg, dbeta = wy_bwd(k, v, beta, gc, inverse, dw, du, dk, dg_parts, chunks)
-        return dq, dk, dv, dg, dbeta, dinitial_state, None, None, None
+        return dq, dk, dv, dg, dbeta, dinitial_state, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -924,7 +935,8 @@ def gated_delta_rule_with_prediction(
     seq_idx: torch.Tensor | None = None,
     chunk_size: int = 64,
     score: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    predict: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464), with what the state predicted for each token before it saw the value.
 
     Differentiable, but not through the prediction or its score. Everything is computed in the dtype of `v` with
@@ -945,18 +957,22 @@ def gated_delta_rule_with_prediction(
         chunk_size: tokens solved at once, 16, 32 or 64; at most 32 are for float32 with `K` above 128.
         score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, computed from its
             float32 before any rounding; the prediction is then never written.
+        predict: `False` leaves the prediction out, for one who reads neither it nor a score: nothing is computed or
+            written for it.
 
     Returns:
         `o` `[B, T, H, V]` and `prediction` `[B, T, Hk, V]` in the dtype of `v`, or the scores `[B, T, Hk]` float32 in
-        `[0, 1]`; the final state `[B, Hk, K, V]` float32.
+        `[0, 1]`, or `None` without `predict`; the final state `[B, Hk, K, V]` float32.
 
     Raises:
-        ValueError: for shapes that do not fit, head dimensions above 256, other dtypes, chunk sizes or scores, or a
-            CPU tensor outside Triton's interpreter.
+        ValueError: for shapes that do not fit, head dimensions above 256, other dtypes, chunk sizes or scores, a score
+            without `predict`, or a CPU tensor outside Triton's interpreter.
     """
     _check_arguments(q, k, v, g, beta, initial_state, seq_idx, chunk_size)
     if score is not None and score not in SCORES:
         raise ValueError(f"`score` must be one of {', '.join(map(repr, SCORES))} or None, got {score!r}")
+    if score is not None and not predict:
+        raise ValueError(f"`predict` must be True with `score` {score!r}, got {predict!r}")
     check_platform(v.device)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(v.dtype).contiguous() for x in (q, k, v))
@@ -965,14 +981,14 @@ def gated_delta_rule_with_prediction(
         initial_state = initial_state.float().contiguous()
     given = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
     if v.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return step_fwd(q, k, v, g, beta, initial_state, scale, score)
+        return step_fwd(q, k, v, g, beta, initial_state, scale, score, predict)
     if v.dtype == torch.float32 and k.shape[3] > 128:
         chunk_size = min(chunk_size, 32)  # what a block of threads holds at once would not fit
     if seq_idx is None:
         chunks = split_rows(v.shape[0], v.shape[1], chunk_size)
     else:
         chunks = split_documents(seq_idx, chunk_size)
-    return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks, score)
+    return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks, score, predict)
 
 
 def _check_arguments(
@@ -1055,12 +1071,14 @@ AOT_CASES = [
         _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS),
         _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, GROUP=4),
         _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, scored=False),
+        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, moments=None),
         _case(score_fwd_kernel, dim, 4, 3, PARTS=dim // CHUNK_COLUMNS, SCORE="cosine", BLOCK=256),
         _case(wy_inverse_fwd_kernel, dim, 4, 2),
         _case(wy_apply_fwd_kernel, dim, 4, 2),
         _case(state_fwd_kernel, dim, 4, 2, BK=dim, BV=32),
         _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS),
         _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS, scored=False),
+        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS, moments=None),
         _case(local_bwd_kernel, dim, 4, 2, BK=dim),
         _case(local_bwd_kernel, dim, 4, 2, BK=dim, GROUP=4),
         _case(key_bwd_kernel, dim, 4, 2, BV=32),
