@@ -26,7 +26,7 @@ GROUP_RATIO = 0.75
 GROUP_ELEMENTS = 2**18
 # The chunkwise delta rule works on this many tokens, over all rows and heads, at once: more leave a CPU's cache.
 SEGMENT_TOKENS = 8192
-# Up to so many queries a stream PyTorch reads pages where they lie: the copies of queries are smaller than the pages.
+# Up to so many queries a stream PyTorch reads pages where they lie: the copies of queries are no larger than the keys.
 PAGED_QUERIES = 16
 # The kernels hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
@@ -563,8 +563,8 @@ def ragged_decode_attention(
 ) -> torch.Tensor:
     """Softmax attention of new tokens over paged keys of any number a head, the kept ones before them and themselves.
 
-    Nothing is padded to the longest stream. What is stored is not copied, save by PyTorch where a stream has more than
-    `PAGED_QUERIES` queries, and then for a few streams at a time.
+    Nothing is padded to the longest stream. What is stored is not copied, save by PyTorch for a gradient or where a
+    stream has more than `PAGED_QUERIES` queries, and then for a few streams at a time.
 
     Args:
         q: `[N, T, G, K]`, the `G` queries of `T` tokens in each of `N` streams (a row and key/value head).
@@ -586,7 +586,9 @@ def ragged_decode_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if index is not None:
         pages = _pages_in_use(pages, int((index[1] // tail[0].shape[1]).sum()))
-    form = _attend_page_by_page if q.shape[1] * q.shape[2] <= PAGED_QUERIES else _attend_stream_by_stream
+    # A backward pass reads what the forward read, and by then pages may have been added to the same slabs.
+    where_they_lie = q.shape[1] * q.shape[2] <= PAGED_QUERIES and not needs_gradient
+    form = _attend_page_by_page if where_they_lie else _attend_stream_by_stream
     return form(q, k, v, keep, pages, tail, scale)
 
 

@@ -587,6 +587,24 @@ def filled_layer(counts, new, **sizes):
     return layer, q, k, v, keep
 
 
+@pytest.mark.parametrize("new", [1, 8, 9])
+def test_a_backward_pass_may_follow_the_append(new):
+    """A call is appended before anyone asks for its gradient, also to the very slab that it has read."""
+    layer, q, k, v, keep = filled_layer([16, 15], new)
+    keep, scores, slabs = torch.ones_like(keep[:, -new:]), torch.ones(1, new, 2), layer.store.slabs
+    found = []
+    for append in (False, True):
+        q_new, k_new, v_new = (x[:, -new:].clone().requires_grad_() for x in (q, k, v))
+        out = layer.attend(q_new, k_new, v_new, keep, scores, None)
+        if append:
+            layer.update(LayerStep(torch.arange(new)[None], keys=k_new, values=v_new, scores=scores, keep=keep))
+            assert len(slabs) == 1
+            assert layer.store.used == [2]
+        found.append(torch.autograd.grad(out.square().sum(), (q_new, k_new, v_new)))
+    for after, before in zip(*reversed(found), strict=True):
+        assert torch.equal(after, before)
+
+
 @pytest.mark.parametrize("new", [1, 8, 9, 150])
 @pytest.mark.parametrize("counts", [[0, 0], [16, 32], [1, 100], [17, 400]], ids=str)
 def test_attention_over_a_store_equals_prefill_attention(counts, new):
