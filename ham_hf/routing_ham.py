@@ -210,11 +210,12 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
         kv_usage: fraction to keep.
 
     Returns:
-        `[...]` thresholds, interpolated between quantiles; above 1 for a usage of 0, 0 for a usage of 1.
+        `[...]` float32 thresholds, interpolated between quantiles; above 1 for a usage of 0, 0 for a usage of 1.
 
     Raises:
         ValueError: if the quantiles were never calibrated.
     """
+    quantiles = quantiles.float()
     if not bool((quantiles.amax(-1) > 0).all()):
         raise ValueError(
             "`kv_usage` needs score quantiles, and this checkpoint has none: run "

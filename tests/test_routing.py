@@ -479,6 +479,12 @@ def test_control_adds_up_to_one_batch_over_accumulation_steps(tiny_config):
     assert torch.allclose(whole, pieces, atol=1e-6)
 
 
+@pytest.mark.parametrize("usage", [0.0, 0.3, 1.0])
+def test_a_usage_of_a_model_in_half_precision_is_a_threshold_in_float32(usage):
+    """As scores are, and as the kernel of a decoding step takes it: `model.bfloat16()` rounds the quantiles, too."""
+    assert usage_threshold(torch.linspace(0, 1, 65).bfloat16()[None], usage).dtype == torch.float32
+
+
 def test_a_tiny_usage_is_still_a_usage():
     quantiles = torch.linspace(0, 1, 65)[None]
     assert usage_threshold(quantiles, 1e-17) == pytest.approx(1.0)
