@@ -14,9 +14,9 @@ takes where a copy moves 2.8 TB/s:
 
 2 floating-point operations a weight are 0.23 GFLOP and 4 a kept key and dimension 0.08 at 8,192 (0.3 at 32,768):
 nothing beside the reading. But a step is a few hundred small launches one after the other, each of which takes 1.5 to
-2 us in a graph whatever it reads, so their number decides: a layer of HAM has 40 (12 matrix products, 6 kernels of its
-own, 16 launches of the two RMSNorms, the rest additions and copies), a Gated DeltaNet of this repository 33, a Llama
-about 45. A fused RMSNorm would save 14 of them, one product for all projections of the mixer 8.
+2 us in a graph whatever it reads, so their number decides: a layer of HAM has 26 (12 matrix products, 6 kernels of its
+own, the two RMSNorms, the rest additions and copies), a Gated DeltaNet of this repository 19, a Llama about 45, of
+which 16 are its two RMSNorms. One product for all projections of the mixer would save 8 of ours.
 
 The step of HAM is timed with what the host does about it; the others are replays alone, and repeat one token.
 """
