@@ -101,7 +101,7 @@ def scored(module, hidden_states, v, prediction, beta, positions):
 
 
 def test_a_score_is_asked_for_by_its_name():
-    with pytest.raises(ValueError, match="`kind` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
+    with pytest.raises(ValueError, match="`score` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
         error_score("cosin", *torch.ones(3, 2))
 
 
