@@ -207,7 +207,7 @@ def _delta_rule(
     """The gated delta rule over segments of whole chunks, short enough to be worked on in the cache of a CPU."""
     length = q.shape[1]
     chunk = min(chunk, length)
-    segment = max(1, SEGMENT_TOKENS // (q.shape[0] * q.shape[2] * chunk)) * chunk
+    segment = max(1, SEGMENT_TOKENS // max(1, q.shape[0] * q.shape[2] * chunk)) * chunk
     outputs, predictions = [], []
     for start in range(0, length, segment):
         part = slice(start, start + segment)
@@ -271,7 +271,7 @@ def _delta_rule_chunks(
     weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * within.unsqueeze(4)
     weights, q_in = (x.flatten(0, 2).flatten(1, 2) for x in (weights, q * from_start[..., None, None]))
     out = torch.baddbmm(q_in @ states, weights, updates, beta=scale, alpha=scale)
-    out, prediction = out.view(*q.shape[:-1], -1), prediction.view(v.shape)
+    out, prediction = out.view(*q.shape[:-1], v.shape[-1]), prediction.view(v.shape)
     return _join_chunks(out)[:, :length].flatten(2, 3), _join_chunks(prediction)[:, :length], state.view(shape)
 
 

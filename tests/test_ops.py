@@ -245,6 +245,19 @@ def test_scores_take_the_place_of_predictions(length, score):
     assert not scored[1].requires_grad
 
 
+def test_a_score_that_there_is_not_is_refused_by_name():
+    with pytest.raises(ValueError, match="`score` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
+        gated_delta_rule_with_prediction(**delta_inputs(3), score="cosin")
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_the_delta_rule_of_no_rows(length):
+    inputs = delta_inputs(length)
+    expected = gated_delta_rule_with_prediction(**inputs)
+    found = gated_delta_rule_with_prediction(**{name: x[:0] for name, x in inputs.items()})
+    assert [x.shape for x in found] == [(0, *x.shape[1:]) for x in expected]
+
+
 def test_padding_neither_decays_nor_writes_the_state():
     inputs = delta_inputs(90)
     real = torch.rand(2, 90) < 0.6
