@@ -35,7 +35,8 @@ class CapturedStep:
     the more it has in reserve.
 
     Rows may have been padded in the prompt; from here on every row has a token at each step. `kv_budget`, gradients,
-    packed rows and drafts that may be taken back are not captured: call the model.
+    packed rows and drafts that may be taken back are not captured: call the model. Of the model itself the graph knows
+    only where its weights lie: to move, cast, swap or wrap them, or its layers, takes a new `CapturedStep`.
 
     Args:
         model: in evaluation mode, on one CUDA device; layers `"hybrid"` and `"linear_attention"`.

@@ -248,7 +248,8 @@ class HAMMixer(nn.Module):
             q, k, v = self._heads(convolved if self.config.attention_conv else raw)
             if scores is not None and self.config.router in LEARNED_ROUTERS:
                 v = v * scores[..., None].to(v.dtype)
-            q, k = self._attention_view(q, k, position_embeddings)
+            # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
+            q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
             routed, keep = self._route(scores, k, threshold, tokens)
             step.keys, step.values, step.scores, step.keep = k, v, routed, keep
             if output_attentions:

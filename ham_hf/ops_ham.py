@@ -27,7 +27,7 @@ GROUP_RATIO = 0.75
 GROUP_ELEMENTS = 2**18
 # The chunkwise delta rule works on this many tokens, over all rows and heads, at once: more leave a CPU's cache.
 SEGMENT_TOKENS = 8192
-# Up to so many queries a stream PyTorch reads pages where they lie: the copies of queries are smaller than the pages.
+# Up to so many queries a stream PyTorch reads pages where they lie: the copies of queries are no larger than the keys.
 PAGED_QUERIES = 16
 # The kernels hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
@@ -218,7 +218,7 @@ def _delta_rule(
     """The gated delta rule over segments of whole chunks, short enough to be worked on in the cache of a CPU."""
     length = q.shape[1]
     chunk = min(chunk, length)
-    segment = max(1, SEGMENT_TOKENS // (q.shape[0] * q.shape[2] * chunk)) * chunk
+    segment = max(1, SEGMENT_TOKENS // max(1, q.shape[0] * q.shape[2] * chunk)) * chunk
     outputs, predictions = [], []
     for start in range(0, length, segment):
         part = slice(start, start + segment)
@@ -287,7 +287,7 @@ def _delta_rule_chunks(
     weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * within.unsqueeze(4)
     weights, q_in = (x.flatten(0, 2).flatten(1, 2) for x in (weights, q * from_start[..., None, None]))
     out = torch.baddbmm(q_in @ states, weights, updates, beta=scale, alpha=scale)
-    out = _join_chunks(out.view(*q.shape[:-1], -1))[:, :length]
+    out = _join_chunks(out.view(*q.shape[:-1], v.shape[-1]))[:, :length]
     return out.flatten(2, 3), prediction, state.view(shape)
 
 
@@ -586,8 +586,8 @@ def ragged_decode_attention(
 ) -> torch.Tensor:
     """Softmax attention of new tokens over paged keys of any number a head, the kept ones before them and themselves.
 
-    Nothing is padded to the longest stream. What is stored is not copied, save by PyTorch where a stream has more than
-    `PAGED_QUERIES` queries, and then for a few streams at a time.
+    Nothing is padded to the longest stream. What is stored is not copied, save by PyTorch for a gradient or where a
+    stream has more than `PAGED_QUERIES` queries, and then for a few streams at a time.
 
     Args:
         q: `[N, T, G, K]`, the `G` queries of `T` tokens in each of `N` streams (a row and key/value head).
@@ -609,7 +609,9 @@ def ragged_decode_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if index is not None:
         pages = _pages_in_use(pages, int((index[1] // tail[0].shape[1]).sum()))
-    form = _attend_page_by_page if q.shape[1] * q.shape[2] <= PAGED_QUERIES else _attend_stream_by_stream
+    # A backward pass reads what the forward read, and by then pages may have been added to the same slabs.
+    where_they_lie = q.shape[1] * q.shape[2] <= PAGED_QUERIES and not needs_gradient
+    form = _attend_page_by_page if where_they_lie else _attend_stream_by_stream
     return form(q, k, v, keep, pages, tail, scale)
 
 

@@ -34,23 +34,23 @@ def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor
     return residual / (residual + v.norm(dim=-1).clamp(min=COSINE_EPS))
 
 
-def error_score(kind: str, v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+def error_score(score: str, v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """A score by its name, float32. A hard decision passes no gradient, so it is cut from the graph.
 
     Args:
-        kind: `"cosine"`, `"l2"` or `"residual"`.
+        score: `"cosine"`, `"l2"` or `"residual"`.
         v: `[..., V]` values.
         prediction: `[..., V]` what the state held under each key before.
         beta: `[...]` write strengths.
     """
     v, prediction, beta = (x.detach().float() for x in (v, prediction, beta))
-    if kind == "cosine":
+    if score == "cosine":
         return cosine_score(v, prediction)
-    if kind == "l2":
+    if score == "l2":
         return l2_score(v, prediction)
-    if kind == "residual":
+    if score == "residual":
         return residual_score(v, prediction, beta)
-    raise ValueError(f"`kind` must be one of 'cosine', 'l2', 'residual', got {kind!r}.")
+    raise ValueError(f"`score` must be one of 'cosine', 'l2', 'residual', got {score!r}.")
 
 
 def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> torch.Tensor:
@@ -215,11 +215,12 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
         kv_usage: fraction to keep.
 
     Returns:
-        `[...]` thresholds, interpolated between quantiles; above 1 for a usage of 0, 0 for a usage of 1.
+        `[...]` float32 thresholds, interpolated between quantiles; above 1 for a usage of 0, 0 for a usage of 1.
 
     Raises:
         ValueError: if the quantiles were never calibrated.
     """
+    quantiles = quantiles.float()
     if not bool((quantiles.amax(-1) > 0).all()):
         raise ValueError(
             "`kv_usage` needs score quantiles, and this checkpoint has none: run "

@@ -293,6 +293,19 @@ def test_a_score_needs_predictions():
         gated_delta_rule_with_prediction(**delta_inputs(3), score="cosine", predict=False)
 
 
+def test_a_score_that_there_is_not_is_refused_by_name():
+    with pytest.raises(ValueError, match="`score` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
+        gated_delta_rule_with_prediction(**delta_inputs(3), score="cosin")
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_the_delta_rule_of_no_rows(length):
+    inputs = delta_inputs(length)
+    expected = gated_delta_rule_with_prediction(**inputs)
+    found = gated_delta_rule_with_prediction(**{name: x[:0] for name, x in inputs.items()})
+    assert [x.shape for x in found] == [(0, *x.shape[1:]) for x in expected]
+
+
 def test_padding_neither_decays_nor_writes_the_state():
     inputs = delta_inputs(90)
     real = torch.rand(2, 90) < 0.6
@@ -636,6 +649,24 @@ def filled_layer(counts, new, **sizes):
     assert layer.store.counts.tolist() == counts
     assert bool(layer.store.pages()) == (max(counts) >= cache_ham.PAGE_SIZE)
     return layer, q, k, v, keep
+
+
+@pytest.mark.parametrize("new", [1, 8, 9])
+def test_a_backward_pass_may_follow_the_append(new):
+    """A call is appended before anyone asks for its gradient, also to the very slab that it has read."""
+    layer, q, k, v, keep = filled_layer([16, 15], new)
+    keep, scores, slabs = torch.ones_like(keep[:, -new:]), torch.ones(1, new, 2), layer.store.slabs
+    found = []
+    for append in (False, True):
+        q_new, k_new, v_new = (x[:, -new:].clone().requires_grad_() for x in (q, k, v))
+        out = layer.attend(q_new, k_new, v_new, keep, scores, None)
+        if append:
+            layer.update(LayerStep(torch.arange(new)[None], keys=k_new, values=v_new, scores=scores, keep=keep))
+            assert len(slabs) == 1
+            assert layer.store.used == [2]
+        found.append(torch.autograd.grad(out.square().sum(), (q_new, k_new, v_new)))
+    for after, before in zip(*reversed(found), strict=True):
+        assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize("new", [1, 8, 9, 150])

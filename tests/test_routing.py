@@ -101,7 +101,7 @@ def scored(module, hidden_states, v, prediction, beta, positions):
 
 
 def test_a_score_is_asked_for_by_its_name():
-    with pytest.raises(ValueError, match="`kind` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
+    with pytest.raises(ValueError, match="`score` must be one of 'cosine', 'l2', 'residual', got 'cosin'"):
         error_score("cosin", *torch.ones(3, 2))
 
 
@@ -508,6 +508,12 @@ def test_control_adds_up_to_one_batch_over_accumulation_steps(tiny_config):
     whole, pieces = gradient([ids]), gradient(ids.split(1))
     assert whole.abs().max() > 0.01
     assert torch.allclose(whole, pieces, atol=1e-6)
+
+
+@pytest.mark.parametrize("usage", [0.0, 0.3, 1.0])
+def test_a_usage_of_a_model_in_half_precision_is_a_threshold_in_float32(usage):
+    """As scores are, and as the kernel of a decoding step takes it: `model.bfloat16()` rounds the quantiles, too."""
+    assert usage_threshold(torch.linspace(0, 1, 65).bfloat16()[None], usage).dtype == torch.float32
 
 
 def test_a_tiny_usage_is_still_a_usage():
