@@ -95,12 +95,13 @@ def test_every_stage_runs_and_a_failure_makes_the_exit_status(gpu_check, monkeyp
     ("ending", "outcome"),
     [
         ("raise RuntimeError", "failed, exit status 1"),
+        ("os._exit(3)", "failed, exit status 3"),
         pytest.param("time.sleep(60)", "stopped after 20 s", marks=pytest.mark.slow),
     ],
 )
 def test_a_benchmark_keeps_the_rows_it_had(ending, outcome, gpu_check, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    lines = ("import time", "def run(quick):", "    yield {'what': 'first', 'quick': quick}", f"    {ending}")
+    lines = ("import os, time", "def run(quick):", "    yield {'what': 'first', 'quick': quick}", f"    {ending}")
     (tmp_path / "sample.py").write_text("\n".join(lines))
     stage = gpu_check.run_benchmark("sample", 20, True, tmp_path)
     assert stage["outcome"] == outcome
