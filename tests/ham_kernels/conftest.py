@@ -97,7 +97,10 @@ def last_of(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, torc
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last)
 
     def enlarge(n: int, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(n, *x.shape[1:], dtype=x.dtype)
+        try:
+            out = torch.empty(n, *x.shape[1:], dtype=x.dtype)
+        except RuntimeError as error:
+            pytest.skip(f"this machine does not reserve so much memory, touched or not: {error}")
         out[-1:] = x
         return out
 
