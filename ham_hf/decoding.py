@@ -70,7 +70,8 @@ class CapturedStep:
         _check_kernels(model, cache)
         self.model, self.cache = model, cache
         self._threshold = self._resolved(threshold, kv_usage)
-        self._tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+            self._tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self._recording: Recording | None = None
         self._rehearsed: Addressed = []
 

@@ -23,7 +23,7 @@ QUERY_BLOCK = 64
 MANY_COLUMNS = 512
 # Streams whose kept counts lie within this ratio share one padded batch, which bounds what padding costs.
 GROUP_RATIO = 0.75
-# The mask of such a batch has about this many elements at most: larger ones leave a CPU core's own cache.
+# The mask of such a batch has about this many elements a query head: larger ones leave a CPU core's own cache.
 GROUP_ELEMENTS = 2**18
 # The chunkwise delta rule works on this many tokens, over all rows and heads, at once: more leave a CPU's cache.
 SEGMENT_TOKENS = 8192

@@ -379,6 +379,20 @@ def test_replays_equal_the_model_s_own_steps(tiny_config, on_kernels, graphs, sm
     assert len(captures) == before + 1
 
 
+def test_a_step_made_in_inference_mode_goes_on_outside(tiny_config, on_kernels, graphs, device):
+    make, captures = graphs
+    model = make_model(tiny_config, device)
+    ids = torch.randint(1, 97, (2, PROMPT + 3), device=device)
+    cache, expected = (prompted(model, ids) for _ in range(2))
+    with torch.inference_mode():
+        step = make(model, cache)
+    found = torch.stack([step(ids[:, t]).clone() for t in range(PROMPT, PROMPT + 3)], 1)
+    assert len(captures) == 1
+    with torch.no_grad():
+        wanted = [model(ids[:, t : t + 1], past_key_values=expected).logits for t in range(PROMPT, PROMPT + 3)]
+    torch.testing.assert_close(found, torch.cat(wanted, 1), atol=1e-5, rtol=0)
+
+
 def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, monkeypatch, device):
     make, _ = graphs
     model = make_model(tiny_config, device)

@@ -197,11 +197,24 @@ def test_appends_what_the_host_would(prompt, device, monkeypatch):
     store.replace_lowest(lowest)
     twin.replace_lowest(lowest)
     assert_same_tokens(store.tokens(), twin.tokens())
+    store.make_room()
+    assert len(store.open_pages()[-1]) == len(store.slabs)
     store.rollback(mark[0])
     twin.rollback(mark[1])
+    assert len(store.slabs) == mark[0]["slabs"]
+    assert len(store.open_pages()[-1]) == len(store.slabs), "the table has slabs that are gone"
+    assert store.reserved_steps == 0, "the room was in slabs that are gone"
     assert_same_tokens(store.tokens(), twin.tokens())
     run(mix, update, store, position=prompt + 31)
     assert store.counts.tolist() == (twin.counts + update.keep.flatten()).tolist()
+
+
+def test_a_store_that_moves_leaves_its_addresses_behind(device):
+    _, _, store = make(device)
+    store.make_room()
+    store.open_pages()
+    store.to(torch.device("meta"))
+    assert {x.device.type for x in store.tensors()} == {"meta"}
 
 
 def test_padding_is_neither_kept_nor_counted(device):
