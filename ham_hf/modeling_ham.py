@@ -142,6 +142,16 @@ class HAMShortConvolution(nn.Module):
         return short_convolution(x, self.weight, initial_state, real, seq_idx)
 
 
+class HAMRMSNorm(nn.RMSNorm):
+    """RMSNorm of `[..., D]`, in the dtype of its weight.
+
+    Autocast narrows what projections put out; of two dtypes PyTorch's norm would warn, and give the narrower one.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class HAMMixer(nn.Module):
     """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
 
@@ -176,11 +186,11 @@ class HAMMixer(nn.Module):
             self.b_proj = nn.Linear(hidden, kv_heads, bias=False)
             self.A_log = nn.Parameter(torch.empty(kv_heads))
             self.dt_bias = nn.Parameter(torch.empty(kv_heads))
-            self.rnn_norm = nn.RMSNorm(value_dim, config.rms_norm_eps) if config.rnn_output_norm else nn.Identity()
+            self.rnn_norm = HAMRMSNorm(value_dim, config.rms_norm_eps) if config.rnn_output_norm else nn.Identity()
         if self.has_attention:
-            self.q_norm = nn.RMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            self.k_norm = nn.RMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            self.kv_norm = nn.RMSNorm(value_dim, config.rms_norm_eps) if config.kv_output_norm else nn.Identity()
+            self.q_norm = HAMRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            self.k_norm = HAMRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            self.kv_norm = HAMRMSNorm(value_dim, config.rms_norm_eps) if config.kv_output_norm else nn.Identity()
         if self.layer_type == "hybrid":
             self.rnn_gate_proj = nn.Linear(hidden, heads)
             self.kv_gate_proj = nn.Linear(hidden, heads)
@@ -484,8 +494,8 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.mixer = HAMMixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, hidden_states: torch.Tensor, **mixer_arguments: Any
@@ -551,7 +561,7 @@ class HAMModel(HAMPreTrainedModel):
         layers = [HAMDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         # torch's ModuleList does not say what it holds.
         self.layers: Sequence[HAMDecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None
         if config.rope_parameters is not None:
             self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too

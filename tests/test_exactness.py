@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, modeling_ham
 from ham_hf.configuration_ham import LAYER_TYPES, LEARNED_ROUTERS, ROUTERS
@@ -414,6 +415,18 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
     assert any("mixer.k_proj" in name for name in grads)
     for name, grad in expected_grads.items():
         assert (grads[name] - grad).abs().max() < 1e-6 * max(1, grad.abs().max()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_are_those_of_llama_also_under_autocast(dtype):
+    norm, llama = modeling_ham.HAMRMSNorm(24, 1e-6), LlamaRMSNorm(24, 1e-6)
+    llama.weight = norm.weight = torch.nn.Parameter(torch.randn(24))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(3, 5, 24).to(dtype)
+        found, expected = norm(x), llama(x)
+    assert found.dtype == expected.dtype == torch.float32
+    # The one rounds the normalised input to its dtype, the other only what it gives.
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- 4. no cut, batch or padding matters
