@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
+
+Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
+keys and values and is shut. Train it (`ham_hf` README) to open the RNN and to keep less.
+
+  python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
+  python conversion_scripts/convert_transformer_to_ham.py qwen3-ham qwen3-again --back
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ham_hf import HAMConfig
+from ham_hf.hub.conversion import Conversion, Requirement, main
+from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
+from ham_hf.hub.shards import Recipe, copied
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def check_features(config: Any) -> None:
+    """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
+    window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is not None and windowed and window < length:
+        raise ValueError(
+            f"`sliding_window` must be None or at least `max_position_embeddings` ({length}), got {window}: a HAM "
+            "keeps or drops tokens by their score, not by their distance."
+        )
+    partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ValueError(
+            f"`partial_rotary_factor` must be 1.0, got {partial}: {config.model_type} reads it for some types of RoPE only."
+        )
+
+
+def ham_config(config: Any) -> HAMConfig:
+    """The HAM of the same shape."""
+    check_features(config)
+    return HAMConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None),
+        hidden_act=config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        initializer_range=config.initializer_range,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters=dict(config.rope_parameters),
+        # Qwen2 has biases on q, k and v, whatever its configuration says.
+        attention_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
+        attention_conv=False,
+        qk_norm=config.model_type == "qwen3",
+        kv_output_norm=False,
+        output_gate=False,
+        target_kv_usage=1.0,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of names, in the HAM and in its source, of tensors that are the same in both."""
+    yield "model.embed_tokens.weight", "model.embed_tokens.weight"
+    yield "model.norm.weight", "model.norm.weight"
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", "lm_head.weight"
+    mixer = [f"{x}_proj.weight" for x in "qkv"]
+    if config.attention_bias:
+        mixer += [f"{x}_proj.bias" for x in "qkv"]
+    if config.qk_norm:
+        mixer += ["q_norm.weight", "k_norm.weight"]
+    same = [f"{norm}.weight" for norm in NORMS] + [f"mlp.{x}.weight" for x in MLP]
+    if config.mlp_bias:
+        same += [f"mlp.{x}.bias" for x in MLP]
+    for i in range(config.num_hidden_layers):
+        for name in mixer:
+            yield f"model.layers.{i}.mixer.{name}", f"model.layers.{i}.self_attn.{name}"
+        for name in same:
+            yield f"model.layers.{i}.{name}", f"model.layers.{i}.{name}"
+
+
+def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
+    """Recipes for every tensor of the HAM."""
+    for name, source_name in shared_names(config):
+        yield copied(name, source_name)
+    for i in range(config.num_hidden_layers):
+        mixer, attention = f"model.layers.{i}.mixer", f"model.layers.{i}.self_attn"
+        yield doubled(f"{mixer}.o_proj.weight", f"{attention}.o_proj.weight")
+        if source.model_type == "qwen2":
+            yield Recipe(f"{mixer}.o_proj.bias", (), lambda: torch.zeros(config.hidden_size))
+        elif config.attention_bias:
+            yield copied(f"{mixer}.o_proj.bias", f"{attention}.o_proj.bias")
+        yield from new_rnn(mixer, config)
+
+
+def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
+    """Recipes for every tensor of the source."""
+    for name, source_name in shared_names(config):
+        yield copied(source_name, name)
+    for i in range(config.num_hidden_layers):
+        mixer, attention = f"model.layers.{i}.mixer", f"model.layers.{i}.self_attn"
+        yield halved(f"{attention}.o_proj.weight", f"{mixer}.o_proj.weight")
+        if config.attention_bias and source.model_type != "qwen2":
+            yield copied(f"{attention}.o_proj.bias", f"{mixer}.o_proj.bias")
+
+
+def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
+    """What must hold of a HAM for the way back."""
+    for i in range(config.num_hidden_layers):
+        yield from shut_rnn(f"model.layers.{i}.mixer")
+        if source.model_type == "qwen2":
+            yield Requirement(f"model.layers.{i}.mixer.o_proj.bias", is_zero, "is not zero, and Qwen2 has none")
+
+
+CONVERSION = Conversion(
+    script="convert_transformer_to_ham.py",
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    ham_config=ham_config,
+    to_ham=to_ham,
+    from_ham=from_ham,
+    requirements=requirements,
+    inert=INERT_RNN,
+    left_out=r"\.rotary_emb\.inv_freq$",
+    left_out_because="the configuration gives the frequencies of RoPE",
+    summary="The attention of every layer is the source's and keeps every token; the RNN beside it is shut.",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(CONVERSION, __doc__))

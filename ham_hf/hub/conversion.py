@@ -1,0 +1,329 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Turns a checkpoint into a HAM that computes the same, and back: what every script of `conversion_scripts` shares."""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf.files import write_whole
+
+from .shards import Checkpoint, Recipe, check_recipes, write_shards
+
+RECORD = "conversion.json"
+# Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
+TOLERANCE = 1e-4
+VERIFIED_ROWS = 2
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+# Fields of a HAMConfig that change nothing that a checkpoint without its RNN, or without its cache, computes.
+FREE_FIELDS = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "router", "router_hidden_size", "target_kv_usage",
+    "threshold_scope", "transformers_version",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What must hold of a tensor of a HAM, lest the way back lose something; if not, the user reads what it `says`."""
+
+    name: str
+    holds: Callable[[torch.Tensor], bool]
+    says: str
+
+
+def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, T, vocabulary]` in float32 of the causal language model in `folder`, by its Auto class."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def transformers_model(config: PreTrainedConfig) -> torch.nn.Module:
+    """The causal language model of a configuration, by its Auto class."""
+    return AutoModelForCausalLM.from_config(config)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What one script knows of its source.
+
+    Attributes:
+        script: the script's file name.
+        model_types: the `model_type`s that it reads.
+        ham_config: the HAM that computes what a configuration does; `ValueError` names a feature that HAM lacks.
+        to_ham: recipes for every tensor of the HAM.
+        from_ham: recipes for every tensor of the source.
+        requirements: what must hold of a HAM for the way back.
+        logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
+        empty_source: the source's model of a configuration.
+        inert: a pattern of the HAM's tensors that only its shut memory reads.
+        summary: what the new HAM is at first, for the user.
+        left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
+        left_out_because: why, for the user.
+    """
+
+    script: str
+    model_types: tuple[str, ...]
+    ham_config: Callable[[Any], HAMConfig]
+    to_ham: Callable[[Any, HAMConfig], Iterable[Recipe]]
+    from_ham: Callable[[Any, HAMConfig], Iterable[Recipe]]
+    requirements: Callable[[Any, HAMConfig], Iterable[Requirement]]
+    inert: str
+    summary: str
+    logits: Callable[[Path, torch.Tensor], torch.Tensor] = transformers_logits
+    empty_source: Callable[[Any], torch.nn.Module] = transformers_model
+    left_out: str | None = None
+    left_out_because: str = ""
+
+
+def shapes_of(build: Callable[[Any], torch.nn.Module], config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """The shapes that a model's safetensors hold, without its weights: a tied head is not among them."""
+    with torch.device("meta"):
+        model = build(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def compare_logits(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
+    """How far two models' logits `[B, T, vocabulary]` are apart, and what is allowed."""
+    difference = (expected - got).abs()
+    return {
+        "tokens": expected.shape[0] * expected.shape[1],
+        "dtype": "float32",
+        "max_abs_logit_error": difference.max().item(),
+        "mean_abs_logit_error": difference.mean().item(),
+        "top1_agreement": (expected.argmax(-1) == got.argmax(-1)).float().mean().item(),
+        "tolerance": TOLERANCE * max(1.0, expected.abs().max().item()),
+    }
+
+
+class Run:
+    """One call of a script: reads `source`, and writes `output` whole or not at all."""
+
+    def __init__(self, conversion: Conversion, arguments: argparse.Namespace, command: str):
+        self.conversion = conversion
+        self.arguments = arguments
+        self.command = command
+        self.output = Path(arguments.output)
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        if self.output.exists():
+            raise ValueError(f"`output` must not exist yet, got {self.output}.")
+        self.source = self._source()
+
+    def _source(self) -> Path:
+        source, revision = self.arguments.source, self.arguments.revision
+        if Path(source).is_dir():
+            if revision:
+                raise ValueError(f"`--revision` belongs to a repository on the Hub, got the folder {source}.")
+            return Path(source)
+        print(f"Fetches {source} from the Hub", flush=True)
+        return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
+
+    def to_ham(self) -> None:
+        """Writes the HAM."""
+        conversion = self.conversion
+        text = (self.source / "config.json").read_text(encoding="utf-8")
+        config = AutoConfig.from_pretrained(self.source)
+        if config.model_type not in conversion.model_types:
+            raise ValueError(
+                f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
+                f"{config.model_type!r}."
+            )
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                "`source` must hold plain weights, got a `quantization_config`. Take the original checkpoint."
+            )
+        old = Checkpoint(self.source)
+        ham_config = conversion.ham_config(config)
+        ham_config.dtype = old.main_dtype()
+        recipes = {recipe.name: recipe for recipe in conversion.to_ham(config, ham_config)}
+        left_out = self._left_out(old, config)
+        self._write(old, recipes, shapes_of(HAMForCausalLM, ham_config), left_out)
+        with torch.device("meta"):
+            model = HAMForCausalLM(ham_config)
+        # What `save_pretrained` does beside writing weights.
+        if model._auto_class is not None:
+            custom_object_save(model, self.partial, config=ham_config)  # type: ignore[arg-type]  # takes both
+        ham_config.architectures = ["HAMForCausalLM"]
+        ham_config.save_pretrained(self.partial)
+        self._copy_tokenizer()
+        notes = [conversion.summary]
+        if left_out - {"lm_head.weight"}:
+            notes.append(f"{len(left_out)} tensors of the source were left out: {conversion.left_out_because}.")
+            print(notes[-1])
+        record: dict[str, Any] = {
+            "source": {
+                "name": self.arguments.name or self.arguments.source.rstrip("/").split("/")[-1],
+                "model_type": config.model_type,
+                "architecture": (config.architectures or ["unknown"])[0],
+                "config": json.loads(text),
+            },
+            "script": conversion.script,
+            "command": self.command,
+            "date": datetime.date.today().isoformat(),
+            "notes": notes,
+        }
+        record["verification"] = self._verify(self.source, self.partial, config)
+        write_whole(self.partial / RECORD, json.dumps(record, indent=1) + "\n")
+        self._finish()
+        print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output} --threshold 0 0.5")
+
+    def from_ham(self) -> None:
+        """Writes the source's checkpoint again, from a HAM that a script made and that may have been trained since."""
+        conversion = self.conversion
+        if not (self.source / RECORD).is_file():
+            raise ValueError(f"`source` must be a folder that {conversion.script} wrote, got one without {RECORD}.")
+        record = json.loads((self.source / RECORD).read_text(encoding="utf-8"))
+        if record["script"] != conversion.script:
+            raise ValueError(f"`source` was written by {record['script']}: take that script for the way back.")
+        text = json.dumps(record["source"]["config"], indent=2) + "\n"
+        config = AutoConfig.for_model(**record["source"]["config"])
+        ham_config = HAMConfig.from_pretrained(self.source)
+        self._check_lossless(conversion.ham_config(config), ham_config)
+        old = Checkpoint(self.source)
+        for requirement in conversion.requirements(config, ham_config):
+            if not requirement.holds(old.get(requirement.name)):
+                raise ValueError(
+                    f"The way back would lose something: {requirement.name} {requirement.says}. A HAM that was "
+                    "trained with both memories has no counterpart among its sources."
+                )
+        recipes = {recipe.name: recipe for recipe in conversion.from_ham(config, ham_config)}
+        implied = {requirement.name for requirement in conversion.requirements(config, ham_config)}
+        implied |= {name for name in old.names() if re.search(conversion.inert, name)}
+        self._write(old, recipes, shapes_of(conversion.empty_source, config), implied)
+        write_whole(self.partial / "config.json", text)
+        self._copy_tokenizer()
+        self._verify(self.partial, self.source, config)
+        self._finish()
+
+    def _check_lossless(self, expected: HAMConfig, got: HAMConfig) -> None:
+        expected_fields, got_fields = expected.to_dict(), got.to_dict()
+        for field in sorted((expected_fields.keys() | got_fields.keys()) - FREE_FIELDS):
+            if expected_fields.get(field) != got_fields.get(field):
+                raise ValueError(
+                    f"The way back would lose something: `{field}` must still be {expected_fields.get(field)!r}, got "
+                    f"{got_fields.get(field)!r}."
+                )
+
+    def _left_out(self, old: Checkpoint, config: Any) -> set[str]:
+        # Some tied models are saved with both copies.
+        tied = {"lm_head.weight"} & old.names() if config.tie_word_embeddings else set()
+        if self.conversion.left_out is None:
+            return tied
+        return tied | {name for name in old.names() if re.search(self.conversion.left_out, name)}
+
+    def _write(
+        self, old: Checkpoint, recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: set[str]
+    ) -> None:
+        check_recipes(recipes, shapes, left_out, old)
+        self._resume_or_begin(old)
+        size = sum(shape.numel() for shape in shapes.values())
+        print(f"Reads {self.source}: {len(old.names())} tensors in {len(old.files)} file(s)")
+        print(f"Writes {self.output}: {len(shapes)} tensors, {size / 1e6:,.1f} million parameters", flush=True)
+        write_shards(recipes, shapes, old, self.partial, self.arguments.max_shard_size)
+
+    def _resume_or_begin(self, old: Checkpoint) -> None:
+        """Keeps the shards that an interrupted run with the same source and options left, else starts afresh."""
+        state = {
+            "files": old.fingerprint(),
+            "max_shard_size": self.arguments.max_shard_size,
+            "back": self.arguments.back,
+        }
+        path = self.partial / "state.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == state:
+            print(f"Goes on with {self.partial}")
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        write_whole(path, json.dumps(state))
+
+    def _copy_tokenizer(self) -> None:
+        said = []
+        if any((self.source / name).is_file() for name in TOKENIZER_FILES):
+            AutoTokenizer.from_pretrained(self.source).save_pretrained(self.partial)
+            said.append("the tokenizer")
+        if (self.source / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(self.source).save_pretrained(self.partial)
+            said.append("the generation settings")
+        for path in self.source.glob("LICENSE*"):
+            shutil.copyfile(path, self.partial / path.name)
+            said.append(path.name)
+        print(f"Copied {', '.join(said)}" if said else "Found no tokenizer to copy")
+
+    def _verify(self, source: Path, ham: Path, config: PreTrainedConfig) -> dict[str, Any] | None:
+        """Compares the logits of both checkpoints on random tokens; one model at a time is in memory."""
+        if self.arguments.no_verify:
+            print("Not verified, as asked")
+            return None
+        length = self.arguments.verify_tokens
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (VERIFIED_ROWS, length), generator=generator)
+        name = (config.architectures or [config.model_type])[0]
+        print(f"Compares the logits of {name} and of HAM on {VERIFIED_ROWS} x {length} random tokens in float32")
+        figures = compare_logits(self.conversion.logits(source, tokens), transformers_logits(ham, tokens))
+        figures["source_code"] = name
+        print(
+            f"  largest difference {figures['max_abs_logit_error']:.1e} (allowed {figures['tolerance']:.1e}), mean "
+            f"{figures['mean_abs_logit_error']:.1e}, same likeliest token {figures['top1_agreement']:.1%}"
+        )
+        if not figures["max_abs_logit_error"] <= figures["tolerance"]:
+            raise ValueError(
+                f"The two models must agree to {figures['tolerance']:.1e}, got {figures['max_abs_logit_error']:.1e}; "
+                f"nothing was written but {self.partial}, for inspection."
+            )
+        return figures
+
+    def _finish(self) -> None:
+        (self.partial / "state.json").unlink()
+        os.replace(self.partial, self.output)
+        print(f"Wrote {self.output}")
+
+
+def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentParser:
+    """The command line that all scripts share."""
+    parser = argparse.ArgumentParser(
+        prog=conversion.script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="folder of the checkpoint, or its name on the Hub")
+    parser.add_argument("output", help="folder to write; must not exist")
+    parser.add_argument("--back", action="store_true", help="turn such a HAM into its source again")
+    parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
+    parser.add_argument("--name", help="what the card calls the source (default: the last part of SOURCE)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file (default %(default)s)")
+    help_text = "tokens in each of two rows that are compared (default %(default)s)"
+    parser.add_argument("--verify-tokens", metavar="N", type=int, default=128, help=help_text)
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the logits of the two models")
+    return parser
+
+
+def main(conversion: Conversion, description: str, argv: list[str] | None = None) -> int:
+    """Runs a script; returns its exit status: 0, 2 (what was asked cannot be done) or 130 (Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(conversion, description).parse_args(argv)
+    try:
+        run = Run(conversion, arguments, shlex.join(["python", f"conversion_scripts/{conversion.script}", *argv]))
+        run.from_ham() if arguments.back else run.to_ham()
+    except (ValueError, OSError) as error:
+        print(f"{conversion.script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{conversion.script}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
