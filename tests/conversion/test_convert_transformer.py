@@ -1,0 +1,325 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Llama, Mistral, Qwen2 and Qwen3 become HAMs that compute the same, and come back bit for bit; else a refusal."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import ham_hf
+from ham_hf import HAMForCausalLM
+from ham_hf.hub import conversion, shards
+
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SOURCES = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, a key/value head each": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}),
+    "llama, one key/value head, tied": LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
+    "llama, biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "llama, wide heads, scaled RoPE": LlamaConfig(**SHAPE, head_dim=20, rope_parameters=LLAMA3),
+    "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
+    "mistral, a window that is never left": MistralConfig(**SHAPE, sliding_window=512),
+    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3, biased, tied, yarn": Qwen3Config(
+        **SHAPE, head_dim=8, attention_bias=True, tie_word_embeddings=True, rope_parameters=YARN, hidden_act="gelu"
+    ),
+}
+
+
+@pytest.fixture
+def module(script):
+    return script("convert_transformer_to_ham")
+
+
+@pytest.fixture
+def convert(module):
+    """A function that runs the script and returns its exit status."""
+    return lambda *arguments: conversion.main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
+
+
+@pytest.fixture
+def source(tmp_path, randomised):
+    """A function that saves a random model of a configuration in several shards, with a tokenizer."""
+
+    def save(config, dtype=torch.float32):
+        model = randomised(AutoModelForCausalLM.from_config(config)).to(dtype)
+        model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
+        checkpoint = f"{ham_hf.__path__[0]}/checkpoints/ham-tiny"
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "source")
+        assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
+        return tmp_path / "source"
+
+    return save
+
+
+def logits(folder, tokens, **arguments):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(input_ids=tokens, **arguments).logits
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_computes_the_same_and_comes_back(name, source, convert, tensors_of, tmp_path):
+    """Largest difference over all of these: 4e-6, of logits up to 4."""
+    folder, ham, back = source(SOURCES[name]), tmp_path / "ham", tmp_path / "back"
+    assert convert(folder, ham) == 0
+    tokens = torch.randint(4096, (2, 131))
+    expected = logits(folder, tokens)
+    torch.testing.assert_close(logits(ham, tokens), expected, rtol=0, atol=1e-4)
+    assert logits(ham, tokens, threshold=0.5).sub(expected).abs().max() > 1e-2, "the threshold decides nothing"
+
+    record = json.loads((ham / "conversion.json").read_text())
+    assert record["source"]["architecture"] == record["verification"]["source_code"]
+    assert 0 <= record["verification"]["max_abs_logit_error"] < 1e-4
+
+    assert convert(ham, back, "--back") == 0
+    assert (back / "config.json").read_text() == (folder / "config.json").read_text()
+    before, after = tensors_of(folder), tensors_of(back)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_bfloat16_stays_and_comes_back(source, convert, tensors_of, tmp_path):
+    folder = source(SOURCES["qwen3, biased, tied, yarn"], torch.bfloat16)
+    assert convert(folder, tmp_path / "ham") == 0
+    dtypes = {name.rsplit(".", 1)[-1]: tensor.dtype for name, tensor in tensors_of(tmp_path / "ham").items()}
+    float32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert float32 == {"A_log", "dt_bias", "threshold", "score_quantiles"}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert HAMForCausalLM.from_pretrained(tmp_path / "ham").dtype == torch.bfloat16
+    assert convert(tmp_path / "ham", tmp_path / "back", "--back") == 0
+    before, after = tensors_of(folder), tensors_of(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before | after)
+
+
+def test_generates_the_source_s_text(source, convert, tmp_path):
+    """Greedy text of left-padded rows, through the cache that the HAM fills; tokenizer and settings came along."""
+    folder = source(SOURCES["qwen3"])
+    assert convert(folder, tmp_path / "ham") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ham")
+    batch = tokenizer(
+        ["The captain looked at the sea, and", "It is"], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
+    texts = []
+    for path in (folder, tmp_path / "ham"):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        out = model.generate(
+            **batch, max_new_tokens=40, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+        )
+        texts.append(out.sequences)
+    assert type(out.past_key_values).__name__ == "HAMCache"
+    assert out.past_key_values.kv_usage().min() == 1
+    assert torch.equal(*texts)
+    assert (tmp_path / "ham/generation_config.json").is_file()
+
+
+def test_an_rnn_that_opens_is_heard_and_not_taken_back(source, convert, tmp_path, capsys):
+    """The RNN starts from the source's q, k and v: with its gate open the logits move; there is no way back then."""
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    assert "Not verified" in capsys.readouterr().out
+    assert json.loads((tmp_path / "ham/conversion.json").read_text())["verification"] is None
+    model = HAMForCausalLM.from_pretrained(tmp_path / "ham")
+    tokens = torch.randint(4096, (1, 40))
+    before = model(input_ids=tokens).logits
+    for layer in model.model.layers:
+        layer.mixer.rnn_gate_proj.bias.data.fill_(0.0)
+    assert (model(input_ids=tokens).logits - before).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "opened")
+    (tmp_path / "opened/conversion.json").write_bytes((tmp_path / "ham/conversion.json").read_bytes())
+    assert convert(tmp_path / "opened", tmp_path / "back", "--back") == 2
+    assert "rnn_gate_proj.bias is above" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.model.layers[1].mixer.threshold.data.fill_(0.3), "threshold is above 0"),
+        (
+            lambda model: model.model.layers[1].mixer.kv_gate_proj.weight.data.fill_(0.1),
+            "kv_gate_proj.weight is no longer",
+        ),
+        (lambda model: setattr(model.config, "threshold", 0.4), "`threshold` must still be None, got 0.4"),
+    ],
+)
+def test_what_has_no_way_back(change, message, source, convert, tmp_path, capsys):
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    model = HAMForCausalLM.from_pretrained(tmp_path / "ham")
+    change(model)
+    model.save_pretrained(tmp_path / "changed")
+    (tmp_path / "changed/conversion.json").write_bytes((tmp_path / "ham/conversion.json").read_bytes())
+    assert convert(tmp_path / "changed", tmp_path / "back", "--back") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_holds_no_more_than_a_shard(source, convert, tmp_path, monkeypatch):
+    """At most the tensors of one shard and one more are in memory, of a model of many shards."""
+    alive, peak = {}, []
+    get = shards.Checkpoint.get
+
+    def counted(self, name):
+        tensor = get(self, name)
+        alive[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, alive.pop, id(tensor))
+        peak.append(sum(alive.values()))
+        return tensor
+
+    monkeypatch.setattr(shards.Checkpoint, "get", counted)
+    folder = source(LlamaConfig(**SHAPE | {"num_hidden_layers": 8}))
+    assert convert(folder, tmp_path / "ham", "--max-shard-size", "100KB", "--no-verify") == 0
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    embedding = 4096 * 48 * 4
+    assert max(peak) <= max(100_000, embedding) + embedding
+    assert total > 2 * max(peak)
+
+
+def test_interrupted_and_gone_on_with(source, convert, tensors_of, tmp_path, monkeypatch, capsys):
+    folder = source(SOURCES["llama"])
+    assert convert(folder, tmp_path / "whole", "--max-shard-size", "100KB") == 0
+    written = []
+
+    def stop_at_third(tensors, path, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(shards, "save_file", stop_at_third)
+    assert convert(folder, tmp_path / "ham", "--max-shard-size", "100KB") == 130
+    assert not (tmp_path / "ham").exists()
+    monkeypatch.setattr(shards, "save_file", lambda *a, **k: (written.append(a[1]), save_file(*a, **k)))
+    assert convert(folder, tmp_path / "ham", "--max-shard-size", "100KB") == 0
+    assert "Goes on with" in capsys.readouterr().out
+    assert len(written) == len(set(written)) == len(list((tmp_path / "ham").glob("*.safetensors")))
+    first, second = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "ham")
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+    # With other options it does not go on.
+    written.clear()
+    monkeypatch.setattr(shards, "save_file", stop_at_third)
+    assert convert(folder, tmp_path / "again", "--max-shard-size", "200KB") == 130
+    monkeypatch.setattr(shards, "save_file", save_file)
+    assert convert(folder, tmp_path / "again", "--max-shard-size", "100KB") == 0
+    assert "Goes on with" not in capsys.readouterr().out
+
+
+def test_a_wrong_mapping_is_not_written(source, module, convert, tmp_path, monkeypatch, capsys):
+    pairs = module.shared_names
+
+    def confused(config):
+        swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+        for name, other in pairs(config):
+            role = other.split(".")[-2]
+            yield name, other.replace(role, swap.get(role, role))
+
+    monkeypatch.setattr(module, "shared_names", confused)
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham") == 2
+    assert "must agree" in capsys.readouterr().err
+    assert not (tmp_path / "ham").exists()
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: edit_config(f, model_type="mistral", sliding_window=64), "`sliding_window` must be None"),
+        (
+            lambda f: edit_config(
+                f, rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+            ),
+            "`partial_rotary_factor` must be 1.0, got 0.5",
+        ),
+        (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "`quantization_config`"),
+        (lambda f: edit_config(f, model_type="gemma"), "got 'gemma'"),
+        (lambda f: edit_config(f, attention_bias=True), "lacks 8 tensors"),
+        (lambda f: edit_config(f, intermediate_size=81), "must have the shape"),
+        (lambda f: edit_config(f, num_hidden_layers=1), "that HAM has no place for"),
+        (lambda f: [path.unlink() for path in f.glob("*.safetensors*")], "must hold model.safetensors"),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "must hold the files that"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"x": "../source/model.safetensors"}}'
+            ),
+            "must hold the files that",
+        ),
+    ],
+)
+def test_refusals(spoil, message, source, convert, tmp_path, capsys):
+    folder = source(SOURCES["llama"])
+    spoil(folder)
+    assert convert(folder, tmp_path / "ham") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "ham").exists()
+
+
+def test_qwen2_with_windows_is_refused(convert, tmp_path, capsys):
+    config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=32, max_window_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "ham") == 2
+    assert "`sliding_window`" in capsys.readouterr().err
+
+
+def test_fp8_weights_are_refused(convert, tmp_path, capsys):
+    AutoModelForCausalLM.from_config(SOURCES["llama"]).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path)
+    assert convert(tmp_path / "source", tmp_path / "ham") == 2
+    assert "F8_E4M3 for model.layers.0.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_left_alone(source, convert, tmp_path, capsys):
+    (tmp_path / "ham").mkdir()
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham") == 2
+    assert "`output` must not exist yet" in capsys.readouterr().err
+    assert not list((tmp_path / "ham").iterdir())
+
+
+def test_back_needs_a_conversion(source, convert, tmp_path, capsys):
+    assert convert(source(SOURCES["llama"]), tmp_path / "back", "--back") == 2
+    assert "without conversion.json" in capsys.readouterr().err
+
+
+def test_help(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        conversion.main(module.CONVERSION, module.__doc__, ["--help"])
+    assert stop.value.code == 0
+    assert "--back" in capsys.readouterr().out
