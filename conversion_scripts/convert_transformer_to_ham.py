@@ -36,7 +36,7 @@ def check_features(config: Any) -> None:
     partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise ValueError(
-            f"`partial_rotary_factor` must be 1.0, got {partial}: {config.model_type} reads it for some RoPE types only."
+            f"`partial_rotary_factor` must be 1.0, got {partial}: {config.model_type} reads it for some kinds only."
         )
 
 

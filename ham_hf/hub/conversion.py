@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -320,7 +322,7 @@ def main(conversion: Conversion, description: str, argv: list[str] | None = None
     try:
         run = Run(conversion, arguments, shlex.join(["python", f"conversion_scripts/{conversion.script}", *argv]))
         run.from_ham() if arguments.back else run.to_ham()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
         print(f"{conversion.script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -55,7 +55,12 @@ class Checkpoint:
         self.folder = folder
         self.files = {}
         if (folder / INDEX).is_file():
-            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+                raise ValueError(
+                    f"{INDEX} must hold a `weight_map` of tensors to files, got {folder / INDEX} without."
+                )
         elif (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, "pt") as file:
                 names = dict.fromkeys(file.keys(), SINGLE)

@@ -277,6 +277,9 @@ def edit_config(folder, **changes):
             ),
             "must hold the files that",
         ),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "must hold a `weight_map`"),
+        (lambda f: next(f.glob("*.safetensors")).write_bytes(b"12345678{"), "header"),
+        (lambda f: edit_config(f, vocab_size="many"), "vocab_size"),
     ],
 )
 def test_refusals(spoil, message, source, convert, tmp_path, capsys):
