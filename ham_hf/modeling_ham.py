@@ -270,8 +270,6 @@ class HAMMixer(nn.Module):
         return (
             self.has_rnn
             and self.value_heads == self.key_heads
-            and not self.config.allow_neg_eigval
-            and self.output_gate != "sigmoid"
             and not (self.has_attention and self.config.qk_norm == "projection")
         )
 
@@ -396,6 +394,7 @@ class HAMMixer(nn.Module):
             self.dt_bias.float(),
             cache.recurrent_state,
             real=real,
+            allow_neg_eigval=self.config.allow_neg_eigval,
             **self._decoding_attention(hidden_states, position_embeddings, tokens, threshold),
         )
         scores, o_kv = None, None
@@ -465,6 +464,7 @@ class HAMMixer(nn.Module):
                 self.kv_norm.weight if self.has_attention and config.kv_output_norm else None,
             ),
             output_gate=None if self.output_gate is None else self.z_proj(x),
+            gate_activation=self.output_gate or "silu",
             pages=cache.open_pages(),
             eps=config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps,
             **attention,
