@@ -149,6 +149,11 @@ def _check_model(model: HAMForCausalLM) -> None:
         raise ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
     if "full_attention" in model.config.layer_types:
         raise ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
+    if not all(layer.mixer.has_decoding_kernels for layer in model.model.layers):
+        raise ValueError(
+            "`model` must have as many key heads as value heads in every layer, and `qk_norm` per head or none: other "
+            "layers have no kernels."
+        )
     rope = (model.config.rope_parameters or {}).get("rope_type", "default")
     if rope in GROWING_ROPE:
         raise ValueError(f"`model` must have a RoPE of constant frequencies, got {rope!r}.")
