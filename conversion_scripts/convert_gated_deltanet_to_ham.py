@@ -3,7 +3,8 @@
 """Turns a Gated DeltaNet of flash-linear-attention into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose RNN is the source's; the attention beside it is new, keeps no token and is shut.
-Train it (`ham_hf` README) to open the attention and to keep some tokens: set `target_kv_usage`, 0 at first.
+The gate is shut too far for training to find it: to use the attention, raise `kv_gate_proj.bias` of every layer, from
+-20 to -4 for instance, set `target_kv_usage`, 0 at first, and train.
 
 Needs flash-linear-attention (tested with 0.6.0). Without a GPU its kernels run under Triton's interpreter, which suits
 small models: compare fewer tokens of a large one (`--verify-tokens 4`), or none (`--no-verify`).
@@ -220,7 +221,11 @@ def prepare_interpreter(config: Any, length: int) -> None:
     Autotuner.do_bench = lambda self, kernel, quantiles: [0.0, 0.0, 0.0]
     blocks = -(-int(config.head_dim * config.expand_v) // VALUE_BLOCK)
     steps = VERIFIED_ROWS * length * config.num_hidden_layers * value_heads(config) * blocks
-    print(f"  without a GPU, fla's kernels run under Triton's interpreter: about {steps * INTERPRETED_STEP:.0f} s")
+    print(
+        f"  without a GPU, fla's kernels run under Triton's interpreter: about {steps * INTERPRETED_STEP / 60:.1f} "
+        "minutes, less with fewer --verify-tokens",
+        flush=True,
+    )
 
 
 def source_code(architecture: str) -> str:
