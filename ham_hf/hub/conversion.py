@@ -55,6 +55,10 @@ def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
+def no_preparation() -> None:
+    """Imports nothing, for sources that Transformers has."""
+
+
 def transformers_model(config: PreTrainedConfig) -> torch.nn.Module:
     """The causal language model of a configuration, by its Auto class."""
     return AutoModelForCausalLM.from_config(config)
@@ -71,7 +75,9 @@ class Conversion:
         to_ham: recipes for every tensor of the HAM.
         from_ham: recipes for every tensor of the source.
         requirements: what must hold of a HAM for the way back.
+        prepare: imports what Transformers must know of the source; `ImportError` says what to install.
         logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
+        source_code: what computes them, for the card, given the architecture.
         empty_source: the source's model of a configuration.
         inert: a pattern of the HAM's tensors that only its shut memory reads.
         summary: what the new HAM is at first, for the user.
@@ -87,7 +93,9 @@ class Conversion:
     requirements: Callable[[Any, HAMConfig], Iterable[Requirement]]
     inert: str
     summary: str
+    prepare: Callable[[], None] = no_preparation
     logits: Callable[[Path, torch.Tensor], torch.Tensor] = transformers_logits
+    source_code: Callable[[str], str] = str
     empty_source: Callable[[Any], torch.nn.Module] = transformers_model
     left_out: str | None = None
     left_out_because: str = ""
@@ -120,6 +128,7 @@ class Run:
     """One call of a script: reads `source`, and writes `output` whole or not at all."""
 
     def __init__(self, conversion: Conversion, arguments: argparse.Namespace, command: str):
+        conversion.prepare()
         self.conversion = conversion
         self.arguments = arguments
         self.command = command
@@ -280,7 +289,7 @@ class Run:
         name = (config.architectures or [config.model_type])[0]
         print(f"Compares the logits of {name} and of HAM on {VERIFIED_ROWS} x {length} random tokens in float32")
         figures = compare_logits(self.conversion.logits(source, tokens), transformers_logits(ham, tokens))
-        figures["source_code"] = name
+        figures["source_code"] = self.conversion.source_code(name)
         print(
             f"  largest difference {figures['max_abs_logit_error']:.1e} (allowed {figures['tolerance']:.1e}), mean "
             f"{figures['mean_abs_logit_error']:.1e}, same likeliest token {figures['top1_agreement']:.1%}"

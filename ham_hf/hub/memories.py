@@ -21,7 +21,7 @@ SHUT = -20.0
 KEEP_NOTHING = 1.01
 # Tensors that only a shut memory reads.
 INERT_RNN = r"\.mixer\.(conv\.weight|a_proj\.weight|b_proj\.weight|A_log|dt_bias|rnn_norm\.weight|score_quantiles)$"
-INERT_ATTENTION = r"\.mixer\.(q_norm\.weight|k_norm\.weight|kv_norm\.weight|score_quantiles)$"
+INERT_ATTENTION = r"\.mixer\.(q_norm\.weight|k_norm\.weight|kv_norm\.weight|threshold|score_quantiles)$"
 
 
 def new_rnn(prefix: str, config: HAMConfig) -> Iterator[Recipe]:

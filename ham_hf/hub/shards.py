@@ -158,7 +158,13 @@ def write_shards(
 
 
 def _make(recipe: Recipe, shape: torch.Size, old: Checkpoint) -> torch.Tensor:
-    tensor = recipe.make(*(old.get(source) for source in recipe.sources))
+    tensors = [old.get(source) for source in recipe.sources]
+    try:
+        tensor = recipe.make(*tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{recipe.name} cannot be made of {', '.join(recipe.sources)}: configuration and weights disagree; {error}"
+        ) from error
     if tensor.shape != shape:
         raise ValueError(
             f"{recipe.name} must have the shape {list(shape)}, got {list(tensor.shape)} from "
