@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_ham import HAMConfig
+from .configuration_ham import LINEAR_SHAPE, HAMConfig
 from .ops_ham import (
     compact_kept,
     convolution_state,
@@ -40,6 +40,7 @@ SHAPE_FIELDS = (
     "num_key_value_heads",
     "head_dim",
     "value_head_dim",
+    *LINEAR_SHAPE,
     "conv_kernel_size",
     "attention_conv",
 )
@@ -338,7 +339,7 @@ class LayerStep:
         conv_inputs: `[B, T, C]` inputs of the short convolution.
         conv_state: `[B, W - 1, C]` its state after the call.
         rnn: `(k, v, g, beta)` as `gated_delta_rule_with_prediction` takes them.
-        recurrent_state: `[B, Hk, K, V]` float32 state after the call.
+        recurrent_state: `[B, Hk, K, V]` float32 state after the call, one a value head.
         keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]` of the attention view.
         scores: `[B, T, Hk]` float32 routing scores.
         keep: `[B, T, Hk]` bool.

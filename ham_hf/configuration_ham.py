@@ -15,6 +15,9 @@ ERROR_ROUTERS = ("cosine", "l2", "residual")
 LEARNED_ROUTERS = ("learned", "learned_error")
 ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
 THRESHOLD_SCOPES = ("head", "layer", "model")
+OUTPUT_GATES = ("silu", "sigmoid")
+# Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
+LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 
 # Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
 # `None`, so that it does not ask those who read a finished configuration whether a field is there.
@@ -50,6 +53,8 @@ class HAMConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): RoPE of the attention view, such as `{"rope_type": "default",
             "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE). With types whose frequencies
             depend on the length (`"dynamic"`, `"longrope"`) a prompt given in pieces is not the prompt given whole.
+            With `"partial_rotary_factor"` only that part of a head rotates: the first dimensions of each half of it,
+            see `modeling_ham.partial_rotary_order`.
         attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have
             biases.
         mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.
@@ -58,11 +63,26 @@ class HAMConfig(PreTrainedConfig):
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal depthwise convolution of q, k and v.
         attention_conv (`bool`, *optional*, defaults to `True`): Whether the attention reads the convolved q, k, v
             (else the raw projections, as a Transformer does).
-        qk_norm (`bool`, *optional*, defaults to `True`): Whether q and k of the attention pass a learned RMSNorm per
-            head.
+        qk_norm (`bool` or `str`, *optional*, defaults to `True`): Whether q and k of the attention pass a learned
+            RMSNorm per head; `"projection"` takes one over the channels of all heads, as OLMo 2 does.
         rnn_output_norm (`bool`, *optional*, defaults to `True`): Whether the RNN's output is RMS-normalised.
         kv_output_norm (`bool`, *optional*, defaults to `True`): Whether the attention's output is RMS-normalised.
-        output_gate (`bool`, *optional*, defaults to `True`): Whether the mixed output is multiplied by `silu(W_z x)`.
+        output_norm_eps (`float`, *optional*): Epsilon of these two norms. Defaults to `rms_norm_eps`.
+        output_gate (`bool` or `str`, *optional*, defaults to `True`): Whether the mixed output is multiplied by
+            `silu(W_z x)` (`True` or `"silu"`) or `sigmoid(W_z x)` (`"sigmoid"`).
+        linear_output_gate (`bool` or `str`, *optional*): The same of `"linear_attention"` layers. Defaults to
+            `output_gate`.
+        linear_num_key_heads (`int`, *optional*): Number of query heads, and of key heads, in `"linear_attention"`
+            layers. Given with the next three or not at all: then these layers have the shapes of the others.
+        linear_num_value_heads (`int`, *optional*): Number of value heads there, a multiple of `linear_num_key_heads`;
+            the RNN state lives per value head, and each key head serves as many consecutive ones.
+        linear_key_head_dim (`int`, *optional*): Size of a query or key there.
+        linear_value_head_dim (`int`, *optional*): Size of a value there.
+        allow_neg_eigval (`bool`, *optional*, defaults to `False`): Whether the RNN's write strength is
+            `2 sigmoid(W_b x)` instead of `sigmoid(W_b x)`, so that its transition may have negative eigenvalues
+            (arXiv 2411.12537).
+        attention_post_norm (`bool`, *optional*, defaults to `False`): Whether layers with attention normalise what the
+            mixer and the MLP put out instead of what they take in, as OLMo 2 does.
         router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
             (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
         router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
@@ -79,6 +99,7 @@ class HAMConfig(PreTrainedConfig):
 
     model_type = "ham"
     keys_to_ignore_at_inference = ["past_key_values"]
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}
 
     # q, k and v are gathered: the convolution and the kept sets need whole heads beside their per-head parameters.
     base_model_tp_plan = {
@@ -116,10 +137,18 @@ class HAMConfig(PreTrainedConfig):
     layer_types: FilledStrings = None
     conv_kernel_size: int = 4
     attention_conv: bool = True
-    qk_norm: bool = True
+    qk_norm: bool | str = True
     rnn_output_norm: bool = True
     kv_output_norm: bool = True
-    output_gate: bool = True
+    output_norm_eps: float | None = None
+    output_gate: bool | str = True
+    linear_output_gate: bool | str | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    allow_neg_eigval: bool = False
+    attention_post_norm: bool = False
     router: str = "cosine"
     router_hidden_size: FilledInt = None
     target_kv_usage: float | int = 0.5
@@ -156,6 +185,7 @@ class HAMConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Refuses shapes and switches that no model can be built from; called by `@strict` and again before saving."""
         self._validate_sizes()
+        self._validate_linear_shape()
         self._validate_layers()
         self._validate_rope()
         self._validate_routing()
@@ -165,8 +195,11 @@ class HAMConfig(PreTrainedConfig):
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim value_head_dim max_position_embeddings conv_kernel_size router_hidden_size"
         )
-        others = "initializer_range rms_norm_eps target_kv_usage threshold pad_token_id bos_token_id eos_token_id"
-        for name in positive.split() + others.split():
+        others = (
+            "initializer_range rms_norm_eps output_norm_eps target_kv_usage threshold pad_token_id bos_token_id "
+            "eos_token_id"
+        )
+        for name in (*positive.split(), *LINEAR_SHAPE, *others.split()):
             # Older releases of huggingface_hub let a bool pass for an int.
             value = getattr(self, name)
             if any(isinstance(x, bool) for x in (value if isinstance(value, list) else [value])):
@@ -174,9 +207,10 @@ class HAMConfig(PreTrainedConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("initializer_range", "rms_norm_eps"):
-            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
-                raise ValueError(f"`{name}` must be a finite number above 0, got {getattr(self, name)}.")
+        for name in ("initializer_range", "rms_norm_eps", "output_norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -190,10 +224,39 @@ class HAMConfig(PreTrainedConfig):
                 f"{self.vocab_size}; got {self.pad_token_id}."
             )
 
+    def _validate_linear_shape(self) -> None:
+        shape = {name: getattr(self, name) for name in LINEAR_SHAPE}
+        for name, value in shape.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        absent = [name for name, value in shape.items() if value is None]
+        if len(absent) == len(shape):
+            return
+        if absent:
+            raise ValueError(
+                f"`{'`, `'.join(LINEAR_SHAPE)}` must be given all four, or all left None for the shapes of the other "
+                f"layers; got {shape}."
+            )
+        if shape["linear_num_value_heads"] % shape["linear_num_key_heads"]:
+            raise ValueError(
+                f"`linear_num_value_heads` ({self.linear_num_value_heads}) must be a multiple of "
+                f"`linear_num_key_heads` ({self.linear_num_key_heads}), so that every key head serves the same number "
+                "of value heads."
+            )
+
     def _validate_layers(self) -> None:
         for layer_type in self.layer_types:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"`layer_types` entries must be one of {LAYER_TYPES}, got {layer_type!r}.")
+        if not isinstance(self.qk_norm, bool) and self.qk_norm != "projection":
+            raise ValueError(
+                "`qk_norm` must be True (per head), 'projection' (over all heads at once) or False, got "
+                f"{self.qk_norm!r}."
+            )
+        for name in ("output_gate", "linear_output_gate"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in OUTPUT_GATES:
+                raise ValueError(f"`{name}` must be True, False or one of {OUTPUT_GATES}, got {value!r}.")
 
     def _validate_rope(self) -> None:
         if self.rope_parameters is None:
@@ -207,10 +270,18 @@ class HAMConfig(PreTrainedConfig):
                 raise ValueError(f"`rope_parameters['{name}']` must be a finite number of at least 1, got {value!r}.")
         if self.head_dim % 2:
             raise ValueError(f"RoPE needs an even `head_dim`, got {self.head_dim}; or set `rope_parameters=None`.")
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        self._validate_partial_rotary_factor(self.rope_parameters.get("partial_rotary_factor", 1.0), rope_type)
+
+    def _validate_partial_rotary_factor(self, factor: Any, rope_type: str) -> None:
+        name = "`rope_parameters['partial_rotary_factor']`"
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+            raise ValueError(f"{name} must be a number above 0 and at most 1, got {factor!r}.")
+        rotary_dim = int(self.head_dim * factor)
+        # "proportional" stretches the frequencies over whole heads itself.
+        if rope_type != "proportional" and (rotary_dim % 2 or not rotary_dim):
             raise ValueError(
-                "`rope_parameters['partial_rotary_factor']` must be 1.0: HAM rotates whole heads; "
-                f"got {self.rope_parameters['partial_rotary_factor']}."
+                f"{name} times `head_dim` ({self.head_dim}) must be an even number of dimensions, at least 2, got "
+                f"{rotary_dim} with {factor}."
             )
 
     def _validate_routing(self) -> None:

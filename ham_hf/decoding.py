@@ -169,7 +169,8 @@ def _check_cache(cache: HAMCache, rows: int | None = None) -> None:
 def _check_kernels(model: HAMForCausalLM, cache: HAMCache) -> None:
     for layer, block in zip(cache.layers, model.model.layers, strict=True):
         state, conv_state = layer.recurrent_state, layer.conv_state
-        fits = state is not None and decode_kernel("decode_mix_append", state) is not None
+        fits = block.mixer.has_decoding_kernels
+        fits = fits and state is not None and decode_kernel("decode_mix_append", state) is not None
         if not fits or conv_state is None or conv_state.dtype != block.mixer.conv.weight.dtype:
             raise ValueError(
                 "`model` must run on the kernels: `ham_kernels` for this GPU, no autocast, no float64, heads of at "

@@ -48,6 +48,7 @@ from .routing_ham import (
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
+OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -152,6 +153,45 @@ class HAMRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+class HAMRotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE of all or a part of each head: cosines and sines `[B, T, K]` that turn the first dimensions of each half.
+
+    Pairs are `(i, i + K / 2)` whatever the part, so what rotates a whole head rotates this one too; a pair that stays
+    has cosine 1 and sine 0. `partial_rotary_order` leads here from the layout in which the rotated dimensions are the
+    first of the head.
+    """
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: Any, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """The frequencies `[rotated / 2]`, as in Transformers' Qwen3-Next, and a scale of 1."""
+        rope = config.rope_parameters
+        dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
+        return (1.0 / rope["rope_theta"] ** exponents).to(device), 1.0
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        still = (self.config.head_dim - cos.shape[-1]) // 2
+        if not still:
+            return cos, sin
+        halves = cos.unflatten(-1, (2, -1)), sin.unflatten(-1, (2, -1))
+        return F.pad(halves[0], (0, still), value=1.0).flatten(-2), F.pad(halves[1], (0, still)).flatten(-2)
+
+
+def partial_rotary_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """Where each dimension of a head of `HAMRotaryEmbedding` stands in the usual layout, `[head_dim]` int64.
+
+    Usual is that the first `rotary_dim` dimensions rotate, in pairs `(i, i + rotary_dim / 2)`. Queries and keys in the
+    order given here have the same products, so this converts a checkpoint: `weight.unflatten(0, (-1, head_dim))[:,
+    order].flatten(0, 1)` of the q and k projections and of their biases, `weight[order]` of a QK-norm per head.
+    """
+    rotated, still = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    parts = torch.arange(head_dim).split([rotated, rotated, still, still])
+    return torch.cat([parts[0], parts[2], parts[1], parts[3]])
+
+
 class HAMMixer(nn.Module):
     """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
 
@@ -169,34 +209,69 @@ class HAMMixer(nn.Module):
         self.has_rnn = self.layer_type != "full_attention"
         self.has_attention = self.layer_type != "linear_attention"
         self.has_conv = self.has_rnn or config.attention_conv
-        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        key_dim, value_dim, bias = config.head_dim, config.value_head_dim, config.attention_bias
+        self._set_shape()
+        hidden, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        out_norm_eps = eps if config.output_norm_eps is None else config.output_norm_eps
+        heads, key_heads, value_heads = self.query_heads, self.key_heads, self.value_heads
+        key_dim, value_dim = self.key_dim, self.value_dim
+        # A head of the output for each query head, or for each value head where a key serves several.
+        out_channels = max(heads, value_heads) * value_dim
 
         self.q_proj = nn.Linear(hidden, heads * key_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * key_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * value_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * value_dim, hidden, bias=bias)
-        self.sizes = [heads * key_dim, kv_heads * key_dim, kv_heads * value_dim]
+        self.k_proj = nn.Linear(hidden, key_heads * key_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, value_heads * value_dim, bias=bias)
+        self.o_proj = nn.Linear(out_channels, hidden, bias=bias)
+        self.sizes = [heads * key_dim, key_heads * key_dim, value_heads * value_dim]
         if self.has_conv:
             self.conv = HAMShortConvolution(sum(self.sizes), config.conv_kernel_size)
-        if config.output_gate:
-            self.z_proj = nn.Linear(hidden, heads * value_dim, bias=False)
+        if self.output_gate is not None:
+            self.z_proj = nn.Linear(hidden, out_channels, bias=False)
         if self.has_rnn:
-            self.a_proj = nn.Linear(hidden, kv_heads, bias=False)
-            self.b_proj = nn.Linear(hidden, kv_heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(kv_heads))
-            self.dt_bias = nn.Parameter(torch.empty(kv_heads))
-            self.rnn_norm = HAMRMSNorm(value_dim, config.rms_norm_eps) if config.rnn_output_norm else nn.Identity()
+            self.a_proj = nn.Linear(hidden, value_heads, bias=False)
+            self.b_proj = nn.Linear(hidden, value_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(value_heads))
+            self.dt_bias = nn.Parameter(torch.empty(value_heads))
+            self.rnn_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.rnn_output_norm else nn.Identity()
         if self.has_attention:
-            self.q_norm = HAMRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            self.k_norm = HAMRMSNorm(key_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            self.kv_norm = HAMRMSNorm(value_dim, config.rms_norm_eps) if config.kv_output_norm else nn.Identity()
+            normed = (heads * key_dim, key_heads * key_dim) if config.qk_norm == "projection" else (key_dim, key_dim)
+            self.q_norm = HAMRMSNorm(normed[0], eps) if config.qk_norm else nn.Identity()
+            self.k_norm = HAMRMSNorm(normed[1], eps) if config.qk_norm else nn.Identity()
+            self.kv_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.kv_output_norm else nn.Identity()
         if self.layer_type == "hybrid":
             self.rnn_gate_proj = nn.Linear(hidden, heads)
             self.kv_gate_proj = nn.Linear(hidden, heads)
             self.router = HAMRouter(config, layer_idx)
-            self.threshold = nn.Parameter(torch.empty(kv_heads))
-            self.register_buffer("score_quantiles", torch.zeros(kv_heads, NUM_QUANTILES))
+            self.threshold = nn.Parameter(torch.empty(key_heads))
+            self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES))
+
+    def _set_shape(self) -> None:
+        """Heads, their sizes and the output gate, which linear layers may have of their own."""
+        config = self.config
+        self.query_heads, self.key_dim, self.value_dim = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.value_head_dim,
+        )
+        self.key_heads = self.value_heads = config.num_key_value_heads
+        gate = config.output_gate
+        if self.layer_type == "linear_attention":
+            gate = gate if config.linear_output_gate is None else config.linear_output_gate
+            if config.linear_num_key_heads is not None:
+                self.query_heads = self.key_heads = config.linear_num_key_heads
+                self.value_heads = config.linear_num_value_heads
+                self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.output_gate = "silu" if gate is True else gate or None
+
+    @property
+    def has_decoding_kernels(self) -> bool:
+        """Whether the kernels of a decoding step compute what this layer does; PyTorch computes the others."""
+        return (
+            self.has_rnn
+            and self.value_heads == self.key_heads
+            and not self.config.allow_neg_eigval
+            and self.output_gate != "sigmoid"
+            and not (self.has_attention and self.config.qk_norm == "projection")
+        )
 
     def forward(
         self,
@@ -280,7 +355,7 @@ class HAMMixer(nn.Module):
         """The kernels of a single token, where there are any: before attention and, if it `appends`, after it."""
         one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
         # They update the states in place, which a cache that is to be rolled back needs as they were.
-        if not one_token or not self.has_rnn or self.training or cache.record_past:
+        if not one_token or not self.has_decoding_kernels or self.training or cache.record_past:
             return None
         if cache.conv_state is None or cache.recurrent_state is None:
             return None
@@ -387,9 +462,9 @@ class HAMMixer(nn.Module):
                 self.rnn_norm.weight if config.rnn_output_norm else None,
                 self.kv_norm.weight if self.has_attention and config.kv_output_norm else None,
             ),
-            output_gate=self.z_proj(x) if config.output_gate else None,
+            output_gate=None if self.output_gate is None else self.z_proj(x),
             pages=cache.open_pages(),
-            eps=config.rms_norm_eps,
+            eps=config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps,
             **attention,
         )
         cache.count_step()
@@ -397,7 +472,7 @@ class HAMMixer(nn.Module):
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
-        key_dim, value_dim = self.config.head_dim, self.config.value_head_dim
+        key_dim, value_dim = self.key_dim, self.value_dim
         q, k, v = qkv.split(self.sizes, -1)
         return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
 
@@ -413,22 +488,29 @@ class HAMMixer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the RNN: its output `[B, T, H, V]`, and the score of its prediction if the layer's router reads one."""
         beta = self.b_proj(hidden_states).float().sigmoid()
+        if self.config.allow_neg_eigval:
+            beta = 2 * beta
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         if tokens.real is not None:
             beta, g = beta * tokens.real[..., None], g * tokens.real[..., None]
-        k = l2norm(k)
+        q, k = l2norm(q), l2norm(k)
+        if self.value_heads > self.key_heads:
+            q, k = (x.repeat_interleave(self.value_heads // self.key_heads, dim=2) for x in (q, k))
         step.rnn = (k, v, g, beta)
         state = None if cache is None else cache.recurrent_state
         score = self.router.error if self.layer_type == "hybrid" else None
         o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
-            l2norm(q), k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score, predict=bool(score)
+            q, k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score, predict=bool(score)
         )
         return o_rnn.to(hidden_states.dtype), errors
 
     def _attention_view(
         self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.qk_norm == "projection":
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is None:
             return q, k
         return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
@@ -482,27 +564,36 @@ class HAMMixer(nn.Module):
         else:
             mixed = self.rnn_norm(o_rnn) if self.has_rnn else self.kv_norm(o_kv)
         mixed = mixed.flatten(2)
-        if self.config.output_gate:
-            mixed = mixed * F.silu(self.z_proj(hidden_states))
+        if self.output_gate is not None:
+            mixed = mixed * OUTPUT_GATES[self.output_gate](self.z_proj(hidden_states))
         return self.o_proj(mixed)
 
 
 class HAMDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm residual block: mixer, then MLP."""
+    """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it."""
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
         self.mixer = HAMMixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = config.attention_post_norm and self.mixer.has_attention
+        if not self.post_norm:
+            self.input_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.post_norm:
+            self.post_feedforward_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, hidden_states: torch.Tensor, **mixer_arguments: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        mixed, _, _, control = self.mixer(self.input_layernorm(hidden_states), **mixer_arguments)
-        hidden_states = hidden_states + mixed
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        mixer_input = hidden_states if self.post_norm else self.input_layernorm(hidden_states)
+        mixed, _, _, control = self.mixer(mixer_input, **mixer_arguments)
+        if self.post_norm:
+            hidden_states = hidden_states + self.post_attention_layernorm(mixed)
+            hidden_states = hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+        else:
+            hidden_states = hidden_states + mixed
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         # Returned rather than recorded by a hook: out of a re-entrant checkpoint only what is returned has a gradient.
         return hidden_states if control is None else (hidden_states, control)
 
@@ -564,7 +655,7 @@ class HAMModel(HAMPreTrainedModel):
         self.norm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None
         if config.rope_parameters is not None:
-            self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too
+            self.rotary_emb = HAMRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too
         self.gradient_checkpointing = False
         self.post_init()
         if self.dtype in (torch.float16, torch.bfloat16):

@@ -147,7 +147,7 @@ def gated_delta_rule_with_prediction(
         k: `[B, T, Hk, K]`, L2-normalised by the caller.
         v: `[B, T, Hk, V]`.
         g: `[B, T, Hk]` decay in log space, at most 0; 0 for padding.
-        beta: `[B, T, Hk]` write strength in (0, 1); 0 for padding.
+        beta: `[B, T, Hk]` write strength in (0, 1), or (0, 2) with negative eigenvalues; 0 for padding.
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.

@@ -64,7 +64,7 @@ def naive_gated_delta_rule_with_prediction(
         k: `[B, T, Hk, K]`, L2-normalised by the caller.
         v: `[B, T, Hk, V]`.
         g: `[B, T, Hk]` decay in log space, at most 0.
-        beta: `[B, T, Hk]` write strength in (0, 1).
+        beta: `[B, T, Hk]` write strength in (0, 1), or (0, 2) with negative eigenvalues.
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, the document of each token; the state is cleared where it changes.

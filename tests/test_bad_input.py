@@ -430,8 +430,10 @@ SIZES = (
 )
 SWITCHES = (
     "use_cache tie_word_embeddings attention_bias mlp_bias attention_conv qk_norm rnn_output_norm kv_output_norm "
-    "output_gate"
+    "output_gate allow_neg_eigval attention_post_norm"
 )
+LINEAR_SHAPE = "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim"
+LINEAR = dict(zip(LINEAR_SHAPE.split(), (2, 4, 6, 5), strict=True))
 
 
 def rope(**overrides):
@@ -441,6 +443,9 @@ def rope(**overrides):
 FIELDS = {
     **{name: [0, -1, 2.0, "4", True, NAN, [4]] for name in SIZES.split()},
     **{name: ["yes", None, 1, 0.0, NAN] for name in SWITCHES.split()},
+    **{name: [0, -1, 2.0, "4", True, NAN, [4], 4] for name in LINEAR_SHAPE.split()},
+    "linear_output_gate": ["swish", 1, 0.0, NAN],
+    "output_norm_eps": [0.0, -1.0, NAN, math.inf, "1", True],
     "initializer_range": [0.0, -1.0, NAN, math.inf, "1", None, True],
     "rms_norm_eps": [0.0, -1.0, NAN, math.inf, "1", None, True],
     "target_kv_usage": [-0.1, 1.1, NAN, math.inf, "1", None, True, [0.5]],
@@ -473,7 +478,7 @@ FIELDS = {
         rope(rope_theta=None),
         rope(rope_type="linear", factor=0.5),
         rope(rope_type="linear", factor=NAN),
-        rope(partial_rotary_factor=0.5),
+        *(rope(partial_rotary_factor=factor) for factor in (0, -0.5, 1.5, NAN, "0.5", True, None)),
         {"hybrid": rope()},
     ],
     "pad_token_id": [-1, VOCABULARY, "a", 1.5, True, [0]],
@@ -484,6 +489,23 @@ TOGETHER = [
     ({"num_attention_heads": 3}, "`num_attention_heads` (3) must be a multiple of `num_key_value_heads` (2)"),
     ({"num_key_value_heads": 8}, "`num_attention_heads` (4) must be a multiple of `num_key_value_heads` (8)"),
     ({"head_dim": 7}, "RoPE needs an even `head_dim`, got 7; or set `rope_parameters=None`"),
+    (
+        {"head_dim": 8, "rope_parameters": rope(partial_rotary_factor=0.4)},
+        "`rope_parameters['partial_rotary_factor']` times `head_dim` (8) must be an even number of dimensions, at "
+        "least 2, got 3 with 0.4",
+    ),
+    (
+        {"head_dim": 8, "rope_parameters": rope(partial_rotary_factor=0.1)},
+        "must be an even number of dimensions, at least 2, got 0 with 0.1",
+    ),
+    (LINEAR | {"linear_value_head_dim": None}, "must be given all four, or all left None"),
+    (
+        LINEAR | {"linear_num_key_heads": 3},
+        "`linear_num_value_heads` (4) must be a multiple of `linear_num_key_heads` (3)",
+    ),
+    (LINEAR | {"linear_key_head_dim": 0}, "`linear_key_head_dim` must be at least 1, got 0"),
+    ({"qk_norm": "head"}, "`qk_norm` must be True (per head), 'projection' (over all heads at once) or False"),
+    ({"output_gate": "swish"}, "`output_gate` must be True, False or one of ('silu', 'sigmoid'), got 'swish'"),
     ({"hidden_size": 2}, "`head_dim` must be at least 1, got 0"),
     ({"num_hidden_layers": 3, "layer_types": ["hybrid"] * 2}, "`num_hidden_layers` (3)"),
     (
