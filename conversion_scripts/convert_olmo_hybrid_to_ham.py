@@ -215,8 +215,8 @@ CONVERSION = Conversion(
     rename=rename,
     left_out=r"\.rotary_emb\.inv_freq$",
     left_out_because="the configuration gives the frequencies of RoPE",
-    summary="Linear layers are the source's. In layers of full attention the attention is the source's and keeps every "
-    "token; the RNN beside it is shut.",
+    summary="Linear layers are the source's. So is the attention of the other layers, which keeps every token; the RNN "
+    "beside it is shut.",
 )
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ class Projection:
 
     def split(self, weight: torch.Tensor, part: str, order: torch.Tensor | None) -> torch.Tensor:
         """The rows of `part`; those of each group in this `order`."""
-        parts = dict(zip(self.rows, weight.unflatten(0, (self.groups, -1)).split([*self.rows.values()], 1), strict=True))
+        parts = dict(
+            zip(self.rows, weight.unflatten(0, (self.groups, -1)).split([*self.rows.values()], 1), strict=True)
+        )
         rows = parts[part] if order is None else parts[part][:, order]
         return rows.flatten(0, 1)
 
@@ -265,8 +267,8 @@ CONVERSION = Conversion(
     rename=rename,
     left_out=r"^(model\.visual\.|mtp\.)",
     left_out_because="a HAM has no vision tower (model.visual.*) and no multi-token prediction (mtp.*)",
-    summary="Linear layers are the source's. In layers of full attention the attention is the source's and keeps every "
-    "token; the RNN beside it is shut.",
+    summary="Linear layers are the source's. So is the attention of the other layers, which keeps every token; the RNN "
+    "beside it is shut.",
 )
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.files import write_whole
@@ -176,8 +176,8 @@ class Run:
         """Writes the HAM."""
         conversion = self.conversion
         config, config_json = self._source_config()
-        old = Checkpoint(self.source, conversion.rename)
         ham_config = conversion.ham_config(config)
+        old = Checkpoint(self.source, conversion.rename)
         ham_config.dtype = old.main_dtype()
         recipes = {recipe.name: recipe for recipe in conversion.to_ham(config, ham_config)}
         left_out = self._left_out(old, config)
@@ -228,7 +228,7 @@ class Run:
         language = config.get_text_config()
         if language is config:
             return config, json.loads(text)
-        language.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(language)].__name__]
+        language.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[language.model_type]]
         return language, json.loads(language.to_json_string())
 
     def from_ham(self) -> None:
