@@ -149,6 +149,11 @@ def _check_model(model: HAMForCausalLM) -> None:
         raise ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
     if "full_attention" in model.config.layer_types:
         raise ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
+    if not all(layer.mixer.has_decoding_kernels for layer in model.model.layers):
+        raise ValueError(
+            "`model` must have as many key heads as value heads in every layer, and `qk_norm` per head or none: other "
+            "layers have no kernels."
+        )
     rope = (model.config.rope_parameters or {}).get("rope_type", "default")
     if rope in GROWING_ROPE:
         raise ValueError(f"`model` must have a RoPE of constant frequencies, got {rope!r}.")
@@ -169,8 +174,7 @@ def _check_cache(cache: HAMCache, rows: int | None = None) -> None:
 def _check_kernels(model: HAMForCausalLM, cache: HAMCache) -> None:
     for layer, block in zip(cache.layers, model.model.layers, strict=True):
         state, conv_state = layer.recurrent_state, layer.conv_state
-        fits = block.mixer.has_decoding_kernels
-        fits = fits and state is not None and decode_kernel("decode_mix_append", state) is not None
+        fits = state is not None and decode_kernel("decode_mix_append", state) is not None
         if not fits or conv_state is None or conv_state.dtype != block.mixer.conv.weight.dtype:
             raise ValueError(
                 "`model` must run on the kernels: `ham_kernels` for this GPU, no autocast, no float64, heads of at "

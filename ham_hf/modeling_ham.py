@@ -49,6 +49,8 @@ from .routing_ham import (
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+# What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
+ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -268,8 +270,6 @@ class HAMMixer(nn.Module):
         return (
             self.has_rnn
             and self.value_heads == self.key_heads
-            and not self.config.allow_neg_eigval
-            and self.output_gate != "sigmoid"
             and not (self.has_attention and self.config.qk_norm == "projection")
         )
 
@@ -394,6 +394,7 @@ class HAMMixer(nn.Module):
             self.dt_bias.float(),
             cache.recurrent_state,
             real=real,
+            allow_neg_eigval=self.config.allow_neg_eigval,
             **self._decoding_attention(hidden_states, position_embeddings, tokens, threshold),
         )
         scores, o_kv = None, None
@@ -463,6 +464,7 @@ class HAMMixer(nn.Module):
                 self.kv_norm.weight if self.has_attention and config.kv_output_norm else None,
             ),
             output_gate=None if self.output_gate is None else self.z_proj(x),
+            gate_activation=self.output_gate or "silu",
             pages=cache.open_pages(),
             eps=config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps,
             **attention,
@@ -816,6 +818,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # Of a configuration so marked only Transformers' own entries are read from a file, not those of a HAM model.
+        self.generation_config._from_model_config = None
 
     @can_return_tuple
     def forward(
@@ -898,6 +902,35 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         # Layers may sit on several devices.
         levers, usage = torch.stack([x.to(self.lm_head.weight.device) for x in controls]).unbind(1)
         return threshold_control(levers, usage, self.config.target_kv_usage, self.config.threshold_scope)
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the generation configuration; what is saved next is marked as the model's own, see `__init__`."""
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
+        self.generation_config._from_model_config = None
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Lets generation configurations set `threshold` (or `kv_usage`) and `kv_budget`, which Transformers drops.
+
+        An argument of `generate` comes before the configuration given to it, and that before the model's own. `None`
+        sets nothing. `threshold` and `kv_usage` decide the same, so the one that comes first hides the other, too.
+        """
+        given = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        routing: dict[str, Any] = {}
+        for source in (
+            given,
+            {} if generation_config is None else vars(generation_config),
+            vars(self.generation_config),
+        ):
+            found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
+            if "threshold" in routing or "kv_usage" in routing:
+                found = {name: value for name, value in found.items() if name == "kv_budget"}
+            routing = found | routing
+        prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
+            generation_config, *args, **kwargs
+        )
+        return prepared, model_kwargs | routing
 
     # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
     # methods as a protocol that no model meets.

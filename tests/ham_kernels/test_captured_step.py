@@ -407,6 +407,7 @@ def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, mon
     refused("`model` must be in evaluation mode", model=make_model(tiny_config, device).train())
     full = make_model(tiny_config, device, layer_types=["hybrid", "full_attention"])
     refused("no 'full_attention' layers", model=full)
+    refused("`qk_norm` per head or none", model=make_model(tiny_config, device, qk_norm="projection"))
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     refused("constant frequencies, got 'dynamic'", model=make_model(tiny_config, device, rope_parameters=rope))
     refused("`cache` must be a HAMCache, got tuple", cache=(), error=TypeError)

@@ -47,13 +47,14 @@ def rms_norm(x, weight, eps):
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def composed(o_rnn, o_kv, gates, output_gate, norm_weights, eps=1e-6):
+def composed(o_rnn, o_kv, gates, output_gate, norm_weights, eps=1e-6, gate_activation="silu"):
     """What `HAMMixer._mix` computes before the projection."""
     mixed = rms_norm(o_rnn, norm_weights[0], eps)
     if o_kv is not None:
         mixed = gates[0].sigmoid()[..., None] * mixed
         mixed = mixed + gates[1].sigmoid()[..., None] * rms_norm(o_kv, norm_weights[1], eps)
-    return mixed.flatten(1) if output_gate is None else mixed.flatten(1) * F.silu(output_gate)
+    activation = {"silu": F.silu, "sigmoid": torch.sigmoid}[gate_activation]
+    return mixed.flatten(1) if output_gate is None else mixed.flatten(1) * activation(output_gate)
 
 
 def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, dtype=torch.float32, without=()):
@@ -104,7 +105,7 @@ def run(mix, update, store, position=0, real=None, real_tokens=None):
 
 def cast(mix, dtype):
     def one(x):
-        return tuple(map(one, x)) if isinstance(x, tuple) else x if x is None else x.to(dtype)
+        return tuple(map(one, x)) if isinstance(x, tuple) else x.to(dtype) if isinstance(x, torch.Tensor) else x
 
     return {name: one(x) for name, x in mix.items()}
 
@@ -135,6 +136,15 @@ def test_odd_sizes(sizes, device, assert_error_within):
     tokens = store.tokens()
     assert torch.equal(tokens.keys, update.k.flatten(0, 1))
     assert torch.equal(tokens.values, update.v.flatten(0, 1))
+
+
+@pytest.mark.parametrize("without", [(), ("attention",)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sigmoid_gate_and_another_epsilon(dtype, without, device, assert_error_within, arithmetic_as_on_a_gpu):
+    mix, update, store = make(device, batch=8, groups=2, dtype=dtype, without=without)
+    mix |= {"gate_activation": "sigmoid", "eps": 0.1}
+    out = run(mix, update, store)
+    assert_error_within(out, composed(**cast(mix, torch.float64)), composed(**mix))
 
 
 def assert_same_tokens(found, expected):

@@ -42,6 +42,7 @@ def composed(
     attention_conv=True,
     scale_values=False,
     eps=1e-6,
+    allow_neg_eigval=False,
 ):
     """What the model computes, as `HAMMixer.forward` does: the outputs by name, the two new states among them."""
     _, kv_heads, key_dim, value_dim = state.shape
@@ -54,7 +55,7 @@ def composed(
 
     convolved, conv_state = short_convolution(qkv[:, None], conv_weight, conv_state)
     q, k, v = split(convolved)
-    beta = b[:, None].to(wide).sigmoid()
+    beta = b[:, None].to(wide).sigmoid() * (2 if allow_neg_eigval else 1)
     g = -A_log.exp() * F.softplus(a[:, None].to(wide) + dt_bias)
     o, prediction, state = gated_delta_rule_with_prediction(l2norm(q), l2norm(k), v, g, beta, initial_state=state)
     if score == "given":
@@ -193,7 +194,13 @@ def test_a_state_of_several_tiles(device, assert_error_within, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rope": False}, {"qk_norm": False}, {"rope": False, "qk_norm": False}, {"attention_conv": False}],
+    [
+        {"rope": False},
+        {"qk_norm": False},
+        {"rope": False, "qk_norm": False},
+        {"attention_conv": False},
+        {"allow_neg_eigval": True, "score": "residual"},
+    ],
     ids=str,
 )
 def test_options(options, device, assert_error_within):
@@ -367,6 +374,15 @@ def calls(monkeypatch, device):
     return names
 
 
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+GROUPED = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
+
+
 def decoded(model, ids, prompt, **options):
     """Logits of a prompt in one piece and the rest token by token, and the cache."""
     cache = HAMCache(model.config)
@@ -386,6 +402,9 @@ def decoded(model, ids, prompt, **options):
         ({"router": "learned_error", "output_gate": False}, {"threshold": torch.tensor([0.615, 0.62])}),
         ({"router": "random", "rnn_output_norm": False, "kv_output_norm": False}, {"threshold": 0.3}),
         ({"attention_conv": False, "num_key_value_heads": 4}, {"kv_budget": 17}),
+        ({"router": "residual", "allow_neg_eigval": True}, {"threshold": 0.5}),
+        ({"output_gate": "sigmoid", "output_norm_eps": 0.1}, {}),
+        ({"attention_post_norm": True, "rope_parameters": PARTIAL_ROPE}, {}),
     ],
     ids=str,
 )
@@ -405,6 +424,35 @@ def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls
     states = [(layer.conv_state, layer.recurrent_state) for x in (cache, expected_cache) for layer in x.layers]
     for found, wanted in zip(states[:2], states[2:], strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "updates"),
+    [
+        (GROUPED, 1),
+        (GROUPED | {"linear_num_key_heads": 4}, 2),
+        ({"qk_norm": "projection"}, 1),
+        (GROUPED | {"qk_norm": "projection"}, 0),
+        ({"linear_output_gate": "sigmoid", "allow_neg_eigval": True, "output_norm_eps": 0.1}, 2),
+    ],
+    ids=str,
+)
+def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
+    overrides, updates, device, tiny_config, calls, monkeypatch
+):
+    """Value heads that share a key, and a norm over all heads: then only the other layer takes the kernels."""
+    config = tiny_config(layer_types=["hybrid", "linear_attention"], **overrides)
+    model = HAMForCausalLM(config).eval().to(device)
+    ids = torch.randint(1, 97, (2, 16), device=device)
+    logits, cache = decoded(model, ids, 12)
+    assert calls.count("decode_update") == calls.count("decode_mix_append") == updates * 4
+    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+    expected, expected_cache = decoded(model, ids, 12)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert torch.equal(cache.kept_tokens(), expected_cache.kept_tokens())
+    for found, wanted in zip(cache.layers, expected_cache.layers, strict=True):
+        torch.testing.assert_close(found.recurrent_state, wanted.recurrent_state, atol=1e-5, rtol=0)
+        assert torch.equal(found.real_tokens, wanted.real_tokens)
 
 
 def test_padding_among_decoded_tokens(device, tiny_config, calls, monkeypatch):

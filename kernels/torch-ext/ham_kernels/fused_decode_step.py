@@ -20,6 +20,7 @@ from .tuning import check_platform
 
 # How a token's routing score comes about: from the state's prediction, as it is handed in, or from both.
 SCORES = ("cosine", "l2", "residual", "given", "learned_error")
+GATE_ACTIVATIONS = ("silu", "sigmoid")
 # Elements of the state that a program of 8 warps holds at once, 32 a thread.
 STATE_TILE = 8192
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,6 +97,7 @@ def decode_update_fwd_kernel(
     stride_threshold_head,
     HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SCORE: tl.constexpr,
     SCALE_VALUES: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr, ATTENTION_CONV: tl.constexpr,
+    ALLOW_NEG_EIGVAL: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: convolution, state, prediction and, if there is a SCORE, what attention takes."""
@@ -137,6 +139,8 @@ def decode_update_fwd_kernel(
         tl.store(k_out + stream * K + o_k[None, :], k_seen.to(k_out.dtype.element_ty), mask=in_k[None, :])
 
     beta = tl.sigmoid(tl.load(b + stream).to(tl.float32))
+    if ALLOW_NEG_EIGVAL:
+        beta *= 2.0
     step = tl.load(a + stream).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
     decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
@@ -215,7 +219,7 @@ def decode_mix_append_fwd_kernel(
     o_rnn, o_kv, rnn_gate, kv_gate, z, rnn_weight, kv_weight, out, positions, real, real_tokens, k, v, scores, keep,
     tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs, num_slabs, eps,
     HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: the mix of its memories' outputs, and its place in the pages if it is kept."""
     stream = tl.program_id(0).to(tl.int64)
@@ -230,7 +234,10 @@ def decode_mix_append_fwd_kernel(
         mixed += _gate(kv_gate, stream * G + o_g, in_g) * _mixed(o_kv, kv_weight, place, o_v, mask, eps, V)
     if z is not None:
         gate = tl.load(z + place, mask=mask, other=0.0).to(tl.float32)
-        mixed *= gate * tl.sigmoid(gate)
+        activation = tl.sigmoid(gate)
+        if SILU:
+            activation *= gate
+        mixed *= activation
     tl.store(out + place, mixed.to(out.dtype.element_ty), mask=mask)
 
     position = tl.load(positions + row)
@@ -339,6 +346,7 @@ def decode_update_fwd(
     attention_conv: bool,
     scale_values: bool,
     eps: float,
+    allow_neg_eigval: bool,
 ) -> DecodeUpdate:
     """Launches the kernel on arguments that `decode_update` has checked."""
     batch, kv_heads, key_dim, value_dim = state.shape
@@ -361,7 +369,8 @@ def decode_update_fwd(
         error_weight, threshold, real, *out, eps, 0 if cos is None or len(cos) == 1 else key_dim, *threshold_strides,
         HK=kv_heads, G=heads // kv_heads, K=key_dim, V=value_dim, W=conv_weight.shape[1], SCORE=score,
         SCALE_VALUES=scale_values, QK_NORM=norm_weights is not None, ROPE=rope is not None,
-        ATTENTION_CONV=attention_conv, **block_sizes(heads // kv_heads, key_dim, value_dim), num_warps=8,
+        ATTENTION_CONV=attention_conv, ALLOW_NEG_EIGVAL=allow_neg_eigval,
+        **block_sizes(heads // kv_heads, key_dim, value_dim), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -398,6 +407,7 @@ def decode_update(
     attention_conv: bool = True,
     scale_values: bool = False,
     eps: float = 1e-6,
+    allow_neg_eigval: bool = False,
 ) -> DecodeUpdate:
     """One token, from its projections to what attention reads; `conv_state` and `state` are updated in place.
 
@@ -425,6 +435,7 @@ def decode_update(
         attention_conv: whether attention sees the convolved projections; otherwise `qkv` itself.
         scale_values: whether attention sees the values multiplied by their scores.
         eps: of the RMSNorms.
+        allow_neg_eigval: whether the write strength is `2 sigmoid(b)` instead of `sigmoid(b)`.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
@@ -487,7 +498,7 @@ def decode_update(
     check_platform(qkv.device)
     return decode_update_fwd(
         qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, threshold, score, given, error_weight, real,
-        norm_weights, rope, attention_conv, scale_values, eps,
+        norm_weights, rope, attention_conv, scale_values, eps, allow_neg_eigval,
     )  # fmt: skip
 
 
@@ -523,6 +534,7 @@ def decode_mix_append_fwd(
     gates: tuple[torch.Tensor, torch.Tensor] | None,
     pages: OpenPages | None,
     eps: float,
+    gate_activation: str,
 ) -> torch.Tensor:
     """Launches the kernel on arguments that `decode_mix_append` has checked."""
     batch, heads, value_dim = update.o.shape
@@ -537,8 +549,8 @@ def decode_mix_append_fwd(
     decode_mix_append_fwd_kernel[(batch * kv_heads,)](
         update.o, o_kv, *(gates or (None, None)), output_gate, *norm_weights, out, positions, real, real_tokens,
         *update[2:], *(pages or [None] * len(OpenPages._fields)), num_slabs, eps,
-        HK=kv_heads, G=groups, K=key_dim, V=value_dim, PAGE=page, FIELDS=APPEND_FIELDS, **blocks,
-        BLOCK_S=SLAB_BLOCK,
+        HK=kv_heads, G=groups, K=key_dim, V=value_dim, PAGE=page, FIELDS=APPEND_FIELDS,
+        SILU=gate_activation == "silu", **blocks, BLOCK_S=SLAB_BLOCK,
         num_warps=4,
     )  # fmt: skip
     return out
@@ -555,13 +567,14 @@ def decode_mix_append(
     gates: tuple[torch.Tensor, torch.Tensor] | None = None,
     pages: OpenPages | None = None,
     eps: float = 1e-6,
+    gate_activation: str = "silu",
 ) -> torch.Tensor:
     """Mixes what the two memories of a token put out, and appends the kept tokens to their streams' pages, in place.
 
     `(sigmoid(gates[0]) RMSNorm(o_rnn) + sigmoid(gates[1]) RMSNorm(o_kv)) * silu(output_gate)`; without attention
-    `RMSNorm(o_rnn) * silu(output_gate)`. A kept token goes to the next slot of its stream's open page; an open page
-    that it fills is copied to the next free page of the slabs. One launch, no backward, no waiting for the host, which
-    sees to it that there are free pages.
+    `RMSNorm(o_rnn) * silu(output_gate)`; or with a sigmoid in place of the SiLU. A kept token goes to the next slot of
+    its stream's open page; an open page that it fills is copied to the next free page of the slabs. One launch, no
+    backward, no waiting for the host, which sees to it that there are free pages.
 
     Args:
         update: what `decode_update` returned, of `B` rows in bfloat16, float16 or float32. What has no dtype below has
@@ -570,11 +583,12 @@ def decode_mix_append(
         real_tokens: `[B]` int64 number of real tokens seen, which becomes `positions + 1`.
         real: `[B]` bool, false for padding, which changes nothing and has unspecified outputs; `None` if all are real.
         norm_weights: `[V]` each, of the RMSNorms of the two outputs; `None` for no norm.
-        output_gate: `[B, H * V]` before the SiLU, or `None` for no gate.
+        output_gate: `[B, H * V]` before its activation, or `None` for no gate.
         o_kv: `[B, H, V]` output of the attention; it, `gates` and `pages` are `None` in a layer without.
         gates: `[B, H]` each, of the RNN's and the attention's output, before the sigmoid.
         pages: where to append (a plain tuple will do), a stream for each row and head, ordered by row.
         eps: of the RMSNorms.
+        gate_activation: `"silu"` or `"sigmoid"`, of the output gate.
 
     Returns:
         `[B, H * V]`.
@@ -582,6 +596,10 @@ def decode_mix_append(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
     """
+    if gate_activation not in GATE_ACTIVATIONS:
+        raise ValueError(
+            f"`gate_activation` must be one of {', '.join(map(repr, GATE_ACTIVATIONS))}, got {gate_activation!r}."
+        )
     if update.o.ndim != 3 or update.o.dtype not in DTYPES:
         raise ValueError(
             f"`update.o` must be [B, H, V] of bfloat16, float16 or float32, got {list(update.o.shape)} of "
@@ -612,7 +630,7 @@ def decode_mix_append(
     _check_tensors(expected, update.o.device)
     check_platform(update.o.device)
     return decode_mix_append_fwd(
-        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps
+        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation
     )
 
 
@@ -661,7 +679,8 @@ def _aot_case(key_dim: int, groups: int, score: str | None = "cosine", absent=("
     signature |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(("keep", "real"), "*i1")
     signature |= dict.fromkeys(("stride_rope", "stride_threshold_row", "stride_threshold_head"), "i32")
     sizes = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "W": 4, "SCORE": score}
-    switches = {"SCALE_VALUES": not absent, "QK_NORM": True, "ROPE": True, "ATTENTION_CONV": True}
+    switches = dict.fromkeys(("SCALE_VALUES", "ALLOW_NEG_EIGVAL"), not absent)
+    switches |= dict.fromkeys(("QK_NORM", "ROPE", "ATTENTION_CONV"), True)
     return {
         "kernel": decode_update_fwd_kernel,
         "signature": {name: kind for name, kind in signature.items() if name not in absent},
@@ -678,7 +697,7 @@ def _aot_mix_case(key_dim: int, groups: int, absent=()) -> dict:
     signature |= dict.fromkeys(("positions", "real_tokens", "counts", "full_pages", "slabs"), "*i64")
     signature |= {"real": "*i1", "keep": "*i1", "tail_positions": "*i32", "num_slabs": "i32", "eps": "fp32"}
     sizes = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "PAGE": 16, "FIELDS": APPEND_FIELDS}
-    blocks = block_sizes(groups, key_dim, key_dim) | {"BLOCK_S": SLAB_BLOCK}
+    blocks = block_sizes(groups, key_dim, key_dim) | {"BLOCK_S": SLAB_BLOCK, "SILU": True}
     del blocks["TILE_V"]
     return {
         "kernel": decode_mix_append_fwd_kernel,
