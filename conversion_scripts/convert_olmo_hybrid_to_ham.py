@@ -215,7 +215,7 @@ CONVERSION = Conversion(
     rename=rename,
     left_out=r"\.rotary_emb\.inv_freq$",
     left_out_because="the configuration gives the frequencies of RoPE",
-    summary="Linear layers are the source's. So is the attention of the other layers, which keeps every token; the RNN "
+    summary="Linear layers are the source's. So is the attention of the others, which keeps every token; the RNN "
     "beside it is shut.",
 )
 

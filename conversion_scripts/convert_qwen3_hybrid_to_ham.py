@@ -267,7 +267,7 @@ CONVERSION = Conversion(
     rename=rename,
     left_out=r"^(model\.visual\.|mtp\.)",
     left_out_because="a HAM has no vision tower (model.visual.*) and no multi-token prediction (mtp.*)",
-    summary="Linear layers are the source's. So is the attention of the other layers, which keeps every token; the RNN "
+    summary="Linear layers are the source's. So is the attention of the others, which keeps every token; the RNN "
     "beside it is shut.",
 )
 
