@@ -9,9 +9,10 @@ checkpoint the language model is taken. Mixtures of experts are refused.
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back
 
-These models store a norm's weight less 1. The sum is kept in float32, as the source computes it. On the way back, what
-is below the last bit of the sum (2^-24) is gone: weights in bfloat16 come back bit for bit unless smaller than 2^-16,
-those in float32 to 2^-24, and both compute bit for bit the same.
+These models store a norm's weight less 1. The HAM's file holds the sum in float32, as the source computes it, so that
+what is computed in float32 is the same, there and back. What the sum rounds away is gone: on the way back weights in
+bfloat16 are the source's bit for bit unless smaller than 2^-16, those in float32 to 2^-24 of the sum. A HAM that is
+loaded in bfloat16 rounds the sums, which the source does not.
 """
 
 import sys
