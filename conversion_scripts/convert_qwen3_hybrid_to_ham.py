@@ -115,11 +115,9 @@ class Projection:
 
     def split(self, weight: torch.Tensor, part: str, order: torch.Tensor | None) -> torch.Tensor:
         """The rows of `part`; those of each group in this `order`."""
-        parts = dict(
-            zip(self.rows, weight.unflatten(0, (self.groups, -1)).split([*self.rows.values()], 1), strict=True)
-        )
-        rows = parts[part] if order is None else parts[part][:, order]
-        return rows.flatten(0, 1)
+        parts = weight.unflatten(0, (self.groups, -1)).split([*self.rows.values()], 1)
+        rows = parts[[*self.rows].index(part)]
+        return (rows if order is None else rows[:, order]).flatten(0, 1)
 
     def join(self, *weights: torch.Tensor, orders: list[torch.Tensor | None]) -> torch.Tensor:
         """The projection, of its parts in those orders."""
