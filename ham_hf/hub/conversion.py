@@ -2,14 +2,16 @@
 """Turns a checkpoint into a HAM that computes the same, and back: what every script of `conversion_scripts` shares."""
 
 import argparse
+import contextlib
 import datetime
+import inspect
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.files import write_whole
@@ -31,6 +40,10 @@ RECORD = "conversion.json"
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Functions of Transformers' models in whose place a package is called where it is installed.
+PACKAGED = (
+    "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"
+)  # fmt: skip
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 # Fields of a HAMConfig that change nothing that a checkpoint without its RNN, or without its cache, computes.
 FREE_FIELDS = {
@@ -51,12 +64,30 @@ class Requirement:
 def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits `[B, T, vocabulary]` in float32 of the causal language model in `folder`, by its Auto class."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
+    with torch.no_grad(), in_pytorch(model):
         return model(input_ids=tokens, use_cache=False).logits
 
 
 def no_preparation() -> None:
     """Imports nothing, for sources that Transformers has."""
+
+
+@contextlib.contextmanager
+def in_pytorch(model: torch.nn.Module) -> Iterator[None]:
+    """Has a model of Transformers compute in PyTorch.
+
+    Where flash-linear-attention or causal-conv1d is installed, Transformers calls it for CPU tensors as well, and that
+    crashes.
+    """
+    module = sys.modules[type(model).__module__]
+    packaged = {name: getattr(module, name) for name in PACKAGED if hasattr(module, name)}
+    try:
+        for name, function in packaged.items():
+            setattr(module, name, inspect.unwrap(function))
+        yield
+    finally:
+        for name, function in packaged.items():
+            setattr(module, name, function)
 
 
 def transformers_model(config: PreTrainedConfig) -> torch.nn.Module:
@@ -78,7 +109,9 @@ class Conversion:
         prepare: imports what Transformers must know of the source; `ImportError` says what to install.
         logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
         source_code: what computes them, for the card, given the architecture.
-        empty_source: the source's model of a configuration.
+        empty_source: the source's model of a configuration, with the tensors that its files hold.
+        rename: turns a tensor's name in the source's files, of which there may be several, into the one that the
+            recipes use.
         inert: a pattern of the HAM's tensors that only its shut memory reads.
         summary: what the new HAM is at first, for the user.
         left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
@@ -97,6 +130,7 @@ class Conversion:
     logits: Callable[[Path, torch.Tensor], torch.Tensor] = transformers_logits
     source_code: Callable[[str], str] = str
     empty_source: Callable[[Any], torch.nn.Module] = transformers_model
+    rename: Callable[[str], str] = lambda name: name
     left_out: str | None = None
     left_out_because: str = ""
 
@@ -150,19 +184,9 @@ class Run:
     def to_ham(self) -> None:
         """Writes the HAM."""
         conversion = self.conversion
-        text = (self.source / "config.json").read_text(encoding="utf-8")
-        config = AutoConfig.from_pretrained(self.source)
-        if config.model_type not in conversion.model_types:
-            raise ValueError(
-                f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
-                f"{config.model_type!r}."
-            )
-        if getattr(config, "quantization_config", None):
-            raise ValueError(
-                "`source` must hold plain weights, got a `quantization_config`. Take the original checkpoint."
-            )
-        old = Checkpoint(self.source)
+        config, config_json = self._source_config()
         ham_config = conversion.ham_config(config)
+        old = Checkpoint(self.source, conversion.rename)
         ham_config.dtype = old.main_dtype()
         recipes = {recipe.name: recipe for recipe in conversion.to_ham(config, ham_config)}
         left_out = self._left_out(old, config)
@@ -184,7 +208,7 @@ class Run:
                 "name": self.arguments.name or self.arguments.source.rstrip("/").split("/")[-1],
                 "model_type": config.model_type,
                 "architecture": (config.architectures or ["unknown"])[0],
-                "config": json.loads(text),
+                "config": config_json,
             },
             "script": conversion.script,
             "command": self.command,
@@ -195,6 +219,26 @@ class Run:
         write_whole(self.partial / RECORD, json.dumps(record, indent=1) + "\n")
         self._finish()
         print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output} --threshold 0 0.5")
+
+    def _source_config(self) -> tuple[Any, dict[str, Any]]:
+        """The configuration of the source's language model, and what a config.json of that model alone holds."""
+        conversion = self.conversion
+        text = (self.source / "config.json").read_text(encoding="utf-8")
+        config = AutoConfig.from_pretrained(self.source)
+        if config.model_type not in conversion.model_types:
+            raise ValueError(
+                f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
+                f"{config.model_type!r}."
+            )
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                "`source` must hold plain weights, got a `quantization_config`. Take the original checkpoint."
+            )
+        language = config.get_text_config()
+        if language is config:
+            return config, json.loads(text)
+        language.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[language.model_type]]
+        return language, json.loads(language.to_json_string())
 
     def from_ham(self) -> None:
         """Writes the source's checkpoint again, from a HAM that a script made and that may have been trained since."""

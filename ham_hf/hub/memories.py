@@ -28,8 +28,8 @@ def new_rnn(prefix: str, config: HAMConfig) -> Iterator[Recipe]:
     """Recipes for the RNN of a hybrid layer made from an attention layer: shut, while attention keeps every token.
 
     The RNN reads the attention's own q, k and v: its convolution passes them on. Decays are spread as in a fresh HAM:
-    `A` from 1 to 16, time steps log-spaced from 0.001 to 0.1; neither they nor the write strength (0.5) depend on the
-    token at first.
+    `A` from 1 to 16, time steps log-spaced from 0.001 to 0.1; neither they nor the write strength (0.5, or 1 with
+    `allow_neg_eigval`) depend on the token at first.
 
     Args:
         prefix: of the layer's tensors, such as `"model.layers.0.mixer"`.

@@ -47,11 +47,15 @@ def copied(name: str, source: str) -> Recipe:
 class Checkpoint:
     """The tensors of a folder of safetensors, sharded or not, read when asked for.
 
-    Raises `ValueError` for a folder without safetensors, an index that points elsewhere, and dtypes that are not
-    plain floating point (quantised weights).
+    Args:
+        folder: where the safetensors are.
+        rename: turns the name of a tensor in the files into the name by which it is known here.
+
+    Raises `ValueError` for a folder without safetensors, an index that points elsewhere, two tensors of one name, and
+    dtypes that are not plain floating point (quantised weights).
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, rename: Callable[[str], str] = lambda name: name):
         self.folder = folder
         self.files = {}
         if (folder / INDEX).is_file():
@@ -73,8 +77,10 @@ class Checkpoint:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise ValueError(f"`source` must hold the files that its {INDEX} names, got {shard!r}.")
             self.files[shard] = safe_open(folder / shard, "pt")
-        self.shard_of = names
-        for name in names:
+        self.stored = {rename(name): (shard, name) for name, shard in names.items()}
+        if len(self.stored) < len(names):
+            raise ValueError(f"`source` must hold every tensor once, got {len(names) - len(self.stored)} twice.")
+        for name in self.stored:
             if self._slice(name).get_dtype() not in DTYPES:
                 raise ValueError(
                     f"`source` must hold plain weights ({', '.join(DTYPES)}), got {self._slice(name).get_dtype()} for "
@@ -83,11 +89,12 @@ class Checkpoint:
 
     def names(self) -> set[str]:
         """Every tensor in the folder."""
-        return set(self.shard_of)
+        return set(self.stored)
 
     def get(self, name: str) -> torch.Tensor:
         """Reads a tensor."""
-        return self.files[self.shard_of[name]].get_tensor(name)
+        shard, stored_name = self.stored[name]
+        return self.files[shard].get_tensor(stored_name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, which is not read."""
@@ -95,7 +102,7 @@ class Checkpoint:
 
     def main_dtype(self) -> torch.dtype:
         """The dtype that most tensors have."""
-        return collections.Counter(map(self.dtype, sorted(self.shard_of))).most_common(1)[0][0]
+        return collections.Counter(map(self.dtype, sorted(self.stored))).most_common(1)[0][0]
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of every shard: what a conversion that goes on must find unchanged."""
@@ -103,7 +110,8 @@ class Checkpoint:
         return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
 
     def _slice(self, name: str) -> Any:
-        return self.files[self.shard_of[name]].get_slice(name)
+        shard, stored_name = self.stored[name]
+        return self.files[shard].get_slice(stored_name)
 
 
 def check_recipes(

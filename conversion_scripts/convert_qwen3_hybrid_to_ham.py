@@ -1,0 +1,274 @@
+#!/usr/bin/env python
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Turns a dense Qwen3-Next or Qwen3.5 checkpoint into a HAM that computes the same, and back.
+
+Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
+source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. Of a multimodal
+checkpoint the language model is taken. Mixtures of experts are refused.
+
+  python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
+  python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back
+
+These models store a norm's weight less 1. The HAM's file holds the sum in float32, as the source computes it, so that
+what is computed in float32 is the same, there and back. What the sum rounds away is gone: on the way back weights in
+bfloat16 are the source's bit for bit unless smaller than 2^-16, those in float32 to 2^-24 of the sum. A HAM that is
+loaded in bfloat16 rounds the sums, which the source does not.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ham_hf import HAMConfig
+from ham_hf.hub.conversion import Conversion, Requirement, main
+from ham_hf.hub.memories import INERT_RNN, doubled, halved, new_rnn, shut_rnn
+from ham_hf.hub.shards import Recipe, copied
+from ham_hf.modeling_ham import HAMRotaryEmbedding, partial_rotary_order
+
+LAYER_TYPES = {"linear_attention": "linear_attention", "full_attention": "hybrid"}
+MLP = ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def rename(name: str) -> str:
+    """What a multimodal checkpoint's tensor is called in the language model alone."""
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def check_features(config: Any) -> None:
+    """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
+    dense, step = getattr(config, "mlp_only_layers", None) or [], getattr(config, "decoder_sparse_step", 1)
+    if getattr(config, "num_experts", 0):
+        sparse = [i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0]
+        if sparse:
+            raise ValueError(
+                f"`source` must have a dense MLP in every layer, got a mixture of experts ({config.num_experts} in "
+                f"{len(sparse)} of {config.num_hidden_layers} layers): HAM has none."
+            )
+    for layer_type in config.layer_types:
+        if layer_type not in LAYER_TYPES:
+            raise ValueError(
+                f"`layer_types` must hold only {' and '.join(LAYER_TYPES)}, got {layer_type!r}: a HAM keeps or drops "
+                "tokens by their score, not by their distance."
+            )
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"`hidden_act` must be 'silu', got {config.hidden_act!r}: the source uses it in the convolution of linear "
+            "layers as well, where HAM has silu."
+        )
+    if config.attention_bias:
+        raise ValueError("`attention_bias` must be False, got True: HAM's output gate has no bias.")
+
+
+def ham_config(config: Any) -> HAMConfig:
+    """The HAM of the same shape."""
+    check_features(config)
+    # Text has the same position in all sections of multimodal RoPE, which then is RoPE.
+    rope = {name: value for name, value in config.rope_parameters.items() if not name.startswith("mrope_")}
+    return HAMConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        initializer_range=config.initializer_range,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters=rope,
+        layer_types=[LAYER_TYPES[layer_type] for layer_type in config.layer_types],
+        conv_kernel_size=config.linear_conv_kernel_dim,
+        attention_conv=False,
+        kv_output_norm=False,
+        output_gate="sigmoid",
+        linear_output_gate="silu",
+        linear_num_key_heads=config.linear_num_key_heads,
+        linear_num_value_heads=config.linear_num_value_heads,
+        linear_key_head_dim=config.linear_key_head_dim,
+        linear_value_head_dim=config.linear_value_head_dim,
+        target_kv_usage=1.0,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection of the source, which holds several of a HAM's.
+
+    Attributes:
+        name: in the source.
+        groups: heads by which its rows are grouped.
+        rows: of each of the HAM's projections in a group, in order.
+    """
+
+    name: str
+    groups: int
+    rows: dict[str, int]
+
+    def split(self, weight: torch.Tensor, part: str, order: torch.Tensor | None) -> torch.Tensor:
+        """The rows of `part`; those of each group in this `order`."""
+        parts = weight.unflatten(0, (self.groups, -1)).split([*self.rows.values()], 1)
+        rows = parts[[*self.rows].index(part)]
+        return (rows if order is None else rows[:, order]).flatten(0, 1)
+
+    def join(self, *weights: torch.Tensor, orders: list[torch.Tensor | None]) -> torch.Tensor:
+        """The projection, of its parts in those orders."""
+        parts = [weight.unflatten(0, (self.groups, -1)) for weight in weights]
+        parts = [x if order is None else x[:, order.argsort()] for x, order in zip(parts, orders, strict=True)]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+
+def projections(source: Any, layer_type: str) -> list[Projection]:
+    """The source's projections that lead into a layer."""
+    if layer_type == "hybrid":
+        heads, kv_heads, dim = source.num_attention_heads, source.num_key_value_heads, source.head_dim
+        return [
+            Projection("q_proj", heads, {"q": dim, "z": dim}),
+            Projection("k_proj", kv_heads, {"k": dim}),
+            Projection("v_proj", kv_heads, {"v": dim}),
+        ]
+    groups, key = source.linear_num_key_heads, source.linear_key_head_dim
+    heads = source.linear_num_value_heads
+    served = heads // groups
+    value = served * source.linear_value_head_dim
+    if source.model_type == "qwen3_next":
+        return [
+            Projection("in_proj_qkvz", groups, {"q": key, "k": key, "v": value, "z": value}),
+            Projection("in_proj_ba", groups, {"b": served, "a": served}),
+        ]
+    return [
+        Projection("in_proj_qkv", 1, {"q": groups * key, "k": groups * key, "v": groups * value}),
+        Projection("in_proj_z", 1, {"z": groups * value}),
+        Projection("in_proj_b", 1, {"b": heads}),
+        Projection("in_proj_a", 1, {"a": heads}),
+    ]
+
+
+def rotary_orders(config: HAMConfig, layer_type: str) -> dict[str, torch.Tensor]:
+    """The HAM's order of a head's dimensions in each projection that RoPE turns."""
+    if layer_type != "hybrid":
+        return {}
+    rotary = HAMRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too
+    order = partial_rotary_order(config.head_dim, 2 * len(rotary.inv_freq))
+    return {"q": order, "k": order}
+
+
+def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of names, in the HAM and in its source, of tensors that are the same in both."""
+    yield "model.embed_tokens.weight", "model.embed_tokens.weight"
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", "lm_head.weight"
+    for i, layer_type in enumerate(config.layer_types):
+        layer = f"model.layers.{i}"
+        for name in MLP:
+            yield f"{layer}.mlp.{name}.weight", f"{layer}.mlp.{name}.weight"
+        if layer_type == "linear_attention":
+            yield f"{layer}.mixer.A_log", f"{layer}.linear_attn.A_log"
+            yield f"{layer}.mixer.dt_bias", f"{layer}.linear_attn.dt_bias"
+            yield f"{layer}.mixer.rnn_norm.weight", f"{layer}.linear_attn.norm.weight"
+            yield f"{layer}.mixer.o_proj.weight", f"{layer}.linear_attn.out_proj.weight"
+
+
+def zero_centred(config: HAMConfig) -> Iterator[tuple[str, str, torch.Tensor | None]]:
+    """Names, in the HAM and in its source, of norms whose weight the source stores less 1, and the HAM's order."""
+    yield "model.norm.weight", "model.norm.weight", None
+    for i, layer_type in enumerate(config.layer_types):
+        layer = f"model.layers.{i}"
+        for norm in NORMS:
+            yield f"{layer}.{norm}.weight", f"{layer}.{norm}.weight", None
+        for part, order in rotary_orders(config, layer_type).items():
+            yield f"{layer}.mixer.{part}_norm.weight", f"{layer}.self_attn.{part}_norm.weight", order
+
+
+def plus_one(weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """A norm's whole weight, in float32 as the source computes it."""
+    weight = 1.0 + weight.float()
+    return weight if order is None else weight[order]
+
+
+def minus_one(weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """The way back of `plus_one`."""
+    weight = weight.float() - 1.0
+    return weight if order is None else weight[order.argsort()]
+
+
+def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
+    """Recipes for every tensor of the HAM."""
+    for name, source_name in shared_names(config):
+        yield copied(name, source_name)
+    for name, source_name, order in zero_centred(config):
+        yield Recipe(name, (source_name,), partial(plus_one, order=order), torch.float32)
+    for i, layer_type in enumerate(config.layer_types):
+        mixer = f"model.layers.{i}.mixer"
+        layer = f"model.layers.{i}.{'self' if layer_type == 'hybrid' else 'linear'}_attn"
+        orders = rotary_orders(config, layer_type)
+        for projection in projections(source, layer_type):
+            for part in projection.rows:
+                split = partial(projection.split, part=part, order=orders.get(part))
+                yield Recipe(f"{mixer}.{part}_proj.weight", (f"{layer}.{projection.name}.weight",), split)
+        if layer_type == "hybrid":
+            yield doubled(f"{mixer}.o_proj.weight", f"{layer}.o_proj.weight")
+            yield from new_rnn(mixer, config)
+        else:
+            yield Recipe(f"{mixer}.conv.weight", (f"{layer}.conv1d.weight",), lambda x: x.squeeze(1))
+
+
+def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
+    """Recipes for every tensor of the source."""
+    for name, source_name in shared_names(config):
+        yield copied(source_name, name)
+    for name, source_name, order in zero_centred(config):
+        yield Recipe(source_name, (name,), partial(minus_one, order=order), config.dtype)
+    for i, layer_type in enumerate(config.layer_types):
+        mixer = f"model.layers.{i}.mixer"
+        layer = f"model.layers.{i}.{'self' if layer_type == 'hybrid' else 'linear'}_attn"
+        orders = rotary_orders(config, layer_type)
+        for projection in projections(source, layer_type):
+            parts = tuple(f"{mixer}.{part}_proj.weight" for part in projection.rows)
+            join = partial(projection.join, orders=[orders.get(part) for part in projection.rows])
+            yield Recipe(f"{layer}.{projection.name}.weight", parts, join)
+        if layer_type == "hybrid":
+            yield halved(f"{layer}.o_proj.weight", f"{mixer}.o_proj.weight")
+        else:
+            yield Recipe(f"{layer}.conv1d.weight", (f"{mixer}.conv.weight",), lambda x: x.unsqueeze(1))
+
+
+def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
+    """What must hold of a HAM for the way back."""
+
+    def is_sum(weight: torch.Tensor) -> bool:
+        return torch.equal(plus_one(minus_one(weight, None).to(config.dtype), None), weight.float())
+
+    for i, layer_type in enumerate(config.layer_types):
+        if layer_type == "hybrid":
+            yield from shut_rnn(f"model.layers.{i}.mixer")
+    for name, _, _ in zero_centred(config):
+        yield Requirement(name, is_sum, f"is not 1 + w of a w in {config.dtype}, which is what the source stores")
+
+
+CONVERSION = Conversion(
+    script="convert_qwen3_hybrid_to_ham.py",
+    # Of these the mixtures of experts are refused by what they have, not by their names.
+    model_types=("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    ham_config=ham_config,
+    to_ham=to_ham,
+    from_ham=from_ham,
+    requirements=requirements,
+    inert=INERT_RNN,
+    rename=rename,
+    left_out=r"^(model\.visual\.|mtp\.)",
+    left_out_because="a HAM has no vision tower (model.visual.*) and no multi-token prediction (mtp.*)",
+    summary="Linear layers are the source's. So is the attention of the others, which keeps every token; the RNN "
+    "beside it is shut.",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(CONVERSION, __doc__))
