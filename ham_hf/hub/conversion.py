@@ -36,6 +36,8 @@ from ham_hf.files import write_whole
 from .shards import Checkpoint, Recipe, check_recipes, write_shards
 
 RECORD = "conversion.json"
+# In a folder that is being written: of which run it is.
+STATE = "conversion_state.json"
 # Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 2
@@ -199,11 +201,18 @@ class Run:
         ham_config.architectures = ["HAMForCausalLM"]
         ham_config.save_pretrained(self.partial)
         self._copy_tokenizer()
+        self._record(config, config_json, left_out - {"lm_head.weight"})
+        self._finish()
+        print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output}")
+
+    def _record(self, config: Any, config_json: dict[str, Any], left_out: set[str]) -> None:
+        """Verifies the HAM and writes down where it comes from, for its card and for the way back."""
+        conversion = self.conversion
         notes = [conversion.summary]
-        if left_out - {"lm_head.weight"}:
+        if left_out:
             notes.append(f"{len(left_out)} tensors of the source were left out: {conversion.left_out_because}.")
             print(notes[-1])
-        record: dict[str, Any] = {
+        record = {
             "source": {
                 "name": self.arguments.name or self.arguments.source.rstrip("/").split("/")[-1],
                 "model_type": config.model_type,
@@ -214,11 +223,9 @@ class Run:
             "command": self.command,
             "date": datetime.date.today().isoformat(),
             "notes": notes,
+            "verification": self._verify(self.source, self.partial, config),
         }
-        record["verification"] = self._verify(self.source, self.partial, config)
         write_whole(self.partial / RECORD, json.dumps(record, indent=1) + "\n")
-        self._finish()
-        print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output} --threshold 0 0.5")
 
     def _source_config(self) -> tuple[Any, dict[str, Any]]:
         """The configuration of the source's language model, and what a config.json of that model alone holds."""
@@ -295,17 +302,21 @@ class Run:
         write_shards(recipes, shapes, old, self.partial, self.arguments.max_shard_size)
 
     def _resume_or_begin(self, old: Checkpoint) -> None:
-        """Keeps the shards that an interrupted run with the same source and options left, else starts afresh."""
+        """Keeps the shards that an interrupted run of the same command left, else starts afresh."""
         state = {
-            "files": old.fingerprint(),
-            "max_shard_size": self.arguments.max_shard_size,
+            "script": self.conversion.script,
             "back": self.arguments.back,
+            "max_shard_size": self.arguments.max_shard_size,
+            "source": old.fingerprint(),
         }
-        path = self.partial / "state.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == state:
-            print(f"Goes on with {self.partial}")
-            return
-        shutil.rmtree(self.partial, ignore_errors=True)
+        path = self.partial / STATE
+        if path.is_file():
+            if json.loads(path.read_text(encoding="utf-8")) == state:
+                print(f"Goes on with {self.partial}")
+                return
+            shutil.rmtree(self.partial)
+        elif self.partial.exists():
+            raise ValueError(f"`output` is written to {self.partial} first, which exists: move it or choose another.")
         self.partial.mkdir(parents=True)
         write_whole(path, json.dumps(state))
 
@@ -346,7 +357,7 @@ class Run:
         return figures
 
     def _finish(self) -> None:
-        (self.partial / "state.json").unlink()
+        (self.partial / STATE).unlink()
         os.replace(self.partial, self.output)
         print(f"Wrote {self.output}")
 

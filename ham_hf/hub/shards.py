@@ -105,9 +105,9 @@ class Checkpoint:
         return collections.Counter(map(self.dtype, sorted(self.stored))).most_common(1)[0][0]
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Size and time of change of every shard: what a conversion that goes on must find unchanged."""
-        stats = {shard: (self.folder / shard).stat() for shard in self.files}
-        return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
+        """Size and time of change of configuration and shards: what a run that goes on must find unchanged."""
+        stats = {name: (self.folder / name).stat() for name in ("config.json", *self.files)}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def _slice(self, name: str) -> Any:
         shard, stored_name = self.stored[name]

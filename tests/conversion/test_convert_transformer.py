@@ -316,6 +316,14 @@ def test_an_output_that_exists_is_left_alone(source, convert, tmp_path, capsys):
     assert not list((tmp_path / "ham").iterdir())
 
 
+def test_a_folder_of_somebody_else_s_is_left_alone(source, convert, tmp_path, capsys):
+    (tmp_path / "ham.partial").mkdir()
+    (tmp_path / "ham.partial/thesis.tex").write_text("years of work")
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham") == 2
+    assert "which exists" in capsys.readouterr().err
+    assert (tmp_path / "ham.partial/thesis.tex").is_file()
+
+
 def test_back_needs_a_conversion(source, convert, tmp_path, capsys):
     assert convert(source(SOURCES["llama"]), tmp_path / "back", "--back") == 2
     assert "without conversion.json" in capsys.readouterr().err
