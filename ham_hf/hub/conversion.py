@@ -183,6 +183,11 @@ class Run:
         print(f"Fetches {source} from the Hub", flush=True)
         return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
 
+    def _source_name(self) -> str:
+        """A repository's name on the Hub, a folder's without those above it."""
+        source = self.arguments.source
+        return Path(source).resolve().name if Path(source).is_dir() else source
+
     def to_ham(self) -> None:
         """Writes the HAM."""
         conversion = self.conversion
@@ -214,7 +219,7 @@ class Run:
             print(notes[-1])
         record = {
             "source": {
-                "name": self.arguments.name or self.arguments.source.rstrip("/").split("/")[-1],
+                "name": self.arguments.name or self._source_name(),
                 "model_type": config.model_type,
                 "architecture": (config.architectures or ["unknown"])[0],
                 "config": config_json,
@@ -371,7 +376,7 @@ def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentP
     parser.add_argument("output", help="folder to write; must not exist")
     parser.add_argument("--back", action="store_true", help="turn such a HAM into its source again")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.add_argument("--name", help="what the card calls the source (default: the last part of SOURCE)")
+    parser.add_argument("--name", help="what the card calls the source, such as OWNER/NAME (default: from SOURCE)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file (default %(default)s)")
     help_text = "tokens in each of two rows that are compared (default %(default)s)"
     parser.add_argument("--verify-tokens", metavar="N", type=int, default=128, help=help_text)
