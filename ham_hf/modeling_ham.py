@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import PushToHubMixin
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -45,6 +47,11 @@ from .routing_ham import (
     usage_errors,
     usage_threshold,
 )
+
+try:
+    from ham_hf.hub.push import push_model
+except ImportError:  # this file as remote code, where the package is not installed
+    push_model = None  # type: ignore[assignment]
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
@@ -530,6 +537,14 @@ class HAMPreTrainedModel(PreTrainedModel):
         super().__init_subclass__(**kwargs)
         # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
         cls._auto_class = None
+
+    @wraps(PushToHubMixin.push_to_hub)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
+        """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
+        # Of a model with adapters only they are saved, which are no HAM checkpoint.
+        if push_model is None or getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(*args, **kwargs)
+        return push_model(self, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
