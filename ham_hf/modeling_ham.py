@@ -21,7 +21,6 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
-from transformers.utils import PushToHubMixin
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -538,7 +537,7 @@ class HAMPreTrainedModel(PreTrainedModel):
         # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
         cls._auto_class = None
 
-    @wraps(PushToHubMixin.push_to_hub)
+    @wraps(PreTrainedModel.push_to_hub)
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
         """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
         # Of a model with adapters only they are saved, which are no HAM checkpoint.

@@ -59,6 +59,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "conversion": checkpoint.conversion,
         "usage_table": usage_table(sources.usage),
         "evaluated_on": evaluation.get("dataset"),
+        "license": sources.metadata.get("license"),
         "plot": None if sources.plot is None else sources.plot.name,
     }
     card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
