@@ -273,9 +273,9 @@ def card_command(arguments: argparse.Namespace) -> None:
     from ham_hf.hub.push import check_repo_id
     from ham_hf.hub.sources import read_sources
 
-    with failing_as("argument CHECKPOINT: cannot describe it"):
+    with failing_as("argument CHECKPOINT"):
         checkpoint = read_checkpoint(arguments.checkpoint)
-    with failing_as("argument --results: cannot use what lies there"):
+    with failing_as("argument --results"):
         sources = read_sources(arguments.results or arguments.checkpoint)
     if arguments.repo_id is not None:
         with failing_as("argument --repo-id"):
@@ -315,6 +315,8 @@ def push_command(arguments: argparse.Namespace) -> None:
     print(f"Card: {pushed.card}")
     if pushed.code:
         print(f"Code: added {', '.join(pushed.code)}, which the folder lacked")
+    if not any(name.startswith("tokenizer") for name in pushed.files):
+        print("The folder holds no tokenizer")
     if pushed.left_out:
         print(f"Left out: {', '.join(pushed.left_out)}")
 

@@ -8,12 +8,15 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import jinja2
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub import ModelCard, ModelCardData, constants, repocard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import get_session
 
 from ham_hf import HAMForCausalLM, HAMForSequenceClassification
 from ham_hf.hub.card import TEMPLATE, build_card, missing_from
@@ -77,7 +80,9 @@ def rows(text):
 
 def test_the_committed_card_is_the_one_that_is_made():
     card = build_card(read_checkpoint(HAM_TINY), read_sources(HAM_TINY_SOURCES), "ham-tiny")
-    assert str(card) == (HAM_TINY_SOURCES / "README.md").read_text()
+    committed = ModelCard.load(HAM_TINY_SOURCES / "README.md")
+    assert card.text == committed.text
+    assert card.data.to_dict() == committed.data.to_dict()
 
 
 def test_the_template_in_model_cards_is_the_one_in_the_package():
@@ -238,13 +243,27 @@ def test_conversion(checkpoint):
 
 def test_a_conversion_that_missed_its_tolerance_says_so(checkpoint):
     missed = CONVERSION["verification"] | {"max_abs_logit_error": 0.5}
-    source = CONVERSION["source"] | {"name": "/models/llama"}
-    (checkpoint / "conversion.json").write_text(
-        json.dumps(CONVERSION | {"verification": missed, "source": source, "notes": []})
-    )
+    (checkpoint / "conversion.json").write_text(json.dumps(CONVERSION | {"verification": missed, "notes": []}))
+    assert rows(section(make(checkpoint), "Conversion"))["tolerance"] == "0.0001: **exceeded**"
+
+
+def test_a_conversion_that_nobody_verified_says_so(checkpoint):
+    (checkpoint / "conversion.json").write_text(json.dumps(CONVERSION | {"verification": None, "seconds": 5}))
+    text = section(make(checkpoint), "Conversion")
+    assert "were not compared" in text
+    assert rows(text) == {}
+    assert "- The sliding window" in text
+
+
+@pytest.mark.parametrize("name", ["/models/llama", "./llama", "llama", "models/llama"])
+def test_a_conversion_of_a_local_folder_names_no_base_model(checkpoint, tmp_path, monkeypatch, name):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    source = CONVERSION["source"] | {"name": name}
+    (checkpoint / "conversion.json").write_text(json.dumps(CONVERSION | {"source": source}))
     card = make(checkpoint)
-    assert rows(section(card, "Conversion"))["tolerance"] == "0.0001: **exceeded**"
-    assert card.data.base_model is None, "a path is no model on the Hub"
+    assert f"Converted from `{name}`" in card.text
+    assert card.data.base_model is None
 
 
 def test_metadata_survives_the_hubs_own_reader(tmp_path, sources):
@@ -306,8 +325,12 @@ class Validator(BaseHTTPRequestHandler):
 def test_cards_pass_huggingface_hubs_validation(sources, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Validator)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def post(url, **arguments):
+        return get_session().post(f"http://127.0.0.1:{server.server_port}{urlsplit(url).path}", **arguments)
+
+    monkeypatch.setattr(repocard, "get_session", lambda: SimpleNamespace(post=post))
     try:
         card = make(HAM_TINY, sources)
         card.validate()
@@ -334,6 +357,7 @@ def broken(path, change):
         ("usage.json", lambda x: x["results"][0].pop("loss"), "'loss'"),
         ("usage.json", lambda x: x["results"][0].update(loss="low"), "`loss`.*'low'"),
         ("usage.json", lambda x: x["results"][0].update(loss=float("nan")), "`loss`.*nan"),
+        ("usage.json", lambda x: x["results"][0].update(loss=float("inf")), "`loss`.*inf"),
         ("usage.json", lambda x: x["results"][0].update(kv_usage=True), "`kv_usage`.*True"),
         ("usage.json", lambda x: x["results"][0].update(kv_bytes=0.5), "`kv_bytes`.*0.5"),
         ("usage.json", lambda x: x["results"][0]["losses"].pop(), "losses"),

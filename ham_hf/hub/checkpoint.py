@@ -56,12 +56,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             not hold what it should.
     """
     if not folder.is_dir():
-        raise ValueError(f"`checkpoint` must be the folder of a HAM checkpoint, got {str(folder)!r}, which is none.")
+        raise ValueError(f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which is no folder.")
     if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"`checkpoint` must be the folder of a HAM checkpoint: {folder} holds no {CONFIG_NAME}.")
+        raise ValueError(
+            f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which holds no {CONFIG_NAME}."
+        )
     fields = read_json(folder / CONFIG_NAME)
     if fields.get("model_type") != "ham":
-        raise ValueError(f"{folder} holds a model of type {fields.get('model_type')!r}, takes a HAM model ('ham').")
+        raise ValueError(
+            f"`folder` must hold a HAM model ('ham'), got one of type {fields.get('model_type')!r} in {folder}."
+        )
     config = HAMConfig.from_pretrained(folder)
     architecture = (config.architectures or ["HAMForCausalLM"])[0]
     if architecture not in AUTO_CLASSES:
@@ -99,7 +103,7 @@ def find_weights(folder: Path) -> list[Path]:
         names = set(map(str, weight_map.values()))
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no {name}, takes a checkpoint with all of its safetensors weights.")
+            raise ValueError(f"`folder` must hold all of its safetensors weights, got {str(folder)!r} without {name}.")
     return [folder / name for name in sorted(names)]
 
 

@@ -38,16 +38,17 @@ CONVERSION_FIELDS = {
     "script": str,
     "command": str,
     "date": str,
-    "verification": {
-        "tokens": int,
-        "dtype": str,
-        "max_abs_logit_error": NUMBER,
-        "mean_abs_logit_error": NUMBER,
-        "top1_agreement": NUMBER,
-        "tolerance": NUMBER,
-        "source_code": str,
-    },
+    "verification": dict | None,
     "notes": [str],
+}
+VERIFICATION_FIELDS = {
+    "tokens": int,
+    "dtype": str,
+    "max_abs_logit_error": NUMBER,
+    "mean_abs_logit_error": NUMBER,
+    "top1_agreement": NUMBER,
+    "tolerance": NUMBER,
+    "source_code": str,
 }
 
 
@@ -78,22 +79,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_content(where: str, value: Any, kind: Any, all_fields: bool = True) -> None:
-    """Raises `ValueError`, which says `where`, unless `value` is of a kind as the constants above describe it."""
+def check_content(where: str, value: Any, kind: Any, all_fields: bool = True, no_others: bool = True) -> None:
+    """Raises `ValueError`, which says `where`, unless `value` is of a kind as the constants above describe it.
+
+    Objects must have `all_fields` and `no_others`, unless told otherwise.
+    """
     if isinstance(kind, dict):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, got {value!r}.")
         unknown, missing = sorted(set(value) - set(kind)), sorted(set(kind) - set(value))
-        if unknown or (missing and all_fields):
+        if (unknown and no_others) or (missing and all_fields):
             raise ValueError(f"{where} takes the fields {sorted(kind)}, got {sorted(value)}.")
-        for name, content in value.items():
-            check_content(f"{where}: `{name}`", content, kind[name], all_fields)
+        for name in kind.keys() & value.keys():
+            check_content(f"{where}: `{name}`", value[name], kind[name], all_fields, no_others)
     elif isinstance(kind, list):
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}.")
         for i, content in enumerate(value):
-            check_content(f"{where}[{i}]", content, kind[0], all_fields)
-    elif not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
+            check_content(f"{where}[{i}]", content, kind[0], all_fields, no_others)
+    elif (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         raise ValueError(f"{where} must be of type {getattr(kind, '__name__', kind)}, got {value!r}.")
 
 
@@ -104,7 +112,7 @@ def read_sources(folder: Path) -> Sources:
         ValueError: if `folder` is none, or a file in it does not hold what it should.
     """
     if not folder.is_dir():
-        raise ValueError(f"`results` must be a folder, got {str(folder)!r}, which is none.")
+        raise ValueError(f"`folder` must be a folder, got {str(folder)!r}.")
     metadata = {}
     if (folder / "card.json").is_file():
         metadata = read_json(folder / "card.json")
@@ -136,5 +144,7 @@ def read_conversion(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     conversion = read_json(path)
-    check_content(str(path), conversion, CONVERSION_FIELDS)
+    check_content(str(path), conversion, CONVERSION_FIELDS, no_others=False)
+    if conversion["verification"] is not None:
+        check_content(f"{path}: `verification`", conversion["verification"], VERIFICATION_FIELDS, no_others=False)
     return conversion
