@@ -295,7 +295,7 @@ def card_command(arguments: argparse.Namespace) -> None:
     print(f"Wrote {output}: {sum(checkpoint.parameters.values()):,} parameters")
     missing = missing_from(sources, arguments.repo_id)
     if missing:
-        print(f"It leaves open what these would say: {', '.join(missing)}")
+        print(f"The card says less for want of: {', '.join(missing)}")
 
 
 def push_command(arguments: argparse.Namespace) -> None:
@@ -312,6 +312,7 @@ def push_command(arguments: argparse.Namespace) -> None:
         )
     print(f"Pushed {len(pushed.files)} files ({pushed.size / 1e6:.1f} MB) to {pushed.repo_id} in one commit:")
     print(pushed.commit.commit_url)
+    print(f"To load this state and no later one: revision={pushed.commit.oid!r}")
     print(f"Card: {pushed.card}")
     if pushed.code:
         print(f"Code: added {', '.join(pushed.code)}, which the folder lacked")

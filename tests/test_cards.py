@@ -146,7 +146,7 @@ def test_tables_of_the_architecture_and_the_router(tmp_path, tiny_config):
     assert router["router"].startswith("`learned_error`")
     assert router["learned thresholds"] == ("from 0.250 to 0.625, one for each of 2 key/value heads in 2 layers")
     assert router["default threshold"] == "`0.3`, in the place of the learned ones"
-    assert router["usage trained for"] == "25% of the tokens, measured per head"
+    assert router["target of training"] == "25% of the tokens kept, measured per head"
     assert router["score quantiles"].startswith("not calibrated")
     assert "kv_usage=" not in card.text
 

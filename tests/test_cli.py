@@ -411,14 +411,14 @@ def test_push_says_what_it_did(capsys, checkpoint, monkeypatch):
 
     def push_folder(folder, repo_id, **arguments):
         calls.append((str(folder), repo_id, arguments))
-        commit = SimpleNamespace(commit_url="http://127.0.0.1/me/my-ham/commit/0123")
+        commit = SimpleNamespace(commit_url="http://127.0.0.1/me/my-ham/commit/0123", oid="0123")
         return Pushed("me/my-ham", commit, ["a", "b"], 2_500_000, "the folder's", ["a_ham.py"], ["x.pt"])
 
     monkeypatch.setattr("ham_hf.hub.push.push_folder", push_folder)
     assert cli.main(["push", checkpoint, "my-ham", "--private", "--revision", "trial", "--message", "First"]) == 0
     output = capsys.readouterr().out
     assert calls == [(str(checkpoint), "my-ham", {"private": True, "revision": "trial", "commit_message": "First"})]
-    for part in ("2 files (2.5 MB)", "me/my-ham/commit/0123", "the folder's", "a_ham.py", "x.pt"):
+    for part in ("2 files (2.5 MB)", "me/my-ham/commit/0123", "revision='0123'", "the folder's", "a_ham.py", "x.pt"):
         assert part in output
     cli.main(["push", checkpoint, "my-ham"])
     assert calls[1][2] == {"private": None, "revision": None, "commit_message": None}

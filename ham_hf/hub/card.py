@@ -77,7 +77,7 @@ def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
         missing.append("`evaluation` in card.json, so the losses are not in the metadata")
     if sources.usage is not None and sources.plot is None:
         missing.append("usage.png of ham_hf.evaluation.usage")
-    return missing if repo_id else [*missing, "the name on the Hub"]
+    return missing if repo_id else [*missing, "the name on the Hub (--repo-id)"]
 
 
 def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:
@@ -202,7 +202,10 @@ def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("router", f"`{config.router}`: {ROUTERS[config.router]}"),
         ("learned thresholds", learned_thresholds(checkpoint.thresholds)),
         ("default threshold", default),
-        ("usage trained for", f"{config.target_kv_usage:.0%} of the tokens, measured per {config.threshold_scope}"),
+        (
+            "target of training",
+            f"{config.target_kv_usage:.0%} of the tokens kept, measured per {config.threshold_scope}",
+        ),
         ("score quantiles", quantiles),
     ]
 
