@@ -184,6 +184,13 @@ def test_another_head_is_loaded_and_listed_as_what_it_is(tmp_path, tiny_config):
     assert "generate(" not in card.text
 
 
+def test_a_class_of_someone_elses_is_loaded_as_the_decoder_in_it(checkpoint):
+    broken(checkpoint / "config.json", lambda x: x.update(architectures=["SomeonesHAM"]))
+    card = make(checkpoint)
+    assert "AutoModel.from_pretrained(" in card.text
+    assert "pipeline_tag" not in card.data.to_dict()
+
+
 def test_the_name_on_the_hub_is_in_every_example(checkpoint):
     assert make(checkpoint).text.count('"OWNER/a-model"') == 4
     card = make(checkpoint, repo_id="someone/else")

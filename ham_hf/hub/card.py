@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ham_hf.configuration_ham import HAMConfig
-from ham_hf.hub.checkpoint import AUTO_CLASSES, Checkpoint
+from ham_hf.hub.checkpoint import Checkpoint
 from ham_hf.hub.sources import Sources
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
@@ -54,8 +54,8 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "default_thresholds": "learned thresholds" if checkpoint.config.threshold is None else "default threshold",
         "repo_id": repo_id or f"OWNER/{name}",
         "repo_id_known": repo_id is not None,
-        "auto_class": AUTO_CLASSES[checkpoint.architecture][0],
-        "generates": checkpoint.architecture == "HAMForCausalLM",
+        "auto_class": checkpoint.auto_class,
+        "generates": checkpoint.task == "text-generation",
         "conversion": checkpoint.conversion,
         "usage_table": usage_table(sources.usage),
         "evaluated_on": evaluation.get("dataset"),
@@ -83,12 +83,12 @@ def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
 def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:
     """The metadata block; a field that nobody stated is left out."""
     metadata = sources.metadata
-    results = eval_results(sources, AUTO_CLASSES[checkpoint.architecture][1])
+    results = eval_results(sources, checkpoint.task)
     return ModelCardData(
         language=metadata.get("language"),
         license=metadata.get("license"),
         library_name="transformers",
-        pipeline_tag=AUTO_CLASSES[checkpoint.architecture][1],
+        pipeline_tag=checkpoint.task,
         tags=[*TAGS, *metadata.get("tags", [])],
         base_model=base_model(checkpoint),
         datasets=metadata.get("datasets"),
@@ -107,10 +107,10 @@ def base_model(checkpoint: Checkpoint) -> str | None:
     return name if "/" in name and not Path(name).exists() else None
 
 
-def eval_results(sources: Sources, task: str) -> list[EvalResult]:
-    """The held-out loss at each usage as the Hub's metadata has it, which needs the name of a data set."""
+def eval_results(sources: Sources, task: str | None) -> list[EvalResult]:
+    """The held-out loss at each usage as the Hub's metadata has it, which needs the names of a task and a data set."""
     evaluation = sources.metadata.get("evaluation", {})
-    if sources.usage is None or not {"dataset", "type"} <= set(evaluation):
+    if sources.usage is None or task is None or not {"dataset", "type"} <= set(evaluation):
         return []
     results = []
     for x in sources.usage["results"]:

@@ -13,7 +13,7 @@ from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.sources import read_conversion, read_json
 
 # How each head is loaded, and the task that the Hub lists it under.
-AUTO_CLASSES = {
+AUTO_CLASSES: dict[str, tuple[str, str | None]] = {
     "HAMForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "HAMForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "HAMForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
@@ -28,7 +28,9 @@ class Checkpoint(NamedTuple):
     Attributes:
         folder: where it lies.
         config: its configuration.
-        architecture: a key of `AUTO_CLASSES`.
+        architecture: the name of its class.
+        auto_class: what loads it; of a class that is not ours, the decoder in it.
+        task: the Hub's name of what it does, or `None` if that is not known.
         has_code: whether it holds the code that its configuration names, which loads without the package.
         weight_files: its safetensors files.
         parameters: how many numbers it holds of each safetensors dtype, buffers left out.
@@ -40,6 +42,8 @@ class Checkpoint(NamedTuple):
     folder: Path
     config: HAMConfig
     architecture: str
+    auto_class: str
+    task: str | None
     has_code: bool
     weight_files: list[Path]
     parameters: Counter[str]
@@ -68,8 +72,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     config = HAMConfig.from_pretrained(folder)
     architecture = (config.architectures or ["HAMForCausalLM"])[0]
-    if architecture not in AUTO_CLASSES:
-        raise ValueError(f"`architectures` of {folder} must name one of {sorted(AUTO_CLASSES)}, got {architecture!r}.")
+    auto_class, task = AUTO_CLASSES.get(architecture, ("AutoModel", None))
     modules = [str(entry).partition(".")[0] for entry in (fields.get("auto_map") or {}).values()]
     weight_files = find_weights(folder)
     parameters, routing = read_weights(weight_files)
@@ -83,6 +86,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         folder=folder,
         config=config,
         architecture=architecture,
+        auto_class=auto_class,
+        task=task,
         has_code=bool(modules) and all((folder / f"{name}.py").is_file() for name in modules),
         weight_files=weight_files,
         parameters=parameters,
