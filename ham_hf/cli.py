@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The command `ham-hf`: reads and checks its arguments, loads a checkpoint, and has it continue a prompt."""
+"""The command `ham-hf`: checks its arguments, and has a checkpoint continue a prompt, described or uploaded."""
 
 import argparse
 import math
@@ -31,6 +31,26 @@ examples:
 A token is kept where its routing score (0 to 1) reaches the threshold: 0 keeps every token, more than 1 keeps none.
 Put PROMPT before --threshold and --kv-usage, which take every number that follows them.
 """
+CARD_EXAMPLES = """\
+examples:
+  ham-hf card my-ham
+  ham-hf card my-ham --results my-results --repo-id OWNER/my-ham
+  ham-hf card my-ham --output card.md --force
+
+Each of these files in --results adds what it says; the card tells what none says:
+  usage.json, usage.png   loss and memory, from python -m ham_hf.evaluation.usage
+  summary.md, data.md, recipe.md, results.md, limits.md   prose
+  card.json   any of "name", "license", "language": ["en"], "datasets": [...], "tags": [...] and
+              "evaluation": {"dataset": what the loss was measured on, "type": its name on the Hub, "split": ...}
+"""
+PUSH_EXAMPLES = """\
+examples:
+  ham-hf push my-ham OWNER/my-ham --private
+  ham-hf push my-ham OWNER/my-ham --revision trial
+
+The card is CHECKPOINT/README.md (see ham-hf card), else the one that the repository has, else one made of what lies in
+CHECKPOINT. Needs a token that may write: hf auth login, or the environment variable HF_TOKEN.
+"""
 MAIN_DESCRIPTION = """\
 Hybrid Associative Memories: language models whose KV cache
 keeps only the tokens that their RNN predicts badly.
@@ -39,6 +59,8 @@ MAIN_EXAMPLES = """\
 examples:
   ham-hf demo
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
+  ham-hf card my-ham --results my-results
+  ham-hf push my-ham OWNER/my-ham
 """
 
 
@@ -82,7 +104,9 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
-    commands = parser.add_subparsers(metavar="generate|demo", title="commands", dest="command", required=True)
+    commands = parser.add_subparsers(
+        metavar="generate|demo|card|push", title="commands", dest="command", required=True
+    )
     generate = commands.add_parser(
         "generate",
         help="continue a prompt, once for each threshold",
@@ -101,6 +125,24 @@ def build_parser() -> Parser:
     add_model_arguments(demo, max_new_tokens=40)
     # So small a model repeats itself when it always takes the likeliest token.
     demo.set_defaults(execute=demo_command, temperature=0.7)
+    card = commands.add_parser(
+        "card",
+        help="write the model card of a checkpoint",
+        description="Writes the model card of a checkpoint from its files and what was measured of it.",
+        epilog=CARD_EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    add_card_arguments(card)
+    push = commands.add_parser(
+        "push",
+        help="upload a checkpoint with its card and code to the Hub",
+        description="Uploads a checkpoint, its card, and the code that loads it without this package, in one commit.",
+        epilog=PUSH_EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    add_push_arguments(push)
     return parser
 
 
@@ -144,6 +186,31 @@ def add_model_arguments(parser: Parser, max_new_tokens: int) -> None:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     help_text = "type of the weights: %(choices)s (default: auto, the checkpoint's)"
     parser.add_argument("--dtype", metavar="DTYPE", choices=dtypes, default="auto", help=help_text)
+
+
+def add_card_arguments(parser: Parser) -> None:
+    """Adds the arguments of `card`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a HAM checkpoint")
+    help_text = "folder with what was measured and written about it (default: CHECKPOINT)"
+    parser.add_argument("--results", metavar="DIR", type=Path, help=help_text)
+    help_text = "where the card goes, usage.png beside it (default: CHECKPOINT/README.md)"
+    parser.add_argument("--output", metavar="FILE", type=Path, help=help_text)
+    help_text = "the name on the Hub, for the examples in the card (default: a placeholder)"
+    parser.add_argument("--repo-id", metavar="OWNER/NAME", help=help_text)
+    parser.add_argument("--force", action="store_true", help="replace a card that this command did not write")
+    parser.set_defaults(execute=card_command)
+
+
+def add_push_arguments(parser: Parser) -> None:
+    """Adds the arguments of `push`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a HAM checkpoint")
+    help_text = "repository on the Hub, made if it is not there"
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help=help_text)
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, made if it is not there (default: the main one)")
+    help_text = "make a new repository private (default: as the owner's settings say)"
+    parser.add_argument("--private", action="store_true", default=None, help=help_text)
+    parser.add_argument("--message", metavar="TEXT", help="first line of the commit")
+    parser.set_defaults(execute=push_command)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,6 +263,63 @@ def demo_command(arguments: argparse.Namespace) -> None:
         settings = [Setting("kv_usage", x) for x in DEMO_USAGES]
     print(f"{DEMO_INTRODUCTION}\n")
     compare(arguments, model, tokenizer, DEMO_PROMPT, settings, score=True)
+
+
+def card_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf card`."""
+    from ham_hf.files import copy_whole, write_whole
+    from ham_hf.hub.card import MARKER, build_card, missing_from
+    from ham_hf.hub.checkpoint import read_checkpoint
+    from ham_hf.hub.push import check_repo_id
+    from ham_hf.hub.sources import read_sources
+
+    with failing_as("argument CHECKPOINT"):
+        checkpoint = read_checkpoint(arguments.checkpoint)
+    with failing_as("argument --results"):
+        sources = read_sources(arguments.results or arguments.checkpoint)
+    if arguments.repo_id is not None:
+        with failing_as("argument --repo-id"):
+            check_repo_id(arguments.repo_id)
+    output = arguments.output or arguments.checkpoint / "README.md"
+    with failing_as(f"argument --output: cannot write {output}"):
+        if output.is_file() and MARKER not in output.read_text(encoding="utf-8") and not arguments.force:
+            raise CommandError(
+                f"argument --output: {output} was not written by this command; takes another FILE, or --force to "
+                "replace it"
+            )
+        name = sources.metadata.get("name", arguments.checkpoint.resolve().name)
+        write_whole(output, str(build_card(checkpoint, sources, name, arguments.repo_id)))
+        if sources.plot is not None and sources.plot.parent.resolve() != output.parent.resolve():
+            copy_whole(sources.plot, output.parent / sources.plot.name)
+            print(f"Copied {sources.plot.name} beside it")
+    print(f"Wrote {output}: {sum(checkpoint.parameters.values()):,} parameters")
+    missing = missing_from(sources, arguments.repo_id)
+    if missing:
+        print(f"The card says less for want of: {', '.join(missing)}")
+
+
+def push_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf push`."""
+    from ham_hf.hub.push import push_folder
+
+    with failing_as(f"cannot push {arguments.checkpoint} to {arguments.repo_id}"):
+        pushed = push_folder(
+            arguments.checkpoint,
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+        )
+    print(f"Pushed {len(pushed.files)} files ({pushed.size / 1e6:.1f} MB) to {pushed.repo_id} in one commit:")
+    print(pushed.commit.commit_url)
+    print(f"To load this state and no later one: revision={pushed.commit.oid!r}")
+    print(f"Card: {pushed.card}")
+    if pushed.code:
+        print(f"Code: added {', '.join(pushed.code)}, which the folder lacked")
+    if not any(name.startswith("tokenizer") for name in pushed.files):
+        print("The folder holds no tokenizer")
+    if pushed.left_out:
+        print(f"Left out: {', '.join(pushed.left_out)}")
 
 
 def compare(

@@ -2,6 +2,7 @@
 """HAMConfig: the shape, router and thresholds of a Hybrid Associative Memory model, checked when it is built."""
 
 import math
+import os
 from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+if TYPE_CHECKING:
+    # Never run. Transformers saves, and fetches, what a file names so together with it: a saved configuration brings
+    # the code of the models, and what that imports.
+    from .modeling_ham import HAMModel  # noqa: F401
 
 LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
 ERROR_ROUTERS = ("cosine", "l2", "residual")
@@ -18,6 +24,15 @@ THRESHOLD_SCOPES = ("head", "layer", "model")
 OUTPUT_GATES = ("silu", "sigmoid")
 # Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
 LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+# What each Auto class loads from the code saved beside a configuration, where `ham_hf` is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ham.HAMConfig",
+    "AutoModel": "modeling_ham.HAMModel",
+    "AutoModelForCausalLM": "modeling_ham.HAMForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_ham.HAMForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_ham.HAMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_ham.HAMForTokenClassification",
+}
 
 # Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
 # `None`, so that it does not ask those who read a finished configuration whether a field is there.
@@ -171,6 +186,15 @@ class HAMConfig(PreTrainedConfig):
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves as Transformers does, together with the code that loads every HAM model without `ham_hf`."""
+        # Entries of another repository ("repository--module.Class") were for the code that lies there.
+        entries = getattr(self, "auto_map", None) or {}
+        self.auto_map = AUTO_MAP | {name: value for name, value in entries.items() if "--" not in value}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
@@ -301,5 +325,8 @@ class HAMConfig(PreTrainedConfig):
                 f"`threshold` must have one entry per hybrid layer ({self.num_hybrid_layers}), got {len(values)}."
             )
 
+
+# Transformers saves the code of a registered class.
+HAMConfig.register_for_auto_class()
 
 __all__ = ["HAMConfig"]

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ from .routing_ham import (
     usage_errors,
     usage_threshold,
 )
+
+try:
+    from ham_hf.hub.push import push_model
+except ImportError:  # this file as remote code, where the package is not installed
+    push_model = None  # type: ignore[assignment]
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
@@ -618,6 +624,19 @@ class HAMPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(HAMMixer, index=1),
         "routing_scores": OutputRecorder(HAMMixer, index=2),
     }
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
+        cls._auto_class = None
+
+    @wraps(PreTrainedModel.push_to_hub)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
+        """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
+        # Of a model with adapters only they are saved, which are no HAM checkpoint.
+        if push_model is None or getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(*args, **kwargs)
+        return push_model(self, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The command `ham-hf`: what it prints, what it refuses, and that its numbers are the cache's own."""
+"""The command `ham-hf`: what it prints and writes, what it refuses, and that its numbers are the cache's own."""
 
 import io
 import os
@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,11 +20,13 @@ from transformers.utils import logging
 
 import ham_hf.cli as cli
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, __version__
+from ham_hf.hub.push import Pushed
 from ham_hf.inspection import comparison
 from ham_hf.inspection.kept_tokens import Piece, numbered_text, pieces_of, printable, shaded_text, wrapped
 from ham_hf.inspection.run_table import bars, runs_table
 from ham_hf.inspection.runs import Setting, heads_that_kept, measure, prefill
 
+USAGE = Path(__file__).parents[1] / "model_cards/ham-tiny/usage.json"
 PROMPT = "It was a dark night, and the captain — “Ahab” — had gone below.\nNobody spoke; the wind rose, and rose."
 
 
@@ -116,6 +121,8 @@ def test_help_and_version(capsys):
         (["--help"], "ham-hf demo"),
         (["generate", "--help"], "--threshold 0 0.5 2"),
         (["demo", "--help"], "--max-new-tokens"),
+        (["card", "--help"], "ham-hf card my-ham --results my-results --repo-id OWNER/my-ham"),
+        (["push", "--help"], "ham-hf push my-ham OWNER/my-ham --private"),
     ):
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main(arguments)
@@ -320,6 +327,112 @@ def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatc
     assert "tokenizer" in message(save(tmp_path / "small", tokenizer, tiny_model(100)))
     linear = tiny_model(len(tokenizer), layer_types=["linear_attention"] * 3)
     assert "hybrid" in message(save(tmp_path / "linear", tokenizer, linear))
+
+
+def card(capsys, *arguments):
+    """Runs `ham-hf card`, which must succeed without a word on stderr; returns what it printed."""
+    assert cli.main(["card", *map(str, arguments)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_card_is_written_and_written_anew(capsys, calibrated_checkpoint, tmp_path):
+    folder = shutil.copytree(calibrated_checkpoint, tmp_path / "my-ham")
+    output = card(capsys, folder)
+    written = (folder / "README.md").read_text()
+    assert f"Wrote {folder / 'README.md'}" in output
+    assert "# my-ham" in written
+    assert all(name in output for name in ("data.md", "usage.json", "license", "name on the Hub"))
+    (folder / "data.md").write_text("All of it.")
+    output = card(capsys, folder, "--repo-id", "someone/my-ham")
+    assert "data.md" not in output
+    assert "name on the Hub" not in output
+    rewritten = (folder / "README.md").read_text()
+    assert "All of it." in rewritten
+    assert "someone/my-ham" in rewritten
+    assert not list(folder.glob("*.partial"))
+
+
+def test_card_takes_results_and_their_plot_from_elsewhere(capsys, checkpoint, tmp_path):
+    results, output = tmp_path / "results", tmp_path / "out" / "card.md"
+    results.mkdir()
+    output.parent.mkdir()
+    (results / "usage.png").write_bytes(b"picture")
+    shutil.copy(USAGE, results)
+    (results / "card.json").write_text('{"name": "Trial"}')
+    assert "usage.png" in card(capsys, checkpoint, "--results", results, "--output", output)
+    assert (output.parent / "usage.png").read_bytes() == b"picture"
+    text = output.read_text()
+    assert "# Trial" in text
+    assert "](usage.png)" in text
+    assert "| 25% | 23.9% | 3.7662 |" in text
+
+
+def test_card_leaves_what_it_did_not_write(capsys, checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "README.md"
+    output.write_text("# Mine\n")
+    assert "--force" in refusal(capsys, "card", checkpoint, "--output", output)
+    assert output.read_text() == "# Mine\n"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", interrupted)
+        assert cli.main(["card", str(checkpoint), "--output", str(output), "--force"]) == 130
+    assert output.read_text() == "# Mine\n"
+    capsys.readouterr()
+    card(capsys, checkpoint, "--output", output, "--force")
+    assert "# Mine" not in output.read_text()
+
+
+def test_refused_cards(capsys, checkpoint, tmp_path):
+    def message(*arguments):
+        return refusal(capsys, "card", *arguments)
+
+    output = tmp_path / "card.md"
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "usage.json").write_text("{")
+    assert "CHECKPOINT" in message()
+    assert "missing" in message(tmp_path / "missing")
+    assert "config.json" in message(tmp_path / "nothing")
+    assert "usage.json" in message(checkpoint, "--output", output, "--results", tmp_path / "broken")
+    assert "missing" in message(checkpoint, "--output", output, "--results", tmp_path / "missing")
+    assert "--repo-id" in message(checkpoint, "--output", output, "--repo-id", "./my-ham")
+    assert "--output" in message(checkpoint, "--output", tmp_path)
+    assert "No such file" in message(checkpoint, "--output", tmp_path / "missing" / "card.md")
+    assert not output.exists()
+
+
+def test_push_says_what_it_did(capsys, checkpoint, monkeypatch):
+    calls = []
+
+    def push_folder(folder, repo_id, **arguments):
+        calls.append((str(folder), repo_id, arguments))
+        commit = SimpleNamespace(commit_url="http://127.0.0.1/me/my-ham/commit/0123", oid="0123")
+        return Pushed("me/my-ham", commit, ["a", "b"], 2_500_000, "the folder's", ["a_ham.py"], ["x.pt"])
+
+    monkeypatch.setattr("ham_hf.hub.push.push_folder", push_folder)
+    assert cli.main(["push", checkpoint, "my-ham", "--private", "--revision", "trial", "--message", "First"]) == 0
+    output = capsys.readouterr().out
+    assert calls == [(str(checkpoint), "my-ham", {"private": True, "revision": "trial", "commit_message": "First"})]
+    for part in ("2 files (2.5 MB)", "me/my-ham/commit/0123", "revision='0123'", "the folder's", "a_ham.py", "x.pt"):
+        assert part in output
+    cli.main(["push", checkpoint, "my-ham"])
+    assert calls[1][2] == {"private": None, "revision": None, "commit_message": None}
+
+
+def test_refused_pushes(capsys, checkpoint, tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise ConnectionError("no route")
+
+    assert "OWNER/NAME" in refusal(capsys, "push", checkpoint)
+    assert "`repo_id`" in refusal(capsys, "push", checkpoint, "./my-ham")
+    assert "missing" in refusal(capsys, "push", tmp_path / "missing", "me/my-ham")
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])

@@ -1,0 +1,218 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The model card of a checkpoint: what its files and its measurements say, and nothing that they do not."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ham_hf.configuration_ham import HAMConfig
+from ham_hf.hub.checkpoint import Checkpoint
+from ham_hf.hub.sources import Sources
+
+TEMPLATE = Path(__file__).parent / "card_template.md"
+# Tells a card that may be written anew from one that someone wrote.
+MARKER = "<!-- Written by `ham-hf card`, which writes it anew: change the files that it is made of instead. -->"
+TAGS = ("ham", "hybrid-associative-memory", "gated-deltanet", "kv-cache")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LAYERS = {
+    "hybrid": "hybrid",
+    "linear_attention": "Gated DeltaNet only (`linear_attention`)",
+    "full_attention": "attention to every token only (`full_attention`)",
+}
+ROUTERS = {
+    "cosine": "the RNN's prediction error, by the angle to the value",
+    "l2": "the RNN's prediction error, with its magnitude",
+    "residual": "what the token writes to the RNN's state, against its value",
+    "learned": "an MLP of the token",
+    "learned_error": "an MLP of the token and the RNN's prediction error",
+    "random": "a hash of the position, as a control",
+}
+
+
+def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str | None = None) -> ModelCard:
+    """Fills the template.
+
+    Args:
+        checkpoint: what the checkpoint says of itself.
+        sources: what was measured and written about it.
+        name: what the model is called.
+        repo_id: the repository that the card tells readers to load, a placeholder by default.
+    """
+    evaluation = sources.metadata.get("evaluation", {})
+    content = {
+        "marker": MARKER,
+        "name": name,
+        "sections": sources.sections,
+        "parameters": None if is_quantized(checkpoint.config) else f"{sum(checkpoint.parameters.values()):,}",
+        "architecture": architecture_rows(checkpoint),
+        "router": router_rows(checkpoint),
+        "calibrated": checkpoint.calibrated,
+        "default_thresholds": "learned thresholds" if checkpoint.config.threshold is None else "default threshold",
+        "repo_id": repo_id or f"OWNER/{name}",
+        "repo_id_known": repo_id is not None,
+        "auto_class": checkpoint.auto_class,
+        "generates": checkpoint.task == "text-generation",
+        "conversion": checkpoint.conversion,
+        "usage_table": usage_table(sources.usage),
+        "evaluated_on": evaluation.get("dataset"),
+        "license": sources.metadata.get("license"),
+        "plot": None if sources.plot is None else sources.plot.name,
+    }
+    card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
+    card.text += "\n"  # which Jinja drops
+    return card
+
+
+def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
+    """What a card of these sources leaves open, and which file would say it."""
+    missing = [f"{name}.md" for name in ("summary", "data", "recipe", "limits") if not sources.sections[name]]
+    missing += [f"`{name}` in card.json" for name in ("license", "language") if name not in sources.metadata]
+    if sources.usage is None:
+        missing.append("usage.json of ham_hf.evaluation.usage")
+    elif not {"dataset", "type"} <= set(sources.metadata.get("evaluation", {})):
+        missing.append("`evaluation` in card.json, so the losses are not in the metadata")
+    if sources.usage is not None and sources.plot is None:
+        missing.append("usage.png of ham_hf.evaluation.usage")
+    return missing if repo_id else [*missing, "the name on the Hub (--repo-id)"]
+
+
+def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:
+    """The metadata block; a field that nobody stated is left out."""
+    metadata = sources.metadata
+    results = eval_results(sources, checkpoint.task)
+    return ModelCardData(
+        language=metadata.get("language"),
+        license=metadata.get("license"),
+        library_name="transformers",
+        pipeline_tag=checkpoint.task,
+        tags=[*TAGS, *metadata.get("tags", [])],
+        base_model=base_model(checkpoint),
+        datasets=metadata.get("datasets"),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def base_model(checkpoint: Checkpoint) -> str | None:
+    """The model on the Hub that a checkpoint was converted from; `None` for one from a local folder, or for none."""
+    name = "" if checkpoint.conversion is None else checkpoint.conversion["source"]["name"]
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name and not Path(name).exists() else None
+
+
+def eval_results(sources: Sources, task: str | None) -> list[EvalResult]:
+    """The held-out loss at each usage as the Hub's metadata has it, which needs the names of a task and a data set."""
+    evaluation = sources.metadata.get("evaluation", {})
+    if sources.usage is None or task is None or not {"dataset", "type"} <= set(evaluation):
+        return []
+    results = []
+    for x in sources.usage["results"]:
+        wanted = "learned thresholds" if x["kv_usage"] is None else f"asked to keep {x['kv_usage']:.0%}"
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=evaluation["type"],
+                dataset_name=evaluation["dataset"],
+                dataset_split=evaluation.get("split"),
+                metric_type="loss",
+                metric_name=f"held-out loss (nats/token), {wanted}, {x['usage']:.1%} of the tokens kept",
+                metric_value=round(x["loss"], 4),
+                metric_args={"context": sources.usage["context"]},
+            )
+        )
+    return results
+
+
+def usage_table(usage: dict[str, Any] | None) -> str | None:
+    """Loss and bytes at each usage, as `ham_hf.evaluation.usage` tabulates them."""
+    if usage is None:
+        return None
+    # Importing ham_hf imports this file, and that one imports ham_hf.
+    from ham_hf.evaluation.usage import to_markdown
+
+    return to_markdown(usage["results"], usage["context"]).strip()
+
+
+def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """The table of the shape: labels and what stands beside them."""
+    config = checkpoint.config
+    kinds = [f"{config.layer_types.count(x)} {text}" for x, text in LAYERS.items() if x in config.layer_types]
+    sizes = f"keys of {config.head_dim} and values of {config.value_head_dim}"
+    convolution = "queries, keys and values" + ("" if config.attention_conv else ", those of the RNN alone")
+    tied = "tied to the output layer" if config.tie_word_embeddings else "not tied to the output layer"
+    dtypes = [f"{n:,} in {DTYPES.get(kind, kind)}" for kind, n in checkpoint.parameters.most_common()]
+    return [
+        ("layers", ", ".join(kinds)),
+        ("width", f"{config.hidden_size:,}"),
+        ("heads", f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads, {sizes}"),
+        ("MLP", f"{config.intermediate_size:,}, gated, `{config.hidden_act}`"),
+        ("positions", positions(config)),
+        ("convolution", f"{config.conv_kernel_size} tokens, of {convolution}"),
+        ("norms and gates", norms_and_gates(config)),
+        ("vocabulary", f"{config.vocab_size:,} tokens, embeddings {tied}"),
+        ("longest sequence", f"{config.max_position_embeddings:,} tokens (`max_position_embeddings`)"),
+        ("quantized weights, as stored" if is_quantized(config) else "parameters", ", ".join(dtypes)),
+    ]
+
+
+def is_quantized(config: HAMConfig) -> bool:
+    """Whether several parameters may share a stored number, which then says nothing of how many there are."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def positions(config: HAMConfig) -> str:
+    """Whether and how the attention is told where a token stands."""
+    if config.rope_parameters is None:
+        return "no RoPE"
+    return f"RoPE, `{config.rope_parameters['rope_type']}`, base {config.rope_parameters['rope_theta']:,.0f}"
+
+
+def norms_and_gates(config: HAMConfig) -> str:
+    """Which of the switches of a layer are on."""
+    switches = {
+        "norm of queries and keys": config.qk_norm,
+        "norm of the RNN's output": config.rnn_output_norm,
+        "norm of the attention's output": config.kv_output_norm,
+        "output gate": config.output_gate,
+        "biases of q, k, v and output": config.attention_bias,
+        "biases of the MLP": config.mlp_bias,
+    }
+    return ", ".join(name for name, on in switches.items() if on) or "none"
+
+
+def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """The table of what decides which tokens are kept; empty without a hybrid layer."""
+    if checkpoint.thresholds is None:
+        return []
+    config = checkpoint.config
+    quantiles = "calibrated: `kv_usage` can be asked for"
+    if not checkpoint.calibrated:
+        quantiles = "not calibrated: `kv_usage` is refused until `ham_hf.evaluation.calibrate` has run"
+    default = "none: the learned thresholds hold"
+    if config.threshold is not None:
+        default = f"`{config.threshold}`, in the place of the learned ones"
+    return [
+        ("router", f"`{config.router}`: {ROUTERS[config.router]}"),
+        ("learned thresholds", learned_thresholds(checkpoint.thresholds)),
+        ("default threshold", default),
+        (
+            "target of training",
+            f"{config.target_kv_usage:.0%} of the tokens kept, measured per {config.threshold_scope}",
+        ),
+        ("score quantiles", quantiles),
+    ]
+
+
+def learned_thresholds(thresholds: torch.Tensor) -> str:
+    """The range of `[hybrid layers, Hk]` thresholds."""
+    low, high = thresholds.min().item(), thresholds.max().item()
+    values = f"{low:.3f} everywhere" if low == high else f"from {low:.3f} to {high:.3f}"
+    layers, heads = thresholds.shape
+    return f"{values}, one for each of {heads} key/value heads in {layers} layers"

@@ -1,0 +1,131 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint folder says of itself, read from its configuration and the headers of its weights."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ham_hf.configuration_ham import HAMConfig
+from ham_hf.hub.sources import read_conversion, read_json
+
+# How each head is loaded, and the task that the Hub lists it under.
+AUTO_CLASSES: dict[str, tuple[str, str | None]] = {
+    "HAMForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "HAMForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "HAMForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "HAMForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "HAMModel": ("AutoModel", "feature-extraction"),
+}
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint folder.
+
+    Attributes:
+        folder: where it lies.
+        config: its configuration.
+        architecture: the name of its class.
+        auto_class: what loads it; of a class that is not ours, the decoder in it.
+        task: the Hub's name of what it does, or `None` if that is not known.
+        has_code: whether it holds the code that its configuration names, which loads without the package.
+        weight_files: its safetensors files.
+        parameters: how many numbers it holds of each safetensors dtype, buffers left out.
+        thresholds: `[hybrid layers, Hk]` float32, the learned ones, or `None` without a hybrid layer.
+        calibrated: whether every head has the score quantiles that `kv_usage` needs.
+        conversion: conversion.json of the script that made it from another model, or `None`.
+    """
+
+    folder: Path
+    config: HAMConfig
+    architecture: str
+    auto_class: str
+    task: str | None
+    has_code: bool
+    weight_files: list[Path]
+    parameters: Counter[str]
+    thresholds: torch.Tensor | None
+    calibrated: bool
+    conversion: dict[str, Any] | None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads the configuration and the headers of the weights in `folder`.
+
+    Raises:
+        ValueError: if `folder` is not a whole HAM checkpoint with safetensors weights, or its conversion.json does
+            not hold what it should.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which is no folder.")
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which holds no {CONFIG_NAME}."
+        )
+    fields = read_json(folder / CONFIG_NAME)
+    if fields.get("model_type") != "ham":
+        raise ValueError(
+            f"`folder` must hold a HAM model ('ham'), got one of type {fields.get('model_type')!r} in {folder}."
+        )
+    config = HAMConfig.from_pretrained(folder)
+    architecture = (config.architectures or ["HAMForCausalLM"])[0]
+    auto_class, task = AUTO_CLASSES.get(architecture, ("AutoModel", None))
+    modules = [str(entry).partition(".")[0] for entry in (fields.get("auto_map") or {}).values()]
+    weight_files = find_weights(folder)
+    parameters, routing = read_weights(weight_files)
+    thresholds, quantiles = routing["threshold"], routing["score_quantiles"]
+    if not len(thresholds) == len(quantiles) == config.num_hybrid_layers:
+        raise ValueError(
+            f"The weights in {folder} hold {len(thresholds)} thresholds and {len(quantiles)} tables of score "
+            f"quantiles for {config.num_hybrid_layers} hybrid layers."
+        )
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        architecture=architecture,
+        auto_class=auto_class,
+        task=task,
+        has_code=bool(modules) and all((folder / f"{name}.py").is_file() for name in modules),
+        weight_files=weight_files,
+        parameters=parameters,
+        thresholds=torch.stack(thresholds) if thresholds else None,
+        calibrated=bool(quantiles) and all(bool((x.amax(-1) > 0).all()) for x in quantiles),
+        conversion=read_conversion(folder),
+    )
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards of its index; `ValueError` if one is missing."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} must hold a `weight_map` from tensors to files.")
+        names = set(map(str, weight_map.values()))
+    for name in sorted(names):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"`folder` must hold all of its safetensors weights, got {str(folder)!r} without {name}.")
+    return [folder / name for name in sorted(names)]
+
+
+def read_weights(files: list[Path]) -> tuple[Counter[str], dict[str, list[torch.Tensor]]]:
+    """Counts parameters by dtype from the headers; loads only the thresholds and score quantiles, `[Hk, ...]` each."""
+    parameters: Counter[str] = Counter()
+    routing: dict[str, list[torch.Tensor]] = {"threshold": [], "score_quantiles": []}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, not a dict
+                    header = file.get_slice(name)
+                    kind = name.rpartition(".")[2]
+                    if kind in routing:
+                        routing[kind].append(file.get_tensor(name))
+                    if kind != "score_quantiles":
+                        parameters[header.get_dtype()] += torch.Size(header.get_shape()).numel()
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return parameters, routing

@@ -1,0 +1,197 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Uploads a checkpoint with its card and its code to a repository on the Hub, in one commit."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import CHAT_TEMPLATE_DIR
+
+from ham_hf.hub.card import build_card
+from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
+from ham_hf.hub.sources import read_sources
+
+if TYPE_CHECKING:
+    from ham_hf import HAMPreTrainedModel
+
+CARD_NAME = "README.md"
+# What is uploaded beside the weights; the state of a training run, and anything pickled, stays where it is.
+SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}
+NAMES = {"LICENSE", "NOTICE"}
+
+
+class Pushed(NamedTuple):
+    """What was uploaded.
+
+    Attributes:
+        repo_id: the repository, with its owner.
+        commit: its commit.
+        files: the names of the files in it.
+        size: their bytes.
+        card: where the card came from.
+        code: the names of those files of code that the folder lacked.
+        left_out: what lies in the folder and was not uploaded.
+    """
+
+    repo_id: str
+    commit: CommitInfo
+    files: list[str]
+    size: int
+    card: str
+    code: list[str]
+    left_out: list[str]
+
+
+def push_model(
+    model: "HAMPreTrainedModel",
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: str | list[str] | None = None,
+) -> CommitInfo:
+    """Transformers' `push_to_hub`, whose arguments these are, with a HAM's card where the repository has none."""
+    api = HfApi(token=token)
+    # Before anything is saved, which takes longer than to be told that the token is wrong.
+    repo_id = open_repository(api, repo_id, private, revision, create_pr)
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        checkpoint = read_checkpoint(Path(temporary))
+        made = build_card(checkpoint, read_sources(checkpoint.folder), repo_id.split("/")[-1], repo_id)
+        card, _ = card_on_hub(api, repo_id, revision, made)
+        wanted = [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
+        card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *wanted]))
+        return api.create_commit(
+            repo_id,
+            operations(files_of(checkpoint), card),
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+) -> Pushed:
+    """Uploads a checkpoint folder, which stays as it is.
+
+    The card is the folder's README.md. Without one it is that of the repository, with what its metadata lacks, and if
+    there is none either, one made of what lies in the folder. Code that the folder lacks is added.
+
+    Args:
+        folder: a checkpoint with its tokenizer.
+        repo_id: `"OWNER/NAME"`, or `"NAME"` for a repository of the token's owner; made if it is not there.
+        commit_message: the first line of the commit.
+        private: whether a new repository is private; the owner's setting by default.
+        token: of the Hub; the one of `hf auth login` by default.
+        revision: the branch, made if it is not there; the main one by default.
+
+    Raises:
+        ValueError: if `folder` is not a whole HAM checkpoint, a file in it does not hold what it should, or `repo_id`
+            cannot be the name of a repository; nothing was sent then.
+    """
+    check_repo_id(repo_id)
+    checkpoint, sources, card, origin = read_checkpoint(folder), read_sources(folder), card_in(folder), "the folder's"
+    api = HfApi(token=token)
+    repo_id = open_repository(api, repo_id, private, revision)
+    if card is None:
+        made = build_card(checkpoint, sources, sources.metadata.get("name", repo_id.split("/")[-1]), repo_id)
+        card, origin = card_on_hub(api, repo_id, revision, made)
+    files = files_of(checkpoint)
+    kept_back = {path.name for path in folder.iterdir()} - {name.partition("/")[0] for name in files} - {CARD_NAME}
+    with tempfile.TemporaryDirectory() as temporary:
+        code = [] if checkpoint.has_code else add_code(checkpoint, Path(temporary), files)
+        size = sum(path.stat().st_size for path in files.values())
+        commit = api.create_commit(
+            repo_id,
+            operations(files, card),
+            commit_message=commit_message or f"Upload {checkpoint.architecture}",
+            revision=revision,
+        )
+    return Pushed(repo_id, commit, sorted({*files, CARD_NAME}), size, origin, code, sorted(kept_back))
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises `ValueError` for what cannot be the name of a repository, such as a path."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` must be OWNER/NAME, got {repo_id!r}: {error}") from error
+    if "/" in repo_id and Path(repo_id).exists():
+        raise ValueError(f"`repo_id` must be OWNER/NAME on the Hub, got {repo_id!r}, which is a path here.")
+
+
+def card_in(folder: Path) -> ModelCard | None:
+    """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
+
+
+def open_repository(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool = False
+) -> str:
+    """Makes the repository and the branch where they are missing; returns the name with its owner."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        try:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        except HfHubHTTPError as error:
+            # Who may only propose changes cannot make branches; a missing one then fails the commit.
+            if not create_pr or error.response.status_code != 403:
+                raise
+    return repo_id
+
+
+def card_on_hub(api: HfApi, repo_id: str, revision: str | None, made: ModelCard) -> tuple[ModelCard, str]:
+    """The repository's card, its missing metadata taken from the one `made` here, or that one; and which it is."""
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        return made, "made of the checkpoint"
+    card = ModelCard.load(api.hf_hub_download(repo_id, CARD_NAME, revision=revision))
+    for name, value in vars(made.data).items():
+        if value is not None and card.data.get(name) is None:
+            card.data[name] = value
+    return card, "the repository's"
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
+    """What is uploaded of a checkpoint folder, by its name in the repository."""
+    folder = checkpoint.folder
+    paths = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*.jinja")]
+    paths = [path for path in paths if path.suffix in SUFFIXES or path.name in NAMES]
+    return {x.relative_to(folder).as_posix(): x for x in [*paths, *checkpoint.weight_files] if x.is_file()}
+
+
+def add_code(checkpoint: Checkpoint, folder: Path, files: dict[str, Path]) -> list[str]:
+    """Saves code and a configuration that names it to `folder`, adds both to `files`, and returns the code's names."""
+    checkpoint.config.save_pretrained(folder)
+    saved = {path.name: path for path in folder.iterdir()}
+    files |= saved
+    return sorted(name for name in saved if name.endswith(".py"))
+
+
+def operations(files: dict[str, Path], card: ModelCard) -> list[CommitOperationAdd]:
+    """What a commit of these files and this card does."""
+    cardless = {name: path for name, path in files.items() if name != CARD_NAME}
+    added = [CommitOperationAdd(name, path) for name, path in sorted(cardless.items())]
+    return [CommitOperationAdd(CARD_NAME, str(card).encode()), *added]
