@@ -60,6 +60,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "usage_table": usage_table(sources.usage),
         "evaluated_on": evaluation.get("dataset"),
         "license": sources.metadata.get("license"),
+        "not_stated": not_stated(checkpoint),
         "plot": None if sources.plot is None else sources.plot.name,
     }
     card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
@@ -78,6 +79,13 @@ def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
     if sources.usage is not None and sources.plot is None:
         missing.append("usage.png of ham_hf.evaluation.usage")
     return missing if repo_id else [*missing, "the name on the Hub (--repo-id)"]
+
+
+def not_stated(checkpoint: Checkpoint) -> str:
+    """What stands where nobody said anything."""
+    if checkpoint.conversion is None:
+        return "Not stated."
+    return f"Not stated here; see `{checkpoint.conversion['source']['name']}`, which this model was made from."
 
 
 def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:

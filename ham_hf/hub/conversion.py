@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -27,13 +27,15 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.files import write_whole
 
-from .shards import Checkpoint, Recipe, check_recipes, write_shards
+from .card import build_card
+from .checkpoint import read_checkpoint
+from .shards import Recipe, Weights, check_recipes, write_shards
+from .sources import read_sources
 
 RECORD = "conversion.json"
 # In a folder that is being written: of which run it is.
@@ -46,7 +48,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 PACKAGED = (
     "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"
 )  # fmt: skip
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
 # Fields of a HAMConfig that change nothing that a checkpoint without its RNN, or without its cache, computes.
 FREE_FIELDS = {
     "_name_or_path", "architectures", "auto_map", "dtype", "router", "router_hidden_size", "target_kv_usage",
@@ -193,20 +195,17 @@ class Run:
         conversion = self.conversion
         config, config_json = self._source_config()
         ham_config = conversion.ham_config(config)
-        old = Checkpoint(self.source, conversion.rename)
+        old = Weights(self.source, conversion.rename)
         ham_config.dtype = old.main_dtype()
         recipes = {recipe.name: recipe for recipe in conversion.to_ham(config, ham_config)}
         left_out = self._left_out(old, config)
         self._write(old, recipes, shapes_of(HAMForCausalLM, ham_config), left_out)
-        with torch.device("meta"):
-            model = HAMForCausalLM(ham_config)
-        # What `save_pretrained` does beside writing weights.
-        if model._auto_class is not None:
-            custom_object_save(model, self.partial, config=ham_config)  # type: ignore[arg-type]  # takes both
         ham_config.architectures = ["HAMForCausalLM"]
         ham_config.save_pretrained(self.partial)
-        self._copy_tokenizer()
+        self._copy_companions()
         self._record(config, config_json, left_out - {"lm_head.weight"})
+        card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
+        write_whole(self.partial / "README.md", str(card))
         self._finish()
         print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output}")
 
@@ -264,7 +263,7 @@ class Run:
         config = AutoConfig.for_model(**record["source"]["config"])
         ham_config = HAMConfig.from_pretrained(self.source)
         self._check_lossless(conversion.ham_config(config), ham_config)
-        old = Checkpoint(self.source)
+        old = Weights(self.source)
         for requirement in conversion.requirements(config, ham_config):
             if not requirement.holds(old.get(requirement.name)):
                 raise ValueError(
@@ -276,7 +275,7 @@ class Run:
         implied |= {name for name in old.names() if re.search(conversion.inert, name)}
         self._write(old, recipes, shapes_of(conversion.empty_source, config), implied)
         write_whole(self.partial / "config.json", text)
-        self._copy_tokenizer()
+        self._copy_companions()
         self._verify(self.partial, self.source, config)
         self._finish()
 
@@ -289,7 +288,7 @@ class Run:
                     f"{got_fields.get(field)!r}."
                 )
 
-    def _left_out(self, old: Checkpoint, config: Any) -> set[str]:
+    def _left_out(self, old: Weights, config: Any) -> set[str]:
         # Some tied models are saved with both copies.
         tied = {"lm_head.weight"} & old.names() if config.tie_word_embeddings else set()
         if self.conversion.left_out is None:
@@ -297,7 +296,7 @@ class Run:
         return tied | {name for name in old.names() if re.search(self.conversion.left_out, name)}
 
     def _write(
-        self, old: Checkpoint, recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: set[str]
+        self, old: Weights, recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: set[str]
     ) -> None:
         check_recipes(recipes, shapes, left_out, old)
         self._resume_or_begin(old)
@@ -306,7 +305,7 @@ class Run:
         print(f"Writes {self.output}: {len(shapes)} tensors, {size / 1e6:,.1f} million parameters", flush=True)
         write_shards(recipes, shapes, old, self.partial, self.arguments.max_shard_size)
 
-    def _resume_or_begin(self, old: Checkpoint) -> None:
+    def _resume_or_begin(self, old: Weights) -> None:
         """Keeps the shards that an interrupted run of the same command left, else starts afresh."""
         state = {
             "script": self.conversion.script,
@@ -325,7 +324,8 @@ class Run:
         self.partial.mkdir(parents=True)
         write_whole(path, json.dumps(state))
 
-    def _copy_tokenizer(self) -> None:
+    def _copy_companions(self) -> None:
+        """Takes over what is not weights: tokenizer, generation settings, licence."""
         said = []
         if any((self.source / name).is_file() for name in TOKENIZER_FILES):
             AutoTokenizer.from_pretrained(self.source).save_pretrained(self.partial)
@@ -336,6 +336,11 @@ class Run:
         for path in self.source.glob("LICENSE*"):
             shutil.copyfile(path, self.partial / path.name)
             said.append(path.name)
+        if (self.source / "README.md").is_file():
+            license_name = ModelCard.load(self.source / "README.md").data.get("license")
+            if isinstance(license_name, str):
+                write_whole(self.partial / "card.json", json.dumps({"license": license_name}) + "\n")
+                said.append(f"the licence that its card states ({license_name})")
         print(f"Copied {', '.join(said)}" if said else "Found no tokenizer to copy")
 
     def _verify(self, source: Path, ham: Path, config: PreTrainedConfig) -> dict[str, Any] | None:

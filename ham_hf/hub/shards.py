@@ -44,7 +44,7 @@ def copied(name: str, source: str) -> Recipe:
     return Recipe(name, (source,), lambda x: x)
 
 
-class Checkpoint:
+class Weights:
     """The tensors of a folder of safetensors, sharded or not, read when asked for.
 
     Args:
@@ -115,7 +115,7 @@ class Checkpoint:
 
 
 def check_recipes(
-    recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Checkpoint
+    recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Weights
 ) -> None:
     """Refuses, with `ValueError`, recipes that miss a tensor of the new model or leave one of the old unused."""
     if recipes.keys() != shapes.keys():
@@ -131,7 +131,7 @@ def check_recipes(
 
 
 def write_shards(
-    recipes: dict[str, Recipe], shapes: dict[str, torch.Size], old: Checkpoint, folder: Path, max_shard_size: str
+    recipes: dict[str, Recipe], shapes: dict[str, torch.Size], old: Weights, folder: Path, max_shard_size: str
 ) -> None:
     """Makes every tensor and writes it to `folder`, shard by shard; shards that are there already stay.
 
@@ -165,7 +165,7 @@ def write_shards(
         write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _make(recipe: Recipe, shape: torch.Size, old: Checkpoint) -> torch.Tensor:
+def _make(recipe: Recipe, shape: torch.Size, old: Weights) -> torch.Tensor:
     tensors = [old.get(source) for source in recipe.sources]
     try:
         tensor = recipe.make(*tensors)

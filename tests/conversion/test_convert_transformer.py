@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -144,6 +145,18 @@ def test_generates_the_source_s_text(source, convert, tmp_path):
     assert (tmp_path / "ham/generation_config.json").is_file()
 
 
+def test_the_card_says_where_it_comes_from(source, convert, tmp_path):
+    folder = source(SOURCES["llama"])
+    (folder / "README.md").write_text("---\nlicense: llama3.2\n---\n# A model\n")
+    assert convert(folder, tmp_path / "ham", "--name", "somebody/a-model") == 0
+    card = ModelCard.load(tmp_path / "ham/README.md")
+    assert card.data.license == "llama3.2"
+    assert card.data.base_model == "somebody/a-model"
+    verification = json.loads((tmp_path / "ham/conversion.json").read_text())["verification"]
+    assert f"| largest difference of a logit | {verification['max_abs_logit_error']:.1e} |" in card.text
+    assert "--name somebody/a-model" in card.text
+
+
 def test_an_rnn_that_opens_is_heard_and_not_taken_back(source, convert, tmp_path, capsys):
     """The RNN starts from the source's q, k and v: with its gate open the logits move; there is no way back then."""
     assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
@@ -186,7 +199,7 @@ def test_what_has_no_way_back(change, message, source, convert, tmp_path, capsys
 def test_holds_no_more_than_a_shard(source, convert, tmp_path, monkeypatch):
     """At most the tensors of one shard and one more are in memory, of a model of many shards."""
     alive, peak = {}, []
-    get = shards.Checkpoint.get
+    get = shards.Weights.get
 
     def counted(self, name):
         tensor = get(self, name)
@@ -195,7 +208,7 @@ def test_holds_no_more_than_a_shard(source, convert, tmp_path, monkeypatch):
         peak.append(sum(alive.values()))
         return tensor
 
-    monkeypatch.setattr(shards.Checkpoint, "get", counted)
+    monkeypatch.setattr(shards.Weights, "get", counted)
     folder = source(LlamaConfig(**SHAPE | {"num_hidden_layers": 8}))
     assert convert(folder, tmp_path / "ham", "--max-shard-size", "100KB", "--no-verify") == 0
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
