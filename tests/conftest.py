@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,22 +59,22 @@ def tiny_config() -> Callable[..., HAMConfig]:
     return make
 
 
-@pytest.fixture
-def run_python(tmp_path) -> Callable[..., dict]:
-    """A function that runs a program in a process of its own and returns the JSON on the last line it prints.
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., Any]:
+    """A function that runs a program in a process of its own and returns what it printed last, a line of JSON.
 
-    The process has its own Hugging Face home, `<tmp_path>/home`, and nobody to answer questions; it finds `ham_hf` with
-    `package=True` only. Other keywords are environment variables.
+    It runs in `folder` with a Hugging Face home of its own, nobody who answers questions, and no `ham_hf` unless
+    `package=True`. Other keywords are environment variables.
     """
 
-    def run(program: str, *arguments: str | Path, package: bool = False, **environment: str) -> dict:
+    def run(folder: Path, program: str, *arguments: str | Path, package: bool = False, **environment: str) -> Any:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        own = {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if package:
-            environment["PYTHONPATH"] = str(Path(ham_hf.__file__).parents[1])
+            own["PYTHONPATH"] = str(Path(ham_hf.__file__).parents[1])
         result = subprocess.run(
             [sys.executable, "-P", "-c", ("" if package else HIDE_THE_PACKAGE) + program, *map(str, arguments)],
-            cwd=tmp_path,
+            cwd=folder,
             env=inherited | own | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

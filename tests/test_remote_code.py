@@ -118,7 +118,7 @@ def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run
     assert len(set(expected["texts"])) > 3, "the settings should not all give one text"
     versions, environment = release
     for source, copy in ((checkpoint, tmp_path / "copy"), (tmp_path / "copy", tmp_path / "copy of the copy")):
-        result = run_python(STRANGER, source, copy, **environment)
+        result = run_python(tmp_path, STRANGER, source, copy, HF_HUB_OFFLINE="1", **environment)
         assert result["hidden"]
         for package, found in result["versions"].items():
             assert Version(found).release[:2] == Version(versions[package]).release[:2]
@@ -206,7 +206,7 @@ model.save_pretrained(sys.argv[1] + "/saved", state_dict=weights)
 torch.distributed.destroy_process_group()
 print(json.dumps(type(model).__name__))
 """
-    assert run_python(program, tmp_path, package=True) == "FSDPHAMForCausalLM"
+    assert run_python(tmp_path, program, tmp_path, package=True) == "FSDPHAMForCausalLM"
     assert code_in(tmp_path / "saved") == CODE
     auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_ham.HAMForCausalLM"
