@@ -209,8 +209,8 @@ print(json.dumps([outcomes, heads]))
 """
     )
     with LoopbackHub().serving() as hub:
-        # The client tries to send a file six times, and a commit once. What the Hub has is not sent to it again, so that
-        # the first push to the second repository sends no file.
+        # The client tries to send a file six times, and a commit once. What the Hub has is not sent again, so that the
+        # first push to the second repository sends no file.
         hub.cuts = [
             Cut("PUT /lfs/someone/retried/", after=10**6),
             Cut("PUT /lfs/someone/broken/", after=10**6, times=6),
