@@ -78,10 +78,11 @@ class LoopbackHub(ThreadingHTTPServer):
     """The Hub: one user with one token. `requests` lists what was asked: method, path and `Range`."""
 
     daemon_threads = True
+    user = "someone"
+    token = "hf_right"
 
-    def __init__(self, user: str = "someone", token: str = "hf_right") -> None:
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.user, self.token = user, token
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
@@ -103,7 +104,7 @@ class LoopbackHub(ThreadingHTTPServer):
             thread.join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of clients that hang up; a fault of the Hub itself is answered with status 500."""
+        """Says nothing: only a client that hangs up comes here."""
 
     def cut_after(self, request: str) -> int | None:
         """After how many bytes this request is to break, if it is."""
@@ -144,8 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self.send(refusal.status, {"error": str(refusal)}, refusal.headers)
         except Exception as error:
+            # A fault of this file, which the client's error then names.
             self.send(500, {"error": repr(error)})
-            raise
 
     do_HEAD = do_POST = do_PUT = do_GET
 

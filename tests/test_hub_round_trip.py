@@ -63,6 +63,8 @@ seen["second"] = fingerprint(model, tokenizer)
 model.push_to_hub("ham", max_shard_size=sys.argv[2])
 code = open(f"{ham_hf.__path__[0]}/modeling_ham.py").read() + "EDITION = 2\\n"
 second = api.upload_file(path_or_fileobj=code.encode(), path_in_repo="modeling_ham.py", repo_id="someone/ham").oid
+model.push_to_hub("ham", max_shard_size=sys.argv[2], revision="draft")
+assert api.whoami()["name"] == "someone"
 files = api.list_repo_files("someone/ham", revision="v1")
 print(json.dumps({"first": first, "second": second, "seen": seen, "files": files}))
 """
@@ -120,10 +122,10 @@ def test_a_push_holds_all_that_a_model_needs(published):
 
 
 def test_it_comes_back_as_it_was_by_branch_tag_and_commit(published, run_python, tmp_path):
-    options = [{}, {"revision": "v1"}, {"revision": published.first}]
+    options = [{}, {"revision": "draft"}, {"revision": "v1"}, {"revision": published.first}]
     program = "import ham_hf\n" + READ
     loads = run_python(tmp_path, program, *map(json.dumps, options), package=True, **client(published.hub))
-    for load, version in zip(loads, ("second", "first", "first"), strict=True):
+    for load, version in zip(loads, ("second", "second", "first", "first"), strict=True):
         assert load["seen"] == published.seen[version]
         assert load["module"] == "ham_hf.modeling_ham"
         assert load["chat"] == "Ahoy"
