@@ -60,6 +60,12 @@ def tiny_config() -> Callable[..., HAMConfig]:
 
 
 @pytest.fixture(scope="session")
+def code_files() -> set[str]:
+    """The files of `ham_hf` that travel with a model: `modeling_ham.py` and what it imports."""
+    return {f"{name}_ham.py" for name in "cache configuration inputs modeling ops routing".split()}
+
+
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., Any]:
     """A function that runs a program in a process of its own and returns what it printed last, a line of JSON.
 

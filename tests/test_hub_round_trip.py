@@ -11,7 +11,6 @@ import ham_hf
 from tests.loopback_hub import Cut, LoopbackHub
 
 TINY = Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
-CODE = {f"{name}_ham.py" for name in "cache configuration inputs modeling ops routing".split()}
 # The client fetches pieces of 10 MiB and resumes after the last whole one: the larger shard has one and a bit.
 SHARD_SIZE = "12MB"
 PIECE = 10 * 2**20
@@ -111,10 +110,10 @@ def published(tmp_path_factory, run_python):
         yield Published(hub, **run_python(folder, PUBLISH, TINY, SHARD_SIZE, package=True, **client(hub)))
 
 
-def test_a_push_holds_all_that_a_model_needs(published):
+def test_a_push_holds_all_that_a_model_needs(published, code_files):
     shards = {LARGER_SHARD, "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
     texts = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    assert set(published.files) == shards | texts | CODE | {"README.md", "config.json"}
+    assert set(published.files) == shards | texts | code_files | {"README.md", "config.json"}
     commit = published.hub.repositories["someone/ham"].commits[published.first]
     assert json.loads(commit["generation_config.json"].content)["threshold"] == 0.4
     assert len(commit[LARGER_SHARD].content) > PIECE

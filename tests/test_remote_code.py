@@ -24,8 +24,6 @@ from ham_hf import HAMConfig, HAMForCausalLM
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(ham_hf.__file__).parent
 TINY = PACKAGE / "checkpoints" / "ham-tiny"
-# The siblings that the model imports. `reference_ham.py` defines the operations and runs in tests only.
-CODE = {f"{name}_ham.py" for name in "cache configuration inputs modeling ops routing".split()}
 OLDEST = os.environ.get("HAM_OLDEST_TRANSFORMERS")
 MODELS = {
     "AutoModel": "HAMModel",
@@ -116,7 +114,7 @@ def release(request):
     return {package: oldest_supported(package) for package in packages}, {"PYTHONPATH": OLDEST}
 
 
-def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run_python, tmp_path):
+def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run_python, tmp_path, code_files):
     """The second process loads what the first one saved; both see what the package gives, to the bit."""
     expected, _ = observe(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))
     assert len(set(expected["texts"])) > 3, "the settings should not all give one text"
@@ -131,28 +129,28 @@ def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run
         assert re.fullmatch(r"transformers_modules\..*\.cache_ham\.HAMCache", result["cache"])
         assert result["config"].startswith("transformers_modules.")
         assert result["classes"] == MODELS
-        assert code_in(copy) == CODE
-        assert all((copy / name).read_bytes() == (PACKAGE / name).read_bytes() for name in CODE)
+        assert code_in(copy) == code_files
+        assert all((copy / name).read_bytes() == (PACKAGE / name).read_bytes() for name in code_files)
 
 
 @pytest.mark.parametrize("name", MODELS.values())
-def test_every_model_is_saved_with_its_code(name, tiny_config, tmp_path):
+def test_every_model_is_saved_with_its_code(name, tiny_config, tmp_path, code_files):
     config = tiny_config()
     # Of a repository whose code lies in another one; what is saved here has its own.
     config.auto_map = {"AutoModel": "someone/code--modeling_ham.HAMModel"}
     getattr(ham_hf, name)(config).save_pretrained(tmp_path)
-    assert code_in(tmp_path) == CODE
+    assert code_in(tmp_path) == code_files
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     models = {auto: f"modeling_ham.{model}" for auto, model in MODELS.items()}
     assert auto_map == models | {"AutoConfig": "configuration_ham.HAMConfig"}
 
 
-def test_a_configuration_is_saved_with_the_code_of_the_models(tiny_config, tmp_path):
+def test_a_configuration_is_saved_with_the_code_of_the_models(tiny_config, tmp_path, code_files):
     tiny_config().save_pretrained(tmp_path)
-    assert code_in(tmp_path) == CODE
+    assert code_in(tmp_path) == code_files
 
 
-def test_a_class_of_ones_own_keeps_its_entry(tiny_config, tmp_path):
+def test_a_class_of_ones_own_keeps_its_entry(tiny_config, tmp_path, code_files):
     """What a user registered for an Auto class is what that class loads; the rest is HAM's."""
     (tmp_path / "own_model.py").write_text("from ham_hf import HAMModel\n\n\nclass OwnModel(HAMModel):\n    pass\n")
     spec = importlib.util.spec_from_file_location("own_model", tmp_path / "own_model.py")
@@ -161,7 +159,7 @@ def test_a_class_of_ones_own_keeps_its_entry(tiny_config, tmp_path):
     module.OwnModel.register_for_auto_class("AutoModel")
     module.OwnModel(tiny_config()).save_pretrained(tmp_path / "saved")
     del sys.modules["own_model"]
-    assert code_in(tmp_path / "saved") == CODE | {"own_model.py"}
+    assert code_in(tmp_path / "saved") == code_files | {"own_model.py"}
     auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "own_model.OwnModel"
     assert auto_map["AutoModelForCausalLM"] == "modeling_ham.HAMForCausalLM"
@@ -181,17 +179,17 @@ def test_the_installed_package_wins_without_a_question(trust, checkpoint, monkey
     assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_checkpoint_of_the_trainer_carries_the_code_and_resumes(tiny_config, tmp_path):
+def test_a_checkpoint_of_the_trainer_carries_the_code_and_resumes(tiny_config, tmp_path, code_files):
     rows = [{"input_ids": torch.arange(1, 9), "labels": torch.arange(1, 9)}] * 4
     options = {"output_dir": str(tmp_path), "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     Trainer(HAMForCausalLM(tiny_config()), TrainingArguments(max_steps=1, **options), train_dataset=rows).train()
-    assert code_in(tmp_path / "checkpoint-1") == CODE
+    assert code_in(tmp_path / "checkpoint-1") == code_files
     resumed = Trainer(HAMForCausalLM(tiny_config()), TrainingArguments(max_steps=2, **options), train_dataset=rows)
     assert resumed.train(resume_from_checkpoint=True).global_step == 2
-    assert code_in(tmp_path / "checkpoint-2") == CODE
+    assert code_in(tmp_path / "checkpoint-2") == code_files
 
 
-def test_under_fsdp_the_model_is_saved_and_not_the_class_that_pytorch_made_of_it(run_python, tmp_path):
+def test_under_fsdp_the_model_is_saved_and_not_the_class_that_pytorch_made_of_it(run_python, tmp_path, code_files):
     """FSDP derives a class of its own from the model's; Transformers would save the file that defines it."""
     program = """
 import json, os, sys
@@ -211,6 +209,6 @@ torch.distributed.destroy_process_group()
 print(json.dumps(type(model).__name__))
 """
     assert run_python(tmp_path, program, tmp_path, package=True) == "FSDPHAMForCausalLM"
-    assert code_in(tmp_path / "saved") == CODE
+    assert code_in(tmp_path / "saved") == code_files
     auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_ham.HAMForCausalLM"
