@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     # the code of the models, and what that imports.
     from .modeling_ham import HAMModel  # noqa: F401
 
-LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
-ERROR_ROUTERS = ("cosine", "l2", "residual")
-LEARNED_ROUTERS = ("learned", "learned_error")
-ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
-THRESHOLD_SCOPES = ("head", "layer", "model")
 # What each Auto class loads from the code saved beside a configuration, where `ham_hf` is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_ham.HAMConfig",
@@ -30,6 +25,11 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_ham.HAMForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_ham.HAMForTokenClassification",
 }
+LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
+ERROR_ROUTERS = ("cosine", "l2", "residual")
+LEARNED_ROUTERS = ("learned", "learned_error")
+ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
+THRESHOLD_SCOPES = ("head", "layer", "model")
 
 # Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
 # `None`, so that it does not ask those who read a finished configuration whether a field is there.
