@@ -157,15 +157,6 @@ class HAMConfig(PreTrainedConfig):
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Saves as Transformers does, together with the code that loads every HAM model without `ham_hf`."""
-        # Entries of another repository ("repository--module.Class") were for the code that lies there.
-        entries = getattr(self, "auto_map", None) or {}
-        self.auto_map = AUTO_MAP | {name: value for name, value in entries.items() if "--" not in value}
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
@@ -176,6 +167,15 @@ class HAMConfig(PreTrainedConfig):
     def num_hybrid_layers(self) -> int:
         """Number of layers that route tokens: those a list of thresholds has an entry for."""
         return self.layer_types.count("hybrid")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves as Transformers does, together with the code that loads every HAM model without `ham_hf`."""
+        # Entries of another repository ("repository--module.Class") were for the code that lies there.
+        entries = getattr(self, "auto_map", None) or {}
+        self.auto_map = AUTO_MAP | {name: value for name, value in entries.items() if "--" not in str(value)}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
         """Refuses shapes and switches that no model can be built from; called by `@strict` and again before saving."""

@@ -526,11 +526,6 @@ class HAMPreTrainedModel(PreTrainedModel):
         "routing_scores": OutputRecorder(HAMMixer, index=2),
     }
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
-        cls._auto_class = None
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -551,6 +546,11 @@ class HAMPreTrainedModel(PreTrainedModel):
         if mixer.layer_type == "hybrid":
             init.constant_(mixer.threshold, INITIAL_THRESHOLD)
             init.zeros_(mixer.score_quantiles)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
+        cls._auto_class = None
 
 
 class HAMModel(HAMPreTrainedModel):
