@@ -18,9 +18,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# The oldest Transformers that is supported; tests put this folder before the environment's own.
+OLDEST := $(VENV)/oldest
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format bench gpu-check clean
@@ -31,10 +33,10 @@ help: ## list the targets
 demo: $(BASE) ## install the package and run its demo
 	@$(BIN)/ham-hf demo $(ARGS)
 
-test: $(DEV) ## run the tests, without the slow ones
+test: $(DEV) $(OLDEST)/.installed ## run the tests, without the slow ones
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(DEV) ## run the slow tests (minutes)
+test-slow: $(DEV) $(OLDEST)/.installed ## run the slow tests (minutes)
 	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(DEV) ## check style, format and types; changes nothing
@@ -70,4 +72,10 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): $(BASE)
 	@echo "Installing the tools for tests and lint into $(VENV)"
 	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(OLDEST)/.installed: constraints-oldest.txt | $(BIN)/python
+	@echo "Installing the oldest supported Transformers into $(OLDEST)"
+	@rm -rf $(OLDEST)
+	@$(PIP) --no-deps --target $(OLDEST) -r constraints-oldest.txt
 	@touch $@

@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     # the code of the models, and what that imports.
     from .modeling_ham import HAMModel  # noqa: F401
 
-LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
-ERROR_ROUTERS = ("cosine", "l2", "residual")
-LEARNED_ROUTERS = ("learned", "learned_error")
-ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
-THRESHOLD_SCOPES = ("head", "layer", "model")
-OUTPUT_GATES = ("silu", "sigmoid")
-# Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
-LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 # What each Auto class loads from the code saved beside a configuration, where `ham_hf` is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_ham.HAMConfig",
@@ -33,6 +25,14 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_ham.HAMForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_ham.HAMForTokenClassification",
 }
+LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
+ERROR_ROUTERS = ("cosine", "l2", "residual")
+LEARNED_ROUTERS = ("learned", "learned_error")
+ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
+THRESHOLD_SCOPES = ("head", "layer", "model")
+OUTPUT_GATES = ("silu", "sigmoid")
+# Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
+LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 
 # Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
 # `None`, so that it does not ask those who read a finished configuration whether a field is there.
@@ -186,15 +186,6 @@ class HAMConfig(PreTrainedConfig):
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Saves as Transformers does, together with the code that loads every HAM model without `ham_hf`."""
-        # Entries of another repository ("repository--module.Class") were for the code that lies there.
-        entries = getattr(self, "auto_map", None) or {}
-        self.auto_map = AUTO_MAP | {name: value for name, value in entries.items() if "--" not in value}
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
@@ -205,6 +196,15 @@ class HAMConfig(PreTrainedConfig):
     def num_hybrid_layers(self) -> int:
         """Number of layers that route tokens: those a list of thresholds has an entry for."""
         return self.layer_types.count("hybrid")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves as Transformers does, together with the code that loads every HAM model without `ham_hf`."""
+        # Entries of another repository ("repository--module.Class") were for the code that lies there.
+        entries = getattr(self, "auto_map", None) or {}
+        self.auto_map = AUTO_MAP | {name: value for name, value in entries.items() if "--" not in str(value)}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
         """Refuses shapes and switches that no model can be built from; called by `@strict` and again before saving."""

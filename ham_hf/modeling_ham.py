@@ -625,19 +625,6 @@ class HAMPreTrainedModel(PreTrainedModel):
         "routing_scores": OutputRecorder(HAMMixer, index=2),
     }
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
-        cls._auto_class = None
-
-    @wraps(PreTrainedModel.push_to_hub)
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
-        """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
-        # Of a model with adapters only they are saved, which are no HAM checkpoint.
-        if push_model is None or getattr(self, "_hf_peft_config_loaded", False):
-            return super().push_to_hub(*args, **kwargs)
-        return push_model(self, *args, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -658,6 +645,19 @@ class HAMPreTrainedModel(PreTrainedModel):
         if mixer.layer_type == "hybrid":
             init.constant_(mixer.threshold, INITIAL_THRESHOLD)
             init.zeros_(mixer.score_quantiles)
+
+    @wraps(PreTrainedModel.push_to_hub)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
+        """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
+        # Of a model with adapters only they are saved, which are no HAM checkpoint.
+        if push_model is None or getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(*args, **kwargs)
+        return push_model(self, *args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Not inherited: FSDP derives a class from the model's, and PyTorch's code would be saved as the model's.
+        cls._auto_class = None
 
 
 class HAMModel(HAMPreTrainedModel):

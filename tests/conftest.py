@@ -1,8 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What several test files share: a small configuration, and deterministic random numbers."""
+"""What several test files share: a small configuration, deterministic random numbers, and other people's processes."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import ham_hf
 from ham_hf import HAMConfig
+
+# An editable install may sit in `sys.meta_path` or on `sys.path`; this comes before both.
+HIDE_THE_PACKAGE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ham_hf", "ham_kernels"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +57,37 @@ def tiny_config() -> Callable[..., HAMConfig]:
         return HAMConfig(**(settings | overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def code_files() -> set[str]:
+    """The files of `ham_hf` that travel with a model: `modeling_ham.py` and what it imports."""
+    return {f"{name}_ham.py" for name in "cache configuration inputs modeling ops routing".split()}
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., Any]:
+    """A function that runs a program in a process of its own and returns what it printed last, a line of JSON.
+
+    It runs in `folder` with a Hugging Face home of its own, nobody who answers questions, and no `ham_hf` unless
+    `package=True`. Other keywords are environment variables.
+    """
+
+    def run(folder: Path, program: str, *arguments: str | Path, package: bool = False, **environment: str) -> Any:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        own = {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        if package:
+            own["PYTHONPATH"] = str(Path(ham_hf.__file__).parents[1])
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", ("" if package else HIDE_THE_PACKAGE) + program, *map(str, arguments)],
+            cwd=folder,
+            env=inherited | own | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run

@@ -1,0 +1,214 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""A saved HAM loads, generates and is saved again where `ham_hf` is not installed, by the code that lies beside it."""
+
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import tomllib
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import ham_hf
+from ham_hf import HAMConfig, HAMForCausalLM
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(ham_hf.__file__).parent
+TINY = PACKAGE / "checkpoints" / "ham-tiny"
+OLDEST = os.environ.get("HAM_OLDEST_TRANSFORMERS")
+MODELS = {
+    "AutoModel": "HAMModel",
+    "AutoModelForCausalLM": "HAMForCausalLM",
+    "AutoModelForQuestionAnswering": "HAMForQuestionAnswering",
+    "AutoModelForSequenceClassification": "HAMForSequenceClassification",
+    "AutoModelForTokenClassification": "HAMForTokenClassification",
+}
+
+
+def code_in(folder):
+    return {path.name for path in folder.glob("*.py")}
+
+
+def observe(model, tokenizer):
+    """What a user of a loaded model sees; the source of this function also runs where `ham_hf` is not installed."""
+    inputs = tokenizer("The captain looked at the sea, and", return_tensors="pt", return_token_type_ids=False)
+    settings = [{}, {"threshold": 0}, {"threshold": 0.5}, {"threshold": 2}, {"kv_usage": 0.25}, {"kv_budget": 4}]
+    texts, kept = [], []
+    for setting in settings:
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, **setting)
+        texts.append(tokenizer.decode(output.sequences[0]))
+        kept.append(output.past_key_values.kept_tokens().tolist())
+    continued = model.generate(
+        output.sequences, max_new_tokens=4, do_sample=False, past_key_values=output.past_key_values
+    )
+    texts.append(tokenizer.decode(continued[0]))
+    cache = type(output.past_key_values)
+    logits = [x.hex() for x in model(**inputs).logits[0, -1].tolist()]
+    return {"texts": texts, "kept": kept, "logits": logits}, f"{cache.__module__}.{cache.__name__}"
+
+
+STRANGER = f"""
+import json
+import sys
+
+import huggingface_hub
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+{inspect.getsource(observe)}
+
+source, copy = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(source)
+    refusal = None
+except ValueError as error:
+    refusal = str(error)
+config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+seen, cache = observe(model, tokenizer)
+loaded = {{}}
+for name in {list(MODELS)}:
+    loaded[name] = type(getattr(transformers, name).from_pretrained(source, trust_remote_code=True)).__name__
+model.save_pretrained(copy)
+tokenizer.save_pretrained(copy)
+versions = {{"transformers": transformers.__version__, "huggingface_hub": huggingface_hub.__version__}}
+hidden = not any(name.partition(".")[0] in ("ham_hf", "ham_kernels") for name in sys.modules)
+# On a line of its own: the question whether to trust the code has no end of line.
+print()
+print(json.dumps({{"refusal": refusal, "seen": seen, "cache": cache, "classes": loaded, "versions": versions,
+                  "config": type(config).__module__, "hidden": hidden}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "ham-tiny"
+    AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def oldest_supported(package):
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return next(re.search(r">=([\d.]+)", line)[1] for line in requirements if line.startswith(package))
+
+
+@pytest.fixture(params=["newest", "oldest"])
+def release(request):
+    """The versions a process is to find, the installed ones or the oldest supported, and the environment for that."""
+    packages = ("transformers", "huggingface_hub")
+    if request.param == "newest":
+        return {package: version(package) for package in packages}, {}
+    if OLDEST is None or not Path(OLDEST).is_dir():
+        pytest.skip(f"HAM_OLDEST_TRANSFORMERS={OLDEST} is no folder: `make .venv/oldest/.installed` fills it")
+    return {package: oldest_supported(package) for package in packages}, {"PYTHONPATH": OLDEST}
+
+
+def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run_python, tmp_path, code_files):
+    """The second process loads what the first one saved; both see what the package gives, to the bit."""
+    expected, _ = observe(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))
+    assert len(set(expected["texts"])) > 3, "the settings should not all give one text"
+    versions, environment = release
+    for source, copy in ((checkpoint, tmp_path / "copy"), (tmp_path / "copy", tmp_path / "copy of the copy")):
+        result = run_python(tmp_path, STRANGER, source, copy, HF_HUB_OFFLINE="1", **environment)
+        assert result["hidden"]
+        for package, found in result["versions"].items():
+            assert Version(found).release[:2] == Version(versions[package]).release[:2]
+        assert "trust_remote_code=True" in result["refusal"]
+        assert result["seen"] == expected
+        assert re.fullmatch(r"transformers_modules\..*\.cache_ham\.HAMCache", result["cache"])
+        assert result["config"].startswith("transformers_modules.")
+        assert result["classes"] == MODELS
+        assert code_in(copy) == code_files
+        assert all((copy / name).read_bytes() == (PACKAGE / name).read_bytes() for name in code_files)
+
+
+@pytest.mark.parametrize("name", MODELS.values())
+def test_every_model_is_saved_with_its_code(name, tiny_config, tmp_path, code_files):
+    config = tiny_config()
+    # Of a repository whose code lies in another one; what is saved here has its own.
+    config.auto_map = {"AutoModel": "someone/code--modeling_ham.HAMModel"}
+    getattr(ham_hf, name)(config).save_pretrained(tmp_path)
+    assert code_in(tmp_path) == code_files
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    models = {auto: f"modeling_ham.{model}" for auto, model in MODELS.items()}
+    assert auto_map == models | {"AutoConfig": "configuration_ham.HAMConfig"}
+
+
+def test_a_configuration_is_saved_with_the_code_of_the_models(tiny_config, tmp_path, code_files):
+    tiny_config().save_pretrained(tmp_path)
+    assert code_in(tmp_path) == code_files
+
+
+def test_a_class_of_ones_own_keeps_its_entry(tiny_config, tmp_path, code_files):
+    """What a user registered for an Auto class is what that class loads; the rest is HAM's."""
+    (tmp_path / "own_model.py").write_text("from ham_hf import HAMModel\n\n\nclass OwnModel(HAMModel):\n    pass\n")
+    spec = importlib.util.spec_from_file_location("own_model", tmp_path / "own_model.py")
+    module = sys.modules["own_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.OwnModel.register_for_auto_class("AutoModel")
+    module.OwnModel(tiny_config()).save_pretrained(tmp_path / "saved")
+    del sys.modules["own_model"]
+    assert code_in(tmp_path / "saved") == code_files | {"own_model.py"}
+    auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "own_model.OwnModel"
+    assert auto_map["AutoModelForCausalLM"] == "modeling_ham.HAMForCausalLM"
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_the_installed_package_wins_without_a_question(trust, checkpoint, monkeypatch, caplog):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody should be asked"))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust)
+        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust)
+    assert type(model) is HAMForCausalLM
+    assert type(config) is HAMConfig
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_checkpoint_of_the_trainer_carries_the_code_and_resumes(tiny_config, tmp_path, code_files):
+    rows = [{"input_ids": torch.arange(1, 9), "labels": torch.arange(1, 9)}] * 4
+    options = {"output_dir": str(tmp_path), "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    Trainer(HAMForCausalLM(tiny_config()), TrainingArguments(max_steps=1, **options), train_dataset=rows).train()
+    assert code_in(tmp_path / "checkpoint-1") == code_files
+    resumed = Trainer(HAMForCausalLM(tiny_config()), TrainingArguments(max_steps=2, **options), train_dataset=rows)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 2
+    assert code_in(tmp_path / "checkpoint-2") == code_files
+
+
+def test_under_fsdp_the_model_is_saved_and_not_the_class_that_pytorch_made_of_it(run_python, tmp_path, code_files):
+    """FSDP derives a class of its own from the model's; Transformers would save the file that defines it."""
+    program = """
+import json, os, sys
+import torch
+from torch.distributed import device_mesh, fsdp
+from ham_hf import HAMConfig, HAMForCausalLM
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = HAMForCausalLM(HAMConfig(vocab_size=9, **sizes))
+# As after loading by an Auto class with trust_remote_code=True.
+model.register_for_auto_class("AutoModelForCausalLM")
+weights = model.state_dict()
+fsdp.fully_shard(model, mesh=device_mesh.init_device_mesh("cpu", (1,)))
+model.save_pretrained(sys.argv[1] + "/saved", state_dict=weights)
+torch.distributed.destroy_process_group()
+print(json.dumps(type(model).__name__))
+"""
+    assert run_python(tmp_path, program, tmp_path, package=True) == "FSDPHAMForCausalLM"
+    assert code_in(tmp_path / "saved") == code_files
+    auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_ham.HAMForCausalLM"
