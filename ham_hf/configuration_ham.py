@@ -43,6 +43,7 @@ INHERITED_TYPES: dict[str, type | tuple[type, ...]] = {
     "dtype": (str, torch.dtype),
     "_experts_implementation": str,
     "experts_implementation": str,
+    "fusion_config": dict,
     "id2label": dict,
     "is_encoder_decoder": bool,
     "label2id": dict,
@@ -54,6 +55,7 @@ INHERITED_TYPES: dict[str, type | tuple[type, ...]] = {
     "return_dict": bool,
     "rope_scaling": dict,
     "torch_dtype": (str, torch.dtype),
+    "transformers_weights": str,
 }
 # Keys under which Transformers would look for other configurations, to use them in place of this one.
 OTHER_CONFIGURATIONS = {"decoder", "generator", "per_layer_config", "text_config", "text_encoder"}
@@ -226,6 +228,9 @@ class HAMConfig(PreTrainedConfig):
             if "/" in value:
                 # Transformers would download the repository and run its code.
                 raise ValueError(f"`{name}` must name no repository: HAM has its own attention; got {value!r}.")
+        weights = extra.get("transformers_weights") or "model.safetensors"
+        if not weights.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"`transformers_weights` must name safetensors or their index, got {weights!r}.")
         for dtype in (self.dtype, extra.get("torch_dtype")):
             found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
             if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):

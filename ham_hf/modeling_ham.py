@@ -855,6 +855,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             kv_usage=kv_usage,
             kv_budget=kv_budget,
             output_threshold_control=self.training and has_loss,
+            return_dict=True,
             **{name: value for name, value in optional.items() if value is not None},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
