@@ -24,7 +24,7 @@ LARGEST = {
     "vocab_size": 2**28,
     "hidden_size": 2**20,
     "intermediate_size": 2**24,
-    "num_hidden_layers": 2**10,
+    "num_hidden_layers": 2**9,
     "num_attention_heads": 2**16,
     "num_key_value_heads": 2**16,
     "head_dim": 2**16,
