@@ -110,12 +110,18 @@ def named_in_the_configuration(folder):
 
 @pytest.mark.parametrize("kind", ["pickle", "zip", "old zip"])
 @pytest.mark.parametrize(
-    "arrange", [only_a_bin, index_of_bins, index_of_bins_without_a_dtype, named_in_the_configuration]
+    ("arrange", "error", "message"),
+    [
+        (only_a_bin, OSError, r"no file named model\.safetensors"),
+        (index_of_bins, ValueError, "safetensors files only, got .*evil"),
+        (named_in_the_configuration, ValueError, "`transformers_weights` must name safetensors"),
+        (index_of_bins_without_a_dtype, pickle.UnpicklingError, "[Ww]eights.only"),
+    ],
 )
-def test_a_planted_pickle_is_not_run(folder, tmp_path, arrange, kind):
+def test_a_planted_pickle_is_not_run(folder, tmp_path, arrange, error, message, kind):
     plant(folder / arrange(folder), tmp_path / "mark", kind)
     for auto in (HAMForCausalLM, AutoModelForCausalLM):
-        with pytest.raises((ValueError, OSError, pickle.UnpicklingError, RuntimeError)):
+        with pytest.raises(error, match=message):
             auto.from_pretrained(folder)
     assert not (tmp_path / "mark").exists()
 
@@ -189,7 +195,7 @@ def test_the_largest_models_pass():
         ({"attn_implementation": "someone/kernels"}, "`attn_implementation` must name no repository"),
         ({"transformers_weights": "x.bin"}, "`transformers_weights` must name safetensors or their index"),
         ({"dtype": "load"}, "`dtype` must be the name of a floating-point type"),
-        ({"id2label": [1]}, r"`id2label` must be dict, got \[1\]"),
+        ({"id2label": [1]}, "id2label"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
