@@ -5,7 +5,8 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -568,7 +569,7 @@ class HAMPreTrainedModel(PreTrainedModel):
         use_safetensors: bool | None = None,
         weights_only: bool = True,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """As in Transformers, but nothing is unpickled: weights are read from safetensors files only.
 
         Raises:
@@ -596,6 +597,11 @@ class HAMPreTrainedModel(PreTrainedModel):
                 most = MOST_QUANTIZED_PARAMETERS if load_config.is_quantized else MOST_PARAMETERS
                 check_size(model, checkpoint_files, most)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
+        # The other way in, for folders that hold the shards of several ranks.
+        check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")], MOST_PARAMETERS)
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *arguments)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

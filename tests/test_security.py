@@ -231,6 +231,18 @@ def test_shards_lie_beside_their_index(folder):
         HAMForCausalLM.from_pretrained(folder)
 
 
+def test_the_shards_of_several_ranks_are_measured_too(folder):
+    """A file of such a name makes Transformers take memory for the whole model before it reads anything."""
+    weights = folder / "model.safetensors"
+    (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(weights.read_bytes())
+    expected = load_file(weights)
+    loaded = HAMForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in expected.items())
+    edit(folder, vocab_size=2**28)
+    with pytest.raises(ValueError, match=r"asks for \d+ parameters, the files hold \d+"):
+        HAMForCausalLM.from_pretrained(folder)
+
+
 HOSTILE = """
 import json, resource, sys, time
 from pathlib import Path
