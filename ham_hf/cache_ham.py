@@ -828,23 +828,18 @@ class HAMCacheLayer(CacheLayerMixin):
             state |= vars(self.store.tokens()) | {"counts": self.store.counts}
         return {name: x for name, x in state.items() if x is not None}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], config: HAMConfig, seen_tokens: int) -> None:
-        """Takes over what `state_dict` gave; `ValueError` if it does not fit `config`."""
+    def load_state_dict(self, state: dict[str, torch.Tensor], seen_tokens: int) -> None:
+        """Takes over what `state_dict` gave and `check_saved_layer` checked."""
         self.reset()
         self.real_tokens = state["real_tokens"]
         self.conv_state, self.recurrent_state = state.get("conv_state"), state.get("recurrent_state")
         self.device, self.seen_tokens, self.is_initialized = self.real_tokens.device, seen_tokens, True
         if "counts" not in state:
             return
-        expected = (len(self.real_tokens) * config.num_key_value_heads, config.head_dim, config.value_head_dim)
-        found = (len(state["counts"]), state["keys"].shape[1], state["values"].shape[1])
-        if found != expected:
-            raise ValueError(
-                f"The cache holds (streams, key size, value size) {found}, but `config` needs {expected}."
-            )
         tokens = KeptTokens(**{name: state[name] for name in (*PagedStore.FIELDS, "streams")})
         self.dtype = tokens.keys.dtype
-        self.store = PagedStore(*expected, self.dtype, self.device)
+        sizes = (len(state["counts"]), tokens.keys.shape[1], tokens.values.shape[1])
+        self.store = PagedStore(*sizes, self.dtype, self.device)
         self.store.append(tokens)
 
     def prefetch(self) -> None:
@@ -1040,22 +1035,104 @@ class HAMCache(Cache):
             ValueError: if it is damaged, not a cache, or of a model of another shape.
         """
         cache = cls(config)
-        name, device = os.fspath(path), torch.device(device)
+        path, device = os.fspath(path), torch.device(device)
         try:
-            file = safe_open(name, framework="pt", device=str(device))
+            file = safe_open(path, framework="pt", device=str(device))
         except SafetensorError as error:
-            raise ValueError(f"`path` {name!r} is not a cache written by `HAMCache.save`, whole: {error}.") from error
+            raise ValueError(f"`path` {path!r} is not a cache written by `HAMCache.save`, whole: {error}.") from error
         with file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FILE_FORMAT:
-                raise ValueError(f"`path` {name!r} is not a cache written by `HAMCache.save`.")
-            check_same_shape("path", json.loads(metadata["shape"]), config)
+            seen_tokens = _check_metadata(path, file.metadata() or {}, config)
             names = list(file.keys())
+            prefixes = tuple(f"{i}." for i in range(len(cache.layers)))
+            if foreign := [name for name in names if not name.startswith(prefixes)]:
+                raise ValueError(f"`path` {path!r} holds {foreign[0]!r}, which is part of no layer.")
             for i, layer in enumerate(cache.layers):
                 prefix = f"{i}."
                 state = {name[len(prefix) :]: file.get_tensor(name) for name in names if name.startswith(prefix)}
-                layer.load_state_dict(state, config, int(metadata["seen_tokens"]))
+                check_saved_layer(f"`path` {path!r}, layer {i}", state, config, config.layer_types[i], seen_tokens)
+                layer.load_state_dict(state, seen_tokens)
+                if not torch.equal(layer.real_tokens, cache.layers[0].real_tokens):
+                    raise ValueError(f"`path` {path!r}, layer {i}: `real_tokens` must be those of layer 0.")
         return cache
+
+
+def _check_metadata(path: str, metadata: dict[str, str], config: HAMConfig) -> int:
+    """Tokens seen, of a file that says to be a cache for a model of `config`; `ValueError` for any other."""
+    not_a_cache = f"`path` {path!r} is not a cache written by `HAMCache.save`"
+    if metadata.get("format") != FILE_FORMAT:
+        raise ValueError(f"{not_a_cache}.")
+    try:
+        shape, seen_tokens = json.loads(metadata.get("shape", "")), int(metadata.get("seen_tokens", ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{not_a_cache}, whole: {error}.") from error
+    if not isinstance(shape, dict) or not 0 < seen_tokens <= torch.iinfo(torch.int32).max:
+        raise ValueError(f"{not_a_cache}, whole: of shape {shape!r}, after {seen_tokens} tokens.")
+    check_same_shape("path", shape, config)
+    return seen_tokens
+
+
+def check_saved_layer(
+    where: str, state: dict[str, torch.Tensor], config: HAMConfig, layer_type: str, seen_tokens: int
+) -> None:
+    """Refuses what no layer gives as its `state_dict`, before memory is taken for it.
+
+    Raises:
+        ValueError: `where`, and which tensor is missing, too many, of another shape or dtype, or contradicts others.
+    """
+    heads, key_dim, value_dim = config.num_key_value_heads, config.head_dim, config.value_head_dim
+    channels = (config.num_attention_heads + heads) * key_dim + heads * value_dim
+    if layer_type == "linear_attention" and config.linear_num_key_heads is not None:
+        heads, key_dim, value_dim = (
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+        channels = 2 * config.linear_num_key_heads * key_dim + heads * value_dim
+    batch = len(state["real_tokens"]) if "real_tokens" in state and state["real_tokens"].ndim else 0
+    kept = len(state["streams"]) if "streams" in state and state["streams"].ndim else 0
+    integer, floating = (torch.int64,), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {"real_tokens": ((batch,), integer)}
+    if layer_type != "full_attention":
+        expected["recurrent_state"] = (batch, heads, key_dim, value_dim), floating
+    if layer_type != "full_attention" or config.attention_conv:
+        expected["conv_state"] = (batch, config.conv_kernel_size - 1, channels), floating
+    if layer_type != "linear_attention":
+        expected |= {
+            "counts": ((batch * heads,), integer),
+            "keys": ((kept, key_dim), floating),
+            "values": ((kept, value_dim), (state["keys"].dtype,) if "keys" in state else floating),
+            "scores": ((kept,), (torch.float32,)),
+            "positions": ((kept,), (torch.int32,)),
+            "streams": ((kept,), integer),
+        }
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            raise ValueError(f"{where}: `{name}` is {'missing' if name in expected else 'no part of it'}.")
+        shape, dtypes = expected[name]
+        if state[name].shape != shape or state[name].dtype not in dtypes:
+            raise ValueError(
+                f"{where}: `{name}` must be {list(shape)} of {' or '.join(map(str, dtypes))}, got "
+                f"{list(state[name].shape)} of {state[name].dtype}."
+            )
+    real = state["real_tokens"]
+    if batch == 0 or bool(((real < 0) | (real > seen_tokens)).any()):
+        raise ValueError(f"{where}: `real_tokens` must be between 0 and {seen_tokens}, one for each row.")
+    if layer_type != "linear_attention":
+        _check_saved_tokens(where, state, real.repeat_interleave(heads), keeps_all=layer_type == "full_attention")
+
+
+def _check_saved_tokens(where: str, state: dict[str, torch.Tensor], seen: torch.Tensor, keeps_all: bool) -> None:
+    """`ValueError` unless the tokens of each stream are as many as counted, and in order; `seen` `[N]` per stream."""
+    counts, streams, positions = state["counts"], state["streams"], state["positions"]
+    fits = counts == seen if keeps_all else (counts >= 0) & (counts <= seen)
+    # Only now may memory be taken for as many tokens as are counted.
+    fits = fits.all() and counts.sum() == len(streams)
+    if not fits or not torch.equal(streams, torch.repeat_interleave(counts)):
+        raise ValueError(f"{where}: `counts`, `streams` and `real_tokens` contradict each other.")
+    follows = streams[1:] == streams[:-1]
+    in_order = (positions[1:] > positions[:-1]) | ~follows
+    if not in_order.all() or bool(((positions < 0) | (positions >= seen[streams])).any()):
+        raise ValueError(f"{where}: `positions` must rise within each stream, and be those of real tokens.")
 
 
 def cache_shape(config: HAMConfig) -> dict:

@@ -6,6 +6,7 @@ import os
 from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -33,6 +34,70 @@ THRESHOLD_SCOPES = ("head", "layer", "model")
 OUTPUT_GATES = ("silu", "sigmoid")
 # Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
 LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+
+# Sizes far above those of any model. A configuration that asks for more is damaged or hostile, and is refused before a
+# list or a module is made of it; what it may ask for is then compared with the size of the checkpoint's files.
+LARGEST = {
+    "vocab_size": 2**28,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2**9,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "value_head_dim": 2**16,
+    "max_position_embeddings": 2**40,
+    "conv_kernel_size": 2**10,
+    "router_hidden_size": 2**20,
+    **dict.fromkeys(LINEAR_SHAPE, 2**16),
+}
+MOST_LABELS = 2**17
+# What Transformers reads before anything has checked it: of its own fields no type is checked.
+INHERITED_TYPES: dict[str, type | tuple[type, ...]] = {
+    "_attn_implementation": str,
+    "architectures": list,
+    "attn_implementation": str,
+    "chunk_size_feed_forward": int,
+    "dtype": (str, torch.dtype),
+    "_experts_implementation": str,
+    "experts_implementation": str,
+    "fusion_config": dict,
+    "id2label": dict,
+    "is_encoder_decoder": bool,
+    "label2id": dict,
+    "num_labels": int,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "problem_type": str,
+    "quantization_config": dict,
+    "return_dict": bool,
+    "rope_scaling": dict,
+    "torch_dtype": (str, torch.dtype),
+    "transformers_weights": str,
+}
+# Keys under which Transformers would look for other configurations, to use them in place of this one.
+OTHER_CONFIGURATIONS = {"decoder", "generator", "per_layer_config", "text_config", "text_encoder"}
+# What the frequencies of each type of RoPE are computed from, besides its base.
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+# The smallest that each number among them may be. Above the largest, powers of it overflow.
+ROPE_SMALLEST = {
+    "factor": 1,
+    "original_max_position_embeddings": 2,
+    "attention_factor": 0,
+    "beta_fast": 1e-6,
+    "beta_slow": 1e-6,
+    "low_freq_factor": 1e-6,
+    "high_freq_factor": 1e-6,
+    "mscale": 0,
+    "mscale_all_dim": 0,
+}
+ROPE_LARGEST = 1e15
 
 # Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
 # `None`, so that it does not ask those who read a finished configuration whether a field is there.
@@ -174,6 +239,7 @@ class HAMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_inherited(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -182,13 +248,59 @@ class HAMConfig(PreTrainedConfig):
             self.value_head_dim = self.head_dim
         if self.router_hidden_size is None:
             self.router_hidden_size = max(1, self.hidden_size // 4)
-        if self.layer_types is None:
+        if self.layer_types is None and self.num_hidden_layers <= LARGEST["num_hidden_layers"]:
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    def _check_inherited(self, extra: dict[str, Any]) -> None:
+        """Refuses what Transformers would stumble over, or take over, when it reads the fields and `extra` keys."""
+        for name, value in (vars(self) | extra).items():
+            expected = INHERITED_TYPES.get(name, object)
+            if value is not None and not isinstance(value, expected):
+                types = expected if isinstance(expected, tuple) else (expected,)
+                raise TypeError(f"`{name}` must be {' or '.join(x.__name__ for x in types)}, got {value!r}.")
+        if extra.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"`model_type` must be {self.model_type!r}, got {extra['model_type']!r}.")
+        for name in extra.keys() - {"model_type"}:
+            if name in OTHER_CONFIGURATIONS:
+                raise ValueError(f"`{name}` must be left out: a HAM has one configuration, got {extra[name]!r}.")
+            code = getattr(type(self), name, None)
+            if hasattr(type(self), name) and not (isinstance(code, property) and code.fset):
+                raise ValueError(f"`{name}` is part of the code of HAMConfig, which no configuration may replace.")
+        for name in ("attn_implementation", "experts_implementation"):
+            value = extra.get(name) or extra.get(f"_{name}") or ""
+            if "/" in value:
+                # Transformers would download the repository and run its code.
+                raise ValueError(f"`{name}` must name no repository: HAM has its own attention; got {value!r}.")
+        weights = extra.get("transformers_weights") or "model.safetensors"
+        if not weights.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"`transformers_weights` must name safetensors or their index, got {weights!r}.")
+        for dtype in (self.dtype, extra.get("torch_dtype")):
+            found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+                raise ValueError(f"`dtype` must be the name of a floating-point type of torch, got {dtype!r}.")
+        num_labels = extra.get("num_labels")
+        if num_labels is not None and not 0 <= num_labels <= MOST_LABELS:
+            raise ValueError(f"`num_labels` must be between 0 and {MOST_LABELS}, got {num_labels}.")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `config.json` as Transformers does; `OSError` if it is no JSON or nested too deeply."""
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            raise OSError(f"The config file of {pretrained_model_name_or_path} is nested too deeply.") from error
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
+            return kwargs
+        given = kwargs.get("rope_scaling") or self.rope_parameters or {}
+        if any(layer_type in given for layer_type in LAYER_TYPES):
+            # One set of parameters for each kind of layer, which HAM does not have: to be refused with all else.
+            self.rope_parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
 
@@ -231,6 +343,9 @@ class HAMConfig(PreTrainedConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, largest in LARGEST.items():
+            if (getattr(self, name) or 0) > largest:
+                raise ValueError(f"`{name}` must be at most {largest}, got {getattr(self, name)}.")
         for name in ("initializer_range", "rms_norm_eps", "output_norm_eps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -281,20 +396,38 @@ class HAMConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, str) and value not in OUTPUT_GATES:
                 raise ValueError(f"`{name}` must be True, False or one of {OUTPUT_GATES}, got {value!r}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must have one entry per layer: `num_hidden_layers` ({self.num_hidden_layers}), got "
+                f"{len(self.layer_types)}."
+            )
 
     def _validate_rope(self) -> None:
         if self.rope_parameters is None:
             return
-        rope_type, theta = self.rope_parameters.get("rope_type"), self.rope_parameters.get("rope_theta")
+        given: dict[str, Any] = {**self.rope_parameters}
+        rope_type, theta = given.get("rope_type"), given.get("rope_theta")
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
         if rope_type not in rope_types:
             raise ValueError(f"`rope_parameters['rope_type']` must be one of {rope_types}, got {rope_type!r}.")
-        for name, value in (("rope_theta", theta), ("factor", self.rope_parameters.get("factor", 1))):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
-                raise ValueError(f"`rope_parameters['{name}']` must be a finite number of at least 1, got {value!r}.")
+        self._validate_rope_number("rope_theta", theta, 1)
+        if rope_type == "yarn" and theta == 1:
+            raise ValueError("`rope_parameters['rope_theta']` must be more than 1 with the type 'yarn', got 1.")
+        if rope_type == "dynamic" and self.head_dim == 2:
+            raise ValueError("`head_dim` must be more than 2 with RoPE of the type 'dynamic', got 2.")
+        for name in ROPE_NEEDS.get(rope_type, ()):
+            if given.get(name) is None:
+                raise ValueError(f"`rope_parameters['{name}']` must be given with the type {rope_type!r}.")
+        for name, smallest in ROPE_SMALLEST.items():
+            if given.get(name) is not None:
+                self._validate_rope_number(name, given[name], smallest)
         if self.head_dim % 2:
             raise ValueError(f"RoPE needs an even `head_dim`, got {self.head_dim}; or set `rope_parameters=None`.")
-        self._validate_partial_rotary_factor(self.rope_parameters.get("partial_rotary_factor", 1.0), rope_type)
+        partial = given.get("partial_rotary_factor", 1.0)
+        self._validate_partial_rotary_factor(partial, rope_type)
+        for name in ("short_factor", "long_factor"):
+            if given.get(name) is not None:
+                self._validate_rope_factors(name, given[name], int(self.head_dim * partial) // 2)
 
     def _validate_partial_rotary_factor(self, factor: Any, rope_type: str) -> None:
         name = "`rope_parameters['partial_rotary_factor']`"
@@ -308,6 +441,19 @@ class HAMConfig(PreTrainedConfig):
                 f"{rotary_dim} with {factor}."
             )
 
+    def _validate_rope_number(self, name: str, value: Any, smallest: float) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not smallest <= value <= ROPE_LARGEST:
+            raise ValueError(
+                f"`rope_parameters['{name}']` must be a number between {smallest} and {ROPE_LARGEST}, got {value!r}."
+            )
+
+    def _validate_rope_factors(self, name: str, factors: Any, rotated: int) -> None:
+        if not isinstance(factors, list) or len(factors) != rotated:
+            raise ValueError(f"`rope_parameters['{name}']` must be a list of {rotated} numbers, got {factors!r}.")
+        for factor in factors:
+            self._validate_rope_number(name, factor, 1e-6)
+
     def _validate_routing(self) -> None:
         if self.router not in ROUTERS:
             raise ValueError(f"`router` must be one of {ROUTERS}, got {self.router!r}.")
@@ -318,6 +464,8 @@ class HAMConfig(PreTrainedConfig):
         if self.threshold is None:
             return
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        if any(isinstance(value, int) and abs(value) > 2**53 for value in values):
+            raise ValueError(f"`threshold` must be between -2**53 and 2**53, or infinite, got {self.threshold}.")
         if any(math.isnan(value) for value in values):
             raise ValueError(f"`threshold` must not be NaN, got {self.threshold}.")
         if isinstance(self.threshold, list) and len(values) != self.num_hybrid_layers:

@@ -2,13 +2,16 @@
 """Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
@@ -19,7 +22,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -57,6 +60,13 @@ INITIAL_THRESHOLD = 0.5
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 # What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
 ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
+HOW_TO_CONVERT = (
+    "unpickling others could run code. Convert them once with `safetensors.torch.save_file(torch.load(path, "
+    "weights_only=True), 'model.safetensors', metadata={'format': 'pt'})`"
+)
+# How many times the parameters in its files a model may have: half of them may be missing (those of a new head, say),
+# and quantisation packs several into one number.
+MOST_PARAMETERS, MOST_QUANTIZED_PARAMETERS = 2, 16
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -606,6 +616,31 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states if control is None else (hidden_states, control)
 
 
+def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> None:
+    """`ValueError` for weights that are no safetensors, and for an index that leads out of the checkpoint's folder."""
+    foreign = [file for file in files if not file.endswith(".safetensors")]
+    if foreign:
+        raise ValueError(f"Weights are read from safetensors files only, got {foreign[0]!r}; {HOW_TO_CONVERT}.")
+    for name in sorted(set((sharded_metadata or {}).get("weight_map", {}).values())):
+        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+            raise ValueError(f"The index of the weights must name files beside it, got {name!r}.")
+
+
+def check_size(model: PreTrainedModel, files: list[str], most: int) -> None:
+    """`ValueError` if the model has over `most` times the parameters that the files hold: memory is taken for all."""
+    held = 0
+    for file in files:
+        # Opening compares the header with the size of the file.
+        with safe_open(file, framework="pt") as weights:
+            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    wanted = sum(x.numel() for x in model.parameters())
+    if wanted > most * held:
+        raise ValueError(
+            f"The configuration asks for {wanted} parameters, the files hold {held}: the checkpoint is damaged, or of "
+            "another model."
+        )
+
+
 class HAMPreTrainedModel(PreTrainedModel):
     """What every HAM model shares: its configuration, its initialisation and what Transformers must know of it."""
 
@@ -624,6 +659,48 @@ class HAMPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(HAMMixer, index=1),
         "routing_scores": OutputRecorder(HAMMixer, index=2),
     }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """As in Transformers, but nothing is unpickled: weights are read from safetensors files only.
+
+        Raises:
+            ValueError: also for `use_safetensors=False` and `weights_only=False`, and for files that are too small for
+                what the configuration asks for, before memory is taken for it.
+        """
+        if use_safetensors is False or not weights_only:
+            name, value = ("use_safetensors", use_safetensors) if weights_only else ("weights_only", weights_only)
+            raise ValueError(f"`{name}` must not be {value!r}: HAM reads safetensors files only, as {HOW_TO_CONVERT}.")
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: LoadStateDictConfig,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        # Here the files are found, wherever they were, and the model has its shapes but no memory yet.
+        if state_dict is None and checkpoint_files:
+            check_files(checkpoint_files, load_config.sharded_metadata)
+            # Keys are expected when an adapter is loaded, which has files of its own and is smaller than the model.
+            if expected_keys is None:
+                most = MOST_QUANTIZED_PARAMETERS if load_config.is_quantized else MOST_PARAMETERS
+                check_size(model, checkpoint_files, most)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
+        # The other way in, for folders that hold the shards of several ranks.
+        check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")], MOST_PARAMETERS)
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *arguments)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -898,6 +975,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             kv_usage=kv_usage,
             kv_budget=kv_budget,
             output_threshold_control=self.training and has_loss,
+            return_dict=True,
             **{name: value for name, value in optional.items() if value is not None},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

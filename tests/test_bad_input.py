@@ -542,7 +542,7 @@ def test_a_configuration_changed_into_a_wrong_one(tiny_config, tmp_path):
         HAMModel(config)
     with pytest.raises(StrictDataclassError, match="`num_key_value_heads`"):
         config.save_pretrained(tmp_path)
-    with pytest.raises(KeyError, match="factor"):
+    with pytest.raises(StrictDataclassError, match=r"`rope_parameters\['factor'\]` must be given"):
         tiny_config(rope_parameters=rope(rope_type="linear"))
 
 
