@@ -1079,15 +1079,7 @@ def check_saved_layer(
     Raises:
         ValueError: `where`, and which tensor is missing, too many, of another shape or dtype, or contradicts others.
     """
-    heads, key_dim, value_dim = config.num_key_value_heads, config.head_dim, config.value_head_dim
-    channels = (config.num_attention_heads + heads) * key_dim + heads * value_dim
-    if layer_type == "linear_attention" and config.linear_num_key_heads is not None:
-        heads, key_dim, value_dim = (
-            config.linear_num_value_heads,
-            config.linear_key_head_dim,
-            config.linear_value_head_dim,
-        )
-        channels = 2 * config.linear_num_key_heads * key_dim + heads * value_dim
+    query_heads, key_heads, heads, key_dim, value_dim = config.layer_shape(layer_type)
     batch = len(state["real_tokens"]) if "real_tokens" in state and state["real_tokens"].ndim else 0
     kept = len(state["streams"]) if "streams" in state and state["streams"].ndim else 0
     integer, floating = (torch.int64,), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -1095,6 +1087,7 @@ def check_saved_layer(
     if layer_type != "full_attention":
         expected["recurrent_state"] = (batch, heads, key_dim, value_dim), floating
     if layer_type != "full_attention" or config.attention_conv:
+        channels = (query_heads + key_heads) * key_dim + heads * value_dim
         expected["conv_state"] = (batch, config.conv_kernel_size - 1, channels), floating
     if layer_type != "linear_attention":
         expected |= {

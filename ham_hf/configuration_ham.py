@@ -4,7 +4,7 @@
 import math
 import os
 from dataclasses import field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -99,14 +99,24 @@ ROPE_SMALLEST = {
 }
 ROPE_LARGEST = 1e15
 
-# Types of the fields that a caller may leave `None` and `__post_init__` fills in. A type checker is told `Any` for
-# `None`, so that it does not ask those who read a finished configuration whether a field is there.
+# Types of the fields that a caller may leave `None`, most of which `__post_init__` fills in. A type checker is told
+# `Any` for `None`, so that it does not ask those who read a finished configuration whether a field is there.
 if TYPE_CHECKING:
     FilledInt = int | Any
     FilledStrings = list[str] | Any
 else:
     FilledInt = int | None
     FilledStrings = list[str] | None
+
+
+class LayerShape(NamedTuple):
+    """Heads of a layer's queries, keys and values, and their sizes; of query and value heads the more have outputs."""
+
+    query_heads: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @strict
@@ -223,10 +233,10 @@ class HAMConfig(PreTrainedConfig):
     output_norm_eps: float | None = None
     output_gate: bool | str = True
     linear_output_gate: bool | str | None = None
-    linear_num_key_heads: int | None = None
-    linear_num_value_heads: int | None = None
-    linear_key_head_dim: int | None = None
-    linear_value_head_dim: int | None = None
+    linear_num_key_heads: FilledInt = None
+    linear_num_value_heads: FilledInt = None
+    linear_key_head_dim: FilledInt = None
+    linear_value_head_dim: FilledInt = None
     allow_neg_eigval: bool = False
     attention_post_norm: bool = False
     router: str = "cosine"
@@ -308,6 +318,19 @@ class HAMConfig(PreTrainedConfig):
     def num_hybrid_layers(self) -> int:
         """Number of layers that route tokens: those a list of thresholds has an entry for."""
         return self.layer_types.count("hybrid")
+
+    def layer_shape(self, layer_type: str) -> LayerShape:
+        """The shape of layers of a type: linear ones may have their own."""
+        if layer_type == "linear_attention" and self.linear_num_key_heads is not None:
+            return LayerShape(
+                self.linear_num_key_heads,
+                self.linear_num_key_heads,
+                self.linear_num_value_heads,
+                self.linear_key_head_dim,
+                self.linear_value_head_dim,
+            )
+        kv_heads = self.num_key_value_heads
+        return LayerShape(self.num_attention_heads, kv_heads, kv_heads, self.head_dim, self.value_head_dim)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any

@@ -227,11 +227,13 @@ class HAMMixer(nn.Module):
         self.has_rnn = self.layer_type != "full_attention"
         self.has_attention = self.layer_type != "linear_attention"
         self.has_conv = self.has_rnn or config.attention_conv
-        self._set_shape()
+        gate = config.output_gate
+        if self.layer_type == "linear_attention" and config.linear_output_gate is not None:
+            gate = config.linear_output_gate
+        self.output_gate = "silu" if gate is True else gate or None
         hidden, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
         out_norm_eps = eps if config.output_norm_eps is None else config.output_norm_eps
-        heads, key_heads, value_heads = self.query_heads, self.key_heads, self.value_heads
-        key_dim, value_dim = self.key_dim, self.value_dim
+        heads, key_heads, value_heads, key_dim, value_dim = self.shape = config.layer_shape(self.layer_type)
         # A head of the output for each query head, or for each value head where a key serves several.
         out_channels = max(heads, value_heads) * value_dim
 
@@ -262,30 +264,12 @@ class HAMMixer(nn.Module):
             self.threshold = nn.Parameter(torch.empty(key_heads))
             self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES))
 
-    def _set_shape(self) -> None:
-        """Heads, their sizes and the output gate, which linear layers may have of their own."""
-        config = self.config
-        self.query_heads, self.key_dim, self.value_dim = (
-            config.num_attention_heads,
-            config.head_dim,
-            config.value_head_dim,
-        )
-        self.key_heads = self.value_heads = config.num_key_value_heads
-        gate = config.output_gate
-        if self.layer_type == "linear_attention":
-            gate = gate if config.linear_output_gate is None else config.linear_output_gate
-            if config.linear_num_key_heads is not None:
-                self.query_heads = self.key_heads = config.linear_num_key_heads
-                self.value_heads = config.linear_num_value_heads
-                self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
-        self.output_gate = "silu" if gate is True else gate or None
-
     @property
     def has_decoding_kernels(self) -> bool:
         """Whether the kernels of a decoding step compute what this layer does; PyTorch computes the others."""
         return (
             self.has_rnn
-            and self.value_heads == self.key_heads
+            and self.shape.value_heads == self.shape.key_heads
             and not (self.has_attention and self.config.qk_norm == "projection")
         )
 
@@ -490,7 +474,7 @@ class HAMMixer(nn.Module):
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
-        key_dim, value_dim = self.key_dim, self.value_dim
+        key_dim, value_dim = self.shape.key_dim, self.shape.value_dim
         q, k, v = qkv.split(self.sizes, -1)
         return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
 
@@ -512,8 +496,8 @@ class HAMMixer(nn.Module):
         if tokens.real is not None:
             beta, g = beta * tokens.real[..., None], g * tokens.real[..., None]
         q, k = l2norm(q), l2norm(k)
-        if self.value_heads > self.key_heads:
-            q, k = (x.repeat_interleave(self.value_heads // self.key_heads, dim=2) for x in (q, k))
+        if self.shape.value_heads > self.shape.key_heads:
+            q, k = (x.repeat_interleave(self.shape.value_heads // self.shape.key_heads, dim=2) for x in (q, k))
         step.rnn = (k, v, g, beta)
         state = None if cache is None else cache.recurrent_state
         score = self.router.error if self.layer_type == "hybrid" else None
