@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The command `ham-hf`: reads and checks its arguments, loads a checkpoint, and has it continue a prompt."""
+"""The command `ham-hf`: checks its arguments, then has a checkpoint continue a prompt, or another tool run it."""
 
 import argparse
 import math
@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,6 +40,12 @@ MAIN_EXAMPLES = """\
 examples:
   ham-hf demo
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
+  ham-hf run transformers serve path/to/checkpoint
+"""
+RUN_EXAMPLES = """\
+examples:
+  ham-hf run lm_eval --model hf --model_args pretrained=path/to/checkpoint,threshold=0.3 --tasks lambada_openai
+  ham-hf run transformers serve path/to/checkpoint --port 8000
 """
 
 
@@ -82,7 +89,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
-    commands = parser.add_subparsers(metavar="generate|demo", title="commands", dest="command", required=True)
+    commands = parser.add_subparsers(metavar="generate|demo|run", title="commands", dest="command", required=True)
     generate = commands.add_parser(
         "generate",
         help="continue a prompt, once for each threshold",
@@ -101,6 +108,17 @@ def build_parser() -> Parser:
     add_model_arguments(demo, max_new_tokens=40)
     # So small a model repeats itself when it always takes the likeliest token.
     demo.set_defaults(execute=demo_command, temperature=0.7)
+    run = commands.add_parser(
+        "run",
+        help="run another package's command with HAM known to Transformers",
+        description="Runs the command of another installed package in a process whose Auto classes know HAM.",
+        epilog=RUN_EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    run.add_argument("tool", metavar="TOOL", help="name of the command, such as lm_eval or transformers")
+    run.add_argument("tool_arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    run.set_defaults(execute=run_command)
     return parser
 
 
@@ -196,6 +214,24 @@ def demo_command(arguments: argparse.Namespace) -> None:
         settings = [Setting("kv_usage", x) for x in DEMO_USAGES]
     print(f"{DEMO_INTRODUCTION}\n")
     compare(arguments, model, tokenizer, DEMO_PROMPT, settings, score=True)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf run`."""
+    commands = entry_points(group="console_scripts", name=arguments.tool)
+    if not commands:
+        raise CommandError(
+            f"argument TOOL: no installed package has a command {arguments.tool!r}, takes one such as lm_eval or "
+            "transformers"
+        )
+    import transformers
+
+    from ham_hf import HAMForCausalLM
+
+    # `transformers serve` looks a model's class up here, by the name in config.json, and asks no Auto class.
+    setattr(transformers, HAMForCausalLM.__name__, HAMForCausalLM)
+    sys.argv = [arguments.tool, *arguments.tool_arguments]
+    sys.exit(next(iter(commands)).load()())
 
 
 def compare(

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -116,10 +117,21 @@ def test_help_and_version(capsys):
         (["--help"], "ham-hf demo"),
         (["generate", "--help"], "--threshold 0 0.5 2"),
         (["demo", "--help"], "--max-new-tokens"),
+        (["run", "--help"], "transformers serve"),
     ):
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main(arguments)
         assert expected in capsys.readouterr().out
+
+
+def test_run_hands_its_arguments_to_another_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "transformers", "version"])
+    assert not stop.value.code
+    assert transformers.__version__ in capsys.readouterr().out
+    assert transformers.HAMForCausalLM is HAMForCausalLM
+    assert "'no-such-tool'" in refusal(capsys, "run", "no-such-tool", "--help")
 
 
 def test_pipe_gets_the_whole_text_without_escape_codes(checkpoint):
@@ -278,7 +290,7 @@ def test_refused_prompts(capsys, checkpoint, tmp_path, monkeypatch):
     assert "UTF-8" in message("caf\udce9")
     assert "--score" in message("a", "--score")
     assert "'a'" in message("--threshold", "0.5", "a")  # PROMPT behind --threshold: the message says where it goes
-    assert "generate|demo" in refusal(capsys)
+    assert "generate|demo|run" in refusal(capsys)
 
 
 def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatch):
