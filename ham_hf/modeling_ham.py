@@ -284,6 +284,9 @@ class HAMMixer(nn.Module):
             return None
         if cache.conv_state is None or cache.recurrent_state is None:
             return None
+        # What accelerate offloads is there only while the module that owns it runs.
+        if self.conv.weight.is_meta:
+            return None
         # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
         if cache.conv_state.dtype != self.conv.weight.dtype:
             return None

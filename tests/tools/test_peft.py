@@ -67,6 +67,20 @@ def test_train_save_load_and_merge(model, ids, tmp_path):
         torch.testing.assert_close(merged(ids).logits, logits, atol=2e-4, rtol=0)
 
 
+def test_learned_router_is_adapted(tiny_config):
+    lora = adapted(HAMForCausalLM(tiny_config(router="learned_error")))
+    ids = torch.randint(1, 97, (2, 30))
+    train(lora, ids, steps=2)
+    moved = {name.split(".")[-4] for name, x in lora.named_parameters() if ".lora_B." in name and x.any()}
+    assert moved == PROJECTIONS  # the router's MLP has the names of the other one
+    for layer in lora.base_model.model.model.layers:
+        assert layer.mixer.router.down_proj.lora_B.default.weight.any()
+    with torch.no_grad():
+        scores = lora(ids, output_routing_scores=True).routing_scores
+        merged = lora.merge_and_unload()(ids, output_routing_scores=True).routing_scores
+    torch.testing.assert_close(merged, scores, atol=1e-5, rtol=0)
+
+
 def test_generate_at_a_threshold(model, ids):
     lora = adapted(model)
     train(lora, ids, steps=1)
