@@ -838,6 +838,18 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Any,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Leaves out the tokenizers that `generate` needs for `stop_strings`, but hands on to every forward call."""
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,

@@ -50,3 +50,16 @@ def test_feature_extraction_takes_the_tokenizers_output(generator, model):
     with torch.no_grad():
         expected = model.model(**generator.tokenizer(PROMPTS[0], return_tensors="pt")).last_hidden_state
     torch.testing.assert_close(features(PROMPTS[0]), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings(generator, beams):
+    """`generate` reads them with a tokenizer, which it then also hands to the model."""
+    tokenizer, model = generator.tokenizer, generator.model
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "threshold": 0.5}
+    whole = tokenizer.decode(model.generate(**inputs, **options)[0])
+    word = whole[len(PROMPTS[0]) :].split()[2]
+    stopped = model.generate(**inputs, **options, stop_strings=[word], tokenizer=tokenizer)
+    assert tokenizer.decode(stopped[0]).rstrip().endswith(word)
+    assert stopped.shape[1] < inputs.input_ids.shape[1] + 12
