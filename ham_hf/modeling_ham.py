@@ -48,6 +48,8 @@ from .routing_ham import (
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
+# What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
+ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -728,6 +730,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # Of a configuration so marked only Transformers' own entries are read from a file, not those of a HAM model.
+        self.generation_config._from_model_config = None
 
     @can_return_tuple
     def forward(
@@ -810,6 +814,35 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         # Layers may sit on several devices.
         levers, usage = torch.stack([x.to(self.lm_head.weight.device) for x in controls]).unbind(1)
         return threshold_control(levers, usage, self.config.target_kv_usage, self.config.threshold_scope)
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the generation configuration; what is saved next is marked as the model's own, see `__init__`."""
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
+        self.generation_config._from_model_config = None
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Lets generation configurations set `threshold` (or `kv_usage`) and `kv_budget`, which Transformers drops.
+
+        An argument of `generate` comes before the configuration given to it, and that before the model's own. `None`
+        sets nothing. `threshold` and `kv_usage` decide the same, so the one that comes first hides the other, too.
+        """
+        given = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
+        routing: dict[str, Any] = {}
+        for source in (
+            given,
+            {} if generation_config is None else vars(generation_config),
+            vars(self.generation_config),
+        ):
+            found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
+            if "threshold" in routing or "kv_usage" in routing:
+                found = {name: value for name, value in found.items() if name == "kv_budget"}
+            routing = found | routing
+        prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
+            generation_config, *args, **kwargs
+        )
+        return prepared, model_kwargs | routing
 
     # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
     # methods as a protocol that no model meets.
