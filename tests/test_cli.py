@@ -127,9 +127,9 @@ def test_help_and_version(capsys):
 def test_run_hands_its_arguments_to_another_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["run", "transformers", "version"])
+        cli.main(["run", "pygmentize", "-V"])
     assert not stop.value.code
-    assert transformers.__version__ in capsys.readouterr().out
+    assert "Pygments version" in capsys.readouterr().out
     assert transformers.HAMForCausalLM is HAMForCausalLM
     assert "'no-such-tool'" in refusal(capsys, "run", "no-such-tool", "--help")
 

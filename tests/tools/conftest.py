@@ -38,6 +38,6 @@ def with_code(tmp_path_factory) -> Path:
         patch.setattr(HAMForCausalLM, "_auto_class", "AutoModelForCausalLM")
         HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
