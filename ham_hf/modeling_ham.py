@@ -34,7 +34,7 @@ from .inputs_ham import (
     packed_documents,
     token_layout,
 )
-from .ops_ham import decode_kernel, gated_delta_rule_with_prediction, l2norm, short_convolution
+from .ops_ham import decode_kernel, exporting, gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
     NUM_QUANTILES,
     HAMRouter,
@@ -112,6 +112,14 @@ def attention_weights(
     q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
     logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
     return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
+
+
+def attend_densely(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout
+) -> torch.Tensor:
+    """What `attend_new` gives, `[B, T, H, V]`, in operations whose shapes do not depend on what is kept."""
+    weights = attention_weights(q, k, keep, tokens, None).unflatten(1, (k.shape[2], -1))
+    return (weights @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
 class AddGradient(torch.autograd.Function):
@@ -266,7 +274,11 @@ class HAMMixer(nn.Module):
             step.keys, step.values, step.scores, step.keep = k, v, routed, keep
             if output_attentions:
                 weights = attention_weights(q, k, keep, tokens, cache)
-            o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
+            if exporting():
+                # How many tokens are kept is data, on which the shapes of an exported program must not depend.
+                o_kv = attend_densely(q, k, v, keep, tokens)
+            else:
+                o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
         if cache is not None:
             cache.update(step, kv_budget)
             if offloaded:
@@ -627,6 +639,11 @@ class HAMModel(HAMPreTrainedModel):
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
         past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
+        if exporting() and (past_key_values is not None or kv_budget is not None):
+            raise ValueError(
+                "`use_cache` must be False, and `kv_budget` None, where a model is exported: what a cache keeps is "
+                "decided by the data."
+            )
         if output_attentions and kv_budget is not None:
             raise ValueError("`output_attentions` cannot be combined with `kv_budget`: give one of them.")
 

@@ -50,7 +50,7 @@ def directly(model, tokenizer, threshold):
     return sum(right) / len(right), likelihoods
 
 
-@pytest.mark.parametrize("threshold", [0, 2])
+@pytest.mark.parametrize("threshold", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_threshold_decides_the_score(threshold, checkpoint, with_code, model, tokenizer, tmp_path):
     """Once by `ham-hf run`, once by the code beside the checkpoint in a process that never imports ham_hf."""
     if threshold == 0:
