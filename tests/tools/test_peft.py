@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from ham_hf import HAMForCausalLM
 
@@ -123,3 +124,22 @@ def test_gradient_checkpointing_changes_no_gradient(model, ids):
     for name, gradient in gradients[0].items():
         assert gradient.any()
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_adapters_on_4bit_weights(checkpoint, ids):
+    """QLoRA on a CPU: the weights are bitsandbytes' 4-bit ones, and stay so."""
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", ".*(a_proj|b_proj|rnn_gate_proj|kv_gate_proj)"],
+    )
+    model = HAMForCausalLM.from_pretrained(checkpoint, quantization_config=quantization, device_map="cpu")
+    model = peft.prepare_model_for_kbit_training(model)
+    lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    losses = train(lora, ids)
+    assert losses[-1] < 0.7 * losses[0]
+    assert lora.base_model.model.model.layers[0].mixer.q_proj.base_layer.weight.dtype == torch.uint8
+    out = lora.generate(input_ids=ids, max_new_tokens=4, threshold=0.4)
+    assert out.shape[1] == ids.shape[1] + 4
