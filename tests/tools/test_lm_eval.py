@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
+from ham_hf.inspection.demo_prompt import DEMO_PROMPT
+
+Instance = pytest.importorskip("lm_eval.api.instance").Instance
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 
 ROOT = Path(__file__).parents[2]
 TASKS = Path("tests/tools/tasks")
@@ -62,3 +65,19 @@ def test_threshold_decides_the_score(threshold, checkpoint, with_code, model, to
     # Rows of a batch are padded, so matrix products add up in another order: 1.4e-5 measured, of sums about 20.
     torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(likelihoods), atol=1e-3, rtol=0)
     assert accuracy == {0: 0.75, 2: 0.25}[threshold]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_generation_takes_a_threshold_of_its_own(threshold, model, tokenizer):
+    """What `--gen_kwargs threshold=...` hands to a task of the kind `generate_until`, whose prompts are padded."""
+    prompts = [DEMO_PROMPT, "The captain looked at the sea, and"]
+    arguments = {"until": ["<|endoftext|>"], "max_gen_toks": 8, "do_sample": False, "threshold": threshold}
+    requests = [Instance("generate_until", {}, (prompt, arguments), i) for i, prompt in enumerate(prompts)]
+    found = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").generate_until(requests)
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, threshold=threshold)
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :]))
+    assert found == expected
+    assert expected[0].startswith({0.0: "arn", 2.0: "ayay"}[threshold])
