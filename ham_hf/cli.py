@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The command `ham-hf`: checks its arguments, and has a checkpoint continue a prompt, described or uploaded."""
+"""The command `ham-hf`: checks its arguments and hands over to what continues, describes, uploads or runs a model."""
 
 import argparse
 import math
@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,6 +62,12 @@ examples:
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
   ham-hf card my-ham --results my-results
   ham-hf push my-ham OWNER/my-ham
+  ham-hf run transformers serve path/to/checkpoint
+"""
+RUN_EXAMPLES = """\
+examples:
+  ham-hf run lm_eval --model hf --model_args pretrained=path/to/checkpoint,threshold=0.3 --tasks lambada_openai
+  ham-hf run transformers serve path/to/checkpoint --port 8000
 """
 
 
@@ -105,7 +112,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     commands = parser.add_subparsers(
-        metavar="generate|demo|card|push", title="commands", dest="command", required=True
+        metavar="generate|demo|card|push|run", title="commands", dest="command", required=True
     )
     generate = commands.add_parser(
         "generate",
@@ -143,6 +150,17 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add_push_arguments(push)
+    run = commands.add_parser(
+        "run",
+        help="run another package's command with HAM known to Transformers",
+        description="Runs the command of another installed package in a process whose Auto classes know HAM.",
+        epilog=RUN_EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    run.add_argument("tool", metavar="TOOL", help="name of the command, such as lm_eval or transformers")
+    run.add_argument("tool_arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    run.set_defaults(execute=run_command)
     return parser
 
 
@@ -320,6 +338,24 @@ def push_command(arguments: argparse.Namespace) -> None:
         print("The folder holds no tokenizer")
     if pushed.left_out:
         print(f"Left out: {', '.join(pushed.left_out)}")
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf run`."""
+    commands = entry_points(group="console_scripts", name=arguments.tool)
+    if not commands:
+        raise CommandError(
+            f"argument TOOL: no installed package has a command {arguments.tool!r}, takes one such as lm_eval or "
+            "transformers"
+        )
+    import transformers
+
+    from ham_hf import HAMForCausalLM
+
+    # `transformers serve` looks a model's class up here, by the name in config.json, and asks no Auto class.
+    setattr(transformers, HAMForCausalLM.__name__, HAMForCausalLM)
+    sys.argv = [arguments.tool, *arguments.tool_arguments]
+    sys.exit(next(iter(commands)).load()())
 
 
 def compare(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .cache_ham import HAMCache, cache_shape, check_same_shape
 from .configuration_ham import HAMConfig
+from .ops_ham import exporting
 
 
 @dataclass
@@ -50,7 +51,7 @@ def token_layout(
         mask = attention_mask.bool()
         past_real, real = mask[:, :seen], mask[:, seen:]
         # Reading the mask stalls a GPU: worth it once per prompt, not once per generated token.
-        if length > 1 and bool(real.all()):
+        if length > 1 and not exporting() and bool(real.all()):
             real = None
     positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
     if seq_idx is None and position_ids is not None and length > 1:
@@ -74,7 +75,8 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
         # The column of the last real token before each, -1 if there is none: padding may stand between two documents.
         last = F.pad(torch.where(real, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
         starts = real & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
-    return starts.long().cumsum(1) if bool(starts.any()) else None
+    # An exported program must serve packed rows and others alike.
+    return starts.long().cumsum(1) if exporting() or bool(starts.any()) else None
 
 
 def checked_flags(kwargs: dict[str, Any], config: HAMConfig) -> bool:

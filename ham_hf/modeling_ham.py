@@ -38,7 +38,7 @@ from .inputs_ham import (
     packed_documents,
     token_layout,
 )
-from .ops_ham import decode_kernel, gated_delta_rule_with_prediction, l2norm, short_convolution
+from .ops_ham import decode_kernel, exporting, gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
     NUM_QUANTILES,
     HAMRouter,
@@ -129,6 +129,14 @@ def attention_weights(
     q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
     logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
     return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
+
+
+def attend_densely(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout
+) -> torch.Tensor:
+    """What `attend_new` gives, `[B, T, H, V]`, in operations whose shapes do not depend on what is kept."""
+    weights = attention_weights(q, k, keep, tokens, None).unflatten(1, (k.shape[2], -1))
+    return (weights @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
 class AddGradient(torch.autograd.Function):
@@ -339,7 +347,11 @@ class HAMMixer(nn.Module):
             step.keys, step.values, step.scores, step.keep = k, v, routed, keep
             if output_attentions:
                 weights = attention_weights(q, k, keep, tokens, cache)
-            o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
+            if exporting():
+                # How many tokens are kept is data, on which the shapes of an exported program must not depend.
+                o_kv = attend_densely(q, k, v, keep, tokens)
+            else:
+                o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
         if cache is not None:
             cache.update(step, kv_budget)
             if offloaded:
@@ -358,6 +370,9 @@ class HAMMixer(nn.Module):
         if not one_token or not self.has_decoding_kernels or self.training or cache.record_past:
             return None
         if cache.conv_state is None or cache.recurrent_state is None:
+            return None
+        # What accelerate offloads is there only while the module that owns it runs.
+        if self.conv.weight.is_meta:
             return None
         # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
         if cache.conv_state.dtype != self.conv.weight.dtype:
@@ -795,6 +810,11 @@ class HAMModel(HAMPreTrainedModel):
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
         past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
+        if exporting() and (past_key_values is not None or kv_budget is not None):
+            raise ValueError(
+                "`use_cache` must be False, and `kv_budget` None, where a model is exported: what a cache keeps is "
+                "decided by the data."
+            )
         if output_attentions and kv_budget is not None:
             raise ValueError("`output_attentions` cannot be combined with `kv_budget`: give one of them.")
 
@@ -1039,6 +1059,18 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Any,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Leaves out the tokenizers that `generate` needs for `stop_strings`, but hands on to every forward call."""
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
     def _expand_inputs_for_generation(
         self,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .routing_ham import error_score
 
@@ -33,11 +34,18 @@ PAGED_QUERIES = 16
 MAX_KERNEL_HEAD_DIM = 256
 
 
+def exporting() -> bool:
+    """Whether `torch.export` traces this call, not strictly: older Dynamos think so whenever they compile."""
+    return is_torchdynamo_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def _kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any] | None:
     """The kernel that runs `op` on tensors like these, or `None`: then PyTorch does.
 
-    PyTorch has everything on a CPU, float64 (the kernels would round it) and wider heads.
+    PyTorch has everything on a CPU, float64 (the kernels would round it), wider heads and what is exported.
     """
+    if exporting():
+        return None
     device = tensors[0].device
     if device.type != "cuda" or any(x.dtype == torch.float64 or x.shape[-1] > MAX_KERNEL_HEAD_DIM for x in tensors):
         return None
@@ -177,7 +185,8 @@ def gated_delta_rule_with_prediction(
         if q.shape[1] == 1:
             o, prediction, state = _delta_rule_step(q, k, v, g, beta, initial_state, scale)
         else:
-            chunk = chunk_size or 32
+            # A loop over chunks would fix the length of an exported program.
+            chunk = q.shape[1] if exporting() else chunk_size or 32
             o, prediction, state = _delta_rule(q, k, v, g, beta, initial_state, seq_idx, scale, chunk, predict)
         if score is not None and prediction is not None:
             prediction = error_score(score, v, prediction, beta)
@@ -217,7 +226,8 @@ def _delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gated delta rule over segments of whole chunks, short enough to be worked on in the cache of a CPU."""
     length = q.shape[1]
-    chunk = min(chunk, length)
+    if chunk >= length:
+        return _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, scale, length, predict)
     segment = max(1, SEGMENT_TOKENS // max(1, q.shape[0] * q.shape[2] * chunk)) * chunk
     outputs, predictions = [], []
     for start in range(0, length, segment):

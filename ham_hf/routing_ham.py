@@ -73,6 +73,13 @@ def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> tor
     return x.float() / 2**24
 
 
+class Float32Linear(nn.Linear):
+    """A projection computed in float32, whatever its weights are: in bfloat16 the scores of many tokens would tie."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class HAMRouter(nn.Module):
     """Routing scores `[B, T, Hk]` of a layer, float32 in `[0, 1]`; a token is kept where they reach the threshold."""
 
@@ -85,7 +92,7 @@ class HAMRouter(nn.Module):
         self.error = "cosine" if self.kind == "learned_error" else self.kind if self.kind in ERROR_ROUTERS else None
         if self.kind in LEARNED_ROUTERS:
             self.up_proj = nn.Linear(config.hidden_size, config.router_hidden_size)
-            self.down_proj = nn.Linear(config.router_hidden_size, self.num_heads)
+            self.down_proj = Float32Linear(config.router_hidden_size, self.num_heads)
         if self.kind == "learned_error":
             self.error_weight = nn.Parameter(torch.ones(self.num_heads))
 
@@ -125,10 +132,9 @@ class HAMRouter(nn.Module):
         """
         if self.kind == "random":
             return random_score(positions, self.layer_idx, self.num_heads)
-        # In bfloat16 the scores of many tokens would tie.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden = F.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype))).float()
-            logits = F.linear(hidden, self.down_proj.weight.float(), self.down_proj.bias.float())
+            # Nothing is read of the projections but what they give: LoRA, quantisation and offloading change the rest.
+            logits = self.down_proj(F.silu(self.up_proj(hidden_states)))
         return logits if self.kind == "learned_error" else logits.sigmoid()
 
 

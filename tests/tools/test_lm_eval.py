@@ -1,0 +1,83 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""lm-evaluation-harness scores a HAM checkpoint at the threshold among its model arguments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ham_hf.inspection.demo_prompt import DEMO_PROMPT
+
+Instance = pytest.importorskip("lm_eval.api.instance").Instance
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+
+ROOT = Path(__file__).parents[2]
+TASKS = Path("tests/tools/tasks")
+
+
+def evaluate(command, checkpoint, threshold, output, extra=""):
+    """The accuracy and every log-likelihood that the harness found, in its own process."""
+    arguments = f"pretrained={checkpoint},dtype=float32,threshold={threshold}{extra}"
+    options = f"--tasks recall --include_path {TASKS} --device cpu --batch_size 3 --log_samples".split()
+    environment = os.environ | {"HF_DATASETS_CACHE": str(output / "datasets"), "HF_HOME": str(output / "home")}
+    command = [sys.executable, *command, "--model", "hf", "--model_args", arguments, *options]
+    command += ["--output_path", str(output)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads(next(output.rglob("results_*.json")).read_text())["results"]["recall"]
+    samples = [json.loads(line) for line in next(output.rglob("samples_*.jsonl")).read_text().splitlines()]
+    samples.sort(key=lambda sample: sample["doc_id"])
+    return results["acc,none"], [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples]
+
+
+def directly(model, tokenizer, threshold):
+    """The same, computed from the logits of one sequence at a time."""
+    documents = [json.loads(line) for line in (ROOT / TASKS / "recall.jsonl").read_text().splitlines()]
+    likelihoods = []
+    for document in documents:
+        start = len(tokenizer(document["context"]).input_ids)
+        rows = [
+            tokenizer(document["context"] + choice, return_tensors="pt").input_ids for choice in document["choices"]
+        ]
+        with torch.no_grad():
+            scores = [model(ids[:, :-1], threshold=threshold).logits.log_softmax(-1) for ids in rows]
+        targets = [ids[0, start:, None] for ids in rows]
+        likelihoods.append(
+            [x[0, start - 1 :].gather(1, ids).sum().item() for x, ids in zip(scores, targets, strict=True)]
+        )
+    right = [row.index(max(row)) == d["answer"] for row, d in zip(likelihoods, documents, strict=True)]
+    return sum(right) / len(right), likelihoods
+
+
+@pytest.mark.parametrize("threshold", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_threshold_decides_the_score(threshold, checkpoint, with_code, model, tokenizer, tmp_path):
+    """Once by `ham-hf run`, once by the code beside the checkpoint in a process that never imports ham_hf."""
+    if threshold == 0:
+        found = evaluate(["-m", "ham_hf.cli", "run", "lm_eval"], checkpoint, threshold, tmp_path)
+    else:
+        found = evaluate(["-P", "-m", "lm_eval"], with_code, threshold, tmp_path, ",trust_remote_code=True")
+    accuracy, likelihoods = directly(model, tokenizer, threshold)
+    assert found[0] == accuracy
+    # Rows of a batch are padded, so matrix products add up in another order: 1.4e-5 measured, of sums about 20.
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(likelihoods), atol=1e-3, rtol=0)
+    assert accuracy == {0: 0.75, 2: 0.25}[threshold]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_generation_takes_a_threshold_of_its_own(threshold, model, tokenizer):
+    """What `--gen_kwargs threshold=...` hands to a task of the kind `generate_until`, whose prompts are padded."""
+    prompts = [DEMO_PROMPT, "The captain looked at the sea, and"]
+    arguments = {"until": ["<|endoftext|>"], "max_gen_toks": 8, "do_sample": False, "threshold": threshold}
+    requests = [Instance("generate_until", {}, (prompt, arguments), i) for i, prompt in enumerate(prompts)]
+    found = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").generate_until(requests)
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, threshold=threshold)
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :]))
+    assert found == expected
+    assert expected[0].startswith({0.0: "arn", 2.0: "ayay"}[threshold])
