@@ -71,7 +71,7 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV): $(BASE)
 	@echo "Installing the tools for tests and lint into $(VENV)"
-	@$(PIP) -c constraints.txt -e ".[dev]"
+	@$(PIP) -c constraints.txt -e ".[dev,tools]"
 	@touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt | $(BIN)/python
