@@ -13,7 +13,14 @@ import ham_hf
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def test_every_command_of_the_journey(tmp_path):
@@ -23,7 +30,7 @@ def test_every_command_of_the_journey(tmp_path):
     assert [command.split()[0] for command in commands] == ["python", "ham-hf", "ham-hf", "ham-hf"]
 
     source = tmp_path / "path/to/Qwen3-0.6B"
-    AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=4096, **SHAPE)).save_pretrained(source)
+    AutoModelForCausalLM.from_config(Qwen3Config(**SHAPE)).save_pretrained(source)
     AutoTokenizer.from_pretrained(f"{ham_hf.__path__[0]}/checkpoints/ham-tiny").save_pretrained(source)
     (tmp_path / "conversion_scripts").symlink_to(ROOT / "conversion_scripts")
     with LoopbackHub().serving() as hub:
