@@ -8,11 +8,6 @@ checkpoint the language model is taken. Mixtures of experts are refused.
 
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back
-
-These models store a norm's weight less 1. The HAM's file holds the sum in float32, as the source computes it, so that
-what is computed in float32 is the same, there and back. What the sum rounds away is gone: on the way back weights in
-bfloat16 are the source's bit for bit unless smaller than 2^-16, those in float32 to 2^-24 of the sum. A HAM that is
-loaded in bfloat16 rounds the sums, which the source does not.
 """
 
 import sys
@@ -86,6 +81,7 @@ def ham_config(config: Any) -> HAMConfig:
         conv_kernel_size=config.linear_conv_kernel_dim,
         attention_conv=False,
         kv_output_norm=False,
+        zero_centered_norms=True,
         output_gate="sigmoid",
         linear_output_gate="silu",
         linear_num_key_heads=config.linear_num_key_heads,
@@ -164,12 +160,15 @@ def rotary_orders(config: HAMConfig, layer_type: str) -> dict[str, torch.Tensor]
 def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
     """Pairs of names, in the HAM and in its source, of tensors that are the same in both."""
     yield "model.embed_tokens.weight", "model.embed_tokens.weight"
+    yield "model.norm.weight", "model.norm.weight"
     if not config.tie_word_embeddings:
         yield "lm_head.weight", "lm_head.weight"
     for i, layer_type in enumerate(config.layer_types):
         layer = f"model.layers.{i}"
         for name in MLP:
             yield f"{layer}.mlp.{name}.weight", f"{layer}.mlp.{name}.weight"
+        for name in NORMS:
+            yield f"{layer}.{name}.weight", f"{layer}.{name}.weight"
         if layer_type == "linear_attention":
             yield f"{layer}.mixer.A_log", f"{layer}.linear_attn.A_log"
             yield f"{layer}.mixer.dt_bias", f"{layer}.linear_attn.dt_bias"
@@ -177,35 +176,15 @@ def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
             yield f"{layer}.mixer.o_proj.weight", f"{layer}.linear_attn.out_proj.weight"
 
 
-def zero_centred(config: HAMConfig) -> Iterator[tuple[str, str, torch.Tensor | None]]:
-    """Names, in the HAM and in its source, of norms whose weight the source stores less 1, and the HAM's order."""
-    yield "model.norm.weight", "model.norm.weight", None
-    for i, layer_type in enumerate(config.layer_types):
-        layer = f"model.layers.{i}"
-        for norm in NORMS:
-            yield f"{layer}.{norm}.weight", f"{layer}.{norm}.weight", None
-        for part, order in rotary_orders(config, layer_type).items():
-            yield f"{layer}.mixer.{part}_norm.weight", f"{layer}.self_attn.{part}_norm.weight", order
-
-
-def plus_one(weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """A norm's whole weight, in float32 as the source computes it."""
-    weight = 1.0 + weight.float()
-    return weight if order is None else weight[order]
-
-
-def minus_one(weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """The way back of `plus_one`."""
-    weight = weight.float() - 1.0
-    return weight if order is None else weight[order.argsort()]
+def in_order(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A weight in another order."""
+    return weight[order]
 
 
 def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
     """Recipes for every tensor of the HAM."""
     for name, source_name in shared_names(config):
         yield copied(name, source_name)
-    for name, source_name, order in zero_centred(config):
-        yield Recipe(name, (source_name,), partial(plus_one, order=order), torch.float32)
     for i, layer_type in enumerate(config.layer_types):
         mixer = f"model.layers.{i}.mixer"
         layer = f"model.layers.{i}.{'self' if layer_type == 'hybrid' else 'linear'}_attn"
@@ -215,6 +194,9 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
                 split = partial(projection.split, part=part, order=orders.get(part))
                 yield Recipe(f"{mixer}.{part}_proj.weight", (f"{layer}.{projection.name}.weight",), split)
         if layer_type == "hybrid":
+            for part, order in orders.items():
+                norm = f"{part}_norm.weight"
+                yield Recipe(f"{mixer}.{norm}", (f"{layer}.{norm}",), partial(in_order, order=order))
             yield doubled(f"{mixer}.o_proj.weight", f"{layer}.o_proj.weight")
             yield from new_rnn(mixer, config)
         else:
@@ -225,8 +207,6 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
     """Recipes for every tensor of the source."""
     for name, source_name in shared_names(config):
         yield copied(source_name, name)
-    for name, source_name, order in zero_centred(config):
-        yield Recipe(source_name, (name,), partial(minus_one, order=order), config.dtype)
     for i, layer_type in enumerate(config.layer_types):
         mixer = f"model.layers.{i}.mixer"
         layer = f"model.layers.{i}.{'self' if layer_type == 'hybrid' else 'linear'}_attn"
@@ -236,6 +216,9 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
             join = partial(projection.join, orders=[orders.get(part) for part in projection.rows])
             yield Recipe(f"{layer}.{projection.name}.weight", parts, join)
         if layer_type == "hybrid":
+            for part, order in orders.items():
+                norm = f"{part}_norm.weight"
+                yield Recipe(f"{layer}.{norm}", (f"{mixer}.{norm}",), partial(in_order, order=order.argsort()))
             yield halved(f"{layer}.o_proj.weight", f"{mixer}.o_proj.weight")
         else:
             yield Recipe(f"{layer}.conv1d.weight", (f"{mixer}.conv.weight",), lambda x: x.unsqueeze(1))
@@ -243,15 +226,9 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
     """What must hold of a HAM for the way back."""
-
-    def is_sum(weight: torch.Tensor) -> bool:
-        return torch.equal(plus_one(minus_one(weight, None).to(config.dtype), None), weight.float())
-
     for i, layer_type in enumerate(config.layer_types):
         if layer_type == "hybrid":
             yield from shut_rnn(f"model.layers.{i}.mixer")
-    for name, _, _ in zero_centred(config):
-        yield Requirement(name, is_sum, f"is not 1 + w of a w in {config.dtype}, which is what the source stores")
 
 
 CONVERSION = Conversion(

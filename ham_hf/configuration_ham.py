@@ -157,6 +157,8 @@ class HAMConfig(PreTrainedConfig):
             RMSNorm per head; `"projection"` takes one over the channels of all heads, as OLMo 2 does.
         rnn_output_norm (`bool`, *optional*, defaults to `True`): Whether the RNN's output is RMS-normalised.
         kv_output_norm (`bool`, *optional*, defaults to `True`): Whether the attention's output is RMS-normalised.
+        zero_centered_norms (`bool`, *optional*, defaults to `False`): Whether the weights of every norm but those of
+            the memories' outputs hold what is added to 1, as those of Qwen3-Next do.
         output_norm_eps (`float`, *optional*): Epsilon of these two norms. Defaults to `rms_norm_eps`.
         output_gate (`bool` or `str`, *optional*, defaults to `True`): Whether the mixed output is multiplied by
             `silu(W_z x)` (`True` or `"silu"`) or `sigmoid(W_z x)` (`"sigmoid"`).
@@ -230,6 +232,7 @@ class HAMConfig(PreTrainedConfig):
     qk_norm: bool | str = True
     rnn_output_norm: bool = True
     kv_output_norm: bool = True
+    zero_centered_norms: bool = False
     output_norm_eps: float | None = None
     output_gate: bool | str = True
     linear_output_gate: bool | str | None = None

@@ -170,13 +170,28 @@ class HAMShortConvolution(nn.Module):
 
 
 class HAMRMSNorm(nn.RMSNorm):
-    """RMSNorm of `[..., D]`, in the dtype of its weight.
+    """RMSNorm of `[..., D]`, in the dtype of its weight; a `zero_centered` weight holds what is added to 1.
 
     Autocast narrows what projections put out; of two dtypes PyTorch's norm would warn, and give the narrower one.
     """
 
+    def __init__(self, size: int, eps: float, zero_centered: bool = False):
+        self.zero_centered = zero_centered
+        super().__init__(size, eps)
+
+    def reset_parameters(self) -> None:
+        """Starts as a norm without a weight."""
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the normalised input is multiplied with, `[D]`; the sum is float32, as bfloat16 would round it."""
+        return 1 + self.weight.float() if self.zero_centered else self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        if not self.zero_centered:
+            return super().forward(x.to(self.weight.dtype))
+        return F.rms_norm(x.float(), self.normalized_shape, self.scale, self.eps).to(self.weight.dtype)
 
 
 class HAMRotaryEmbedding(LlamaRotaryEmbedding):
@@ -262,8 +277,9 @@ class HAMMixer(nn.Module):
             self.rnn_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.rnn_output_norm else nn.Identity()
         if self.has_attention:
             normed = (heads * key_dim, key_heads * key_dim) if config.qk_norm == "projection" else (key_dim, key_dim)
-            self.q_norm = HAMRMSNorm(normed[0], eps) if config.qk_norm else nn.Identity()
-            self.k_norm = HAMRMSNorm(normed[1], eps) if config.qk_norm else nn.Identity()
+            centered = config.zero_centered_norms
+            self.q_norm = HAMRMSNorm(normed[0], eps, centered) if config.qk_norm else nn.Identity()
+            self.k_norm = HAMRMSNorm(normed[1], eps, centered) if config.qk_norm else nn.Identity()
             self.kv_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.kv_output_norm else nn.Identity()
         if self.layer_type == "hybrid":
             self.rnn_gate_proj = nn.Linear(hidden, heads)
@@ -447,7 +463,7 @@ class HAMMixer(nn.Module):
                 arguments["score"] = "given"
         return arguments | {
             "threshold": self._threshold(threshold, hidden_states.device),
-            "norm_weights": (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None,
+            "norm_weights": (self.q_norm.scale, self.k_norm.scale) if config.qk_norm else None,
             "rope": position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
             "attention_conv": config.attention_conv,
             "eps": config.rms_norm_eps,
@@ -594,11 +610,12 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         self.mixer = HAMMixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.post_norm = config.attention_post_norm and self.mixer.has_attention
+        norm = config.hidden_size, config.rms_norm_eps, config.zero_centered_norms
         if not self.post_norm:
-            self.input_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.input_layernorm = HAMRMSNorm(*norm)
+        self.post_attention_layernorm = HAMRMSNorm(*norm)
         if self.post_norm:
-            self.post_feedforward_layernorm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm = HAMRMSNorm(*norm)
 
     def forward(
         self, hidden_states: torch.Tensor, **mixer_arguments: Any
@@ -704,7 +721,9 @@ class HAMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HAMShortConvolution):
+        if isinstance(module, HAMRMSNorm) and module.zero_centered:
+            init.zeros_(module.weight)
+        elif isinstance(module, HAMShortConvolution):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, HAMRouter) and module.kind == "learned_error":
@@ -749,7 +768,7 @@ class HAMModel(HAMPreTrainedModel):
         layers = [HAMDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         # torch's ModuleList does not say what it holds.
         self.layers: Sequence[HAMDecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.norm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = HAMRMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norms)
         self.rotary_emb = None
         if config.rope_parameters is not None:
             self.rotary_emb = HAMRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too

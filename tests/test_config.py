@@ -35,6 +35,7 @@ OTHER_VALUES = {
     "qk_norm": "projection",
     "rnn_output_norm": False,
     "kv_output_norm": False,
+    "zero_centered_norms": True,
     "output_norm_eps": 1e-4,
     "output_gate": "sigmoid",
     "linear_output_gate": "silu",

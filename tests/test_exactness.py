@@ -73,6 +73,8 @@ class TokenLoop:
 
     def norm(self, x, name):
         weight, eps = self.weights.get(f"{name}.weight"), self.config.rms_norm_eps
+        if self.config.zero_centered_norms and not name.endswith(("rnn_norm", "kv_norm")):
+            weight = None if weight is None else 1 + weight
         if name.endswith(("rnn_norm", "kv_norm")) and self.config.output_norm_eps is not None:
             eps = self.config.output_norm_eps
         return x if weight is None else weight * x / (x.square().mean() + eps).sqrt()
@@ -246,6 +248,7 @@ def test_the_model_is_the_design(router, switches, tiny_config):
             "allow_neg_eigval": True,
             "output_gate": "sigmoid",
             "linear_output_gate": "silu",
+            "zero_centered_norms": True,
             "output_norm_eps": 5e-2,
             "qk_norm": "projection",
             "attention_post_norm": True,

@@ -88,8 +88,6 @@ def qwen_weights(model):
     weights = {}
     for name, x in model.state_dict().items():
         new = common_name(name)
-        if "norm" in name and "linear_attn" not in name:
-            x = 1 + x
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             weights[new] = x[order]
         elif name.endswith("self_attn.q_proj.weight"):
@@ -137,6 +135,7 @@ def qwen_pair(kind, layer_types):
         head_dim=16,
         rope_parameters=dict(PARTIAL_ROPE),
         layer_types=layer_types,
+        zero_centered_norms=True,
         output_gate="sigmoid",
         linear_output_gate="silu",
     )
@@ -365,6 +364,7 @@ VARIANT = LINEAR | {
     "allow_neg_eigval": True,
     "output_gate": "sigmoid",
     "linear_output_gate": "silu",
+    "zero_centered_norms": True,
     "output_norm_eps": 1e-4,
     "qk_norm": "projection",
     "attention_post_norm": True,

@@ -129,14 +129,13 @@ def tokens_of(*shape):
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(2))
 
 
-def assert_came_back(folder, back, is_exact):
-    """Every weight is the source's; of float32, norms stored less 1 only as far as 1 + w tells them apart."""
+def assert_came_back(folder, back):
+    """Every weight is the source's, bit for bit."""
     before, after = load(folder, "auto").state_dict(), load(back, "auto").state_dict()
     assert before.keys() == after.keys()
     for key, tensor in before.items():
-        zero_centred = "norm" in key and ".linear_attn." not in key
         assert tensor.dtype == after[key].dtype
-        assert (tensor - after[key]).abs().max() <= (2**-24 if zero_centred and not is_exact else 0), key
+        assert torch.equal(tensor, after[key]), key
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -155,20 +154,23 @@ def test_computes_the_same_and_comes_back(name, source, convert, tmp_path):
 
     assert convert(ham, back, "--back") == 0
     assert (back / "config.json").read_text() == (folder / "config.json").read_text()
-    assert_came_back(folder, back, is_exact="olmo" in name)
+    assert_came_back(folder, back)
     assert torch.equal(logits(back, tokens), expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5, mrope", "olmo, biased, tied, rope"])
 def test_bfloat16_comes_back_bit_for_bit(name, source, convert, tmp_path):
-    """Also Qwen's norms, whose 1 + w the HAM holds in float32."""
+    """And a HAM that runs in bfloat16 errs as the source does, whose norms add 1 to their weights in float32."""
     folder, ham = source(SOURCES[name], torch.bfloat16), tmp_path / "ham"
     assert convert(folder, ham) == 0
     tokens = tokens_of(2, 99)
     torch.testing.assert_close(logits(ham, tokens), logits(folder, tokens), rtol=0, atol=1e-4)
     assert HAMForCausalLM.from_pretrained(ham).dtype == torch.bfloat16
+    exact = logits(folder, tokens)
+    errors = [(logits(path, tokens, torch.bfloat16) - exact).square().mean().sqrt() for path in (ham, folder)]
+    assert errors[0] < 1.2 * errors[1]
     assert convert(ham, tmp_path / "back", "--back") == 0
-    assert_came_back(folder, tmp_path / "back", is_exact=True)
+    assert_came_back(folder, tmp_path / "back")
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5, mrope", "olmo, no positions", "olmo, biased, tied, rope"])
@@ -258,7 +260,6 @@ def test_a_tensor_under_two_names_is_refused(source, convert, tmp_path, capsys):
     ("name", "change", "message"),
     [
         ("qwen3_next", lambda m: m.model.layers[1].mixer.rnn_gate_proj.bias.data.fill_(0.0), "rnn_gate_proj.bias is"),
-        ("qwen3_next", lambda m: m.bfloat16().model.norm.weight.data.fill_(0.3), "norm.weight is not 1 + w of"),
         (
             "qwen3_5, mrope",
             lambda m: setattr(m.config, "output_gate", "silu"),
@@ -279,42 +280,6 @@ def test_what_has_no_way_back(name, change, message, source, convert, tmp_path, 
     (tmp_path / "changed/conversion.json").write_bytes((tmp_path / "ham/conversion.json").read_bytes())
     assert convert(tmp_path / "changed", tmp_path / "back", "--back") == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_ham_rounded_to_bfloat16_comes_back_as_it_is(source, convert, tmp_path):
-    """What was loaded and saved in bfloat16 has norms that are no longer the source's: they are what comes back."""
-    assert convert(source(SOURCES["qwen3_next"]), tmp_path / "ham", "--no-verify") == 0
-    model = HAMForCausalLM.from_pretrained(tmp_path / "ham", dtype=torch.bfloat16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                # Below 0.5 the difference to 1 has more digits than the weight.
-                parameter.clamp_(min=0.5)
-    model.save_pretrained(tmp_path / "rounded")
-    (tmp_path / "rounded/conversion.json").write_bytes((tmp_path / "ham/conversion.json").read_bytes())
-    assert convert(tmp_path / "rounded", tmp_path / "back", "--back") == 0
-    tokens = tokens_of(2, 70)
-    torch.testing.assert_close(
-        logits(tmp_path / "back", tokens), logits(tmp_path / "rounded", tokens), rtol=0, atol=1e-4
-    )
-
-
-def test_norms_stored_less_one_come_back(script):
-    """All of bfloat16 between 2^-16 and 2^16 bit for bit, float32 to rounding; and 1 + w is the same in any case."""
-    module = script("convert_qwen3_hybrid_to_ham")
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    magnitude = every.float().abs()
-    back = module.minus_one(module.plus_one(every, None), None).bfloat16()
-    inside = (magnitude >= 2**-16) & (magnitude < 2**16)
-    assert inside.sum() == 2 * 32 * 2**7
-    assert torch.equal(back[inside], every[inside])
-    assert torch.equal(1 + back[magnitude < 2**16].float(), 1 + every[magnitude < 2**16].float())
-
-    wide = 2 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
-    whole = module.plus_one(wide, None)
-    back = module.minus_one(whole, None)
-    assert ((back - wide).abs() <= 2**-24 * whole.abs().clamp(min=1)).all()
-    assert torch.equal(module.plus_one(back, None), whole)
 
 
 WINDOWS = ["linear_attention", "sliding_attention", "linear_attention", "full_attention"]

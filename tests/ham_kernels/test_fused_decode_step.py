@@ -171,6 +171,16 @@ def test_equals_the_composed_step(dtype, score, device, assert_error_within):
     check([arguments], assert_error_within)
 
 
+def test_norm_weights_in_float32(device):
+    """A norm whose weight is added to 1 has its sum in float32: there 1.001 is not 1, as it is in bfloat16."""
+    arguments = make(device, dtype=torch.bfloat16)
+    wide = {"norm_weights": tuple(x.float() for x in arguments["norm_weights"])}
+    expected, out = run(arguments), run(arguments | wide)
+    assert all(torch.equal(expected[name], out[name]) for name in expected)
+    finer = {"norm_weights": tuple(x * 1.001 for x in wide["norm_weights"])}
+    assert not torch.equal(run(arguments | finer)["k"], expected["k"])
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -404,7 +414,7 @@ def decoded(model, ids, prompt, **options):
         ({"attention_conv": False, "num_key_value_heads": 4}, {"kv_budget": 17}),
         ({"router": "residual", "allow_neg_eigval": True}, {"threshold": 0.5}),
         ({"output_gate": "sigmoid", "output_norm_eps": 0.1}, {}),
-        ({"attention_post_norm": True, "rope_parameters": PARTIAL_ROPE}, {}),
+        ({"attention_post_norm": True, "zero_centered_norms": True, "rope_parameters": PARTIAL_ROPE}, {}),
     ],
     ids=str,
 )

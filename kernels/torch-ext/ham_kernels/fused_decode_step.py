@@ -430,7 +430,7 @@ def decode_update(
         error_weight: `[Hk]` float32 for `"learned_error"`.
         real: `[B]` bool, false for padding, which changes no state, is not kept and has unspecified outputs; `None` if
             every row has a token.
-        norm_weights: `[K]` each, of the RMSNorm of queries and of keys, or `None` for no norm.
+        norm_weights: `[K]` each, of the RMSNorm of queries and of keys, also in float32; `None` for no norm.
         rope: cosines and sines `[B or 1, K]`, or `None` for no rotation.
         attention_conv: whether attention sees the convolved projections; otherwise `qkv` itself.
         scale_values: whether attention sees the values multiplied by their scores.
@@ -482,7 +482,7 @@ def decode_update(
     if real is not None:
         expected["real"] = (real, (batch,), torch.bool)
     for i, weight in enumerate(norm_weights or ()):
-        expected[f"norm_weights[{i}]"] = (weight, (key_dim,), own)
+        expected[f"norm_weights[{i}]"] = (weight, (key_dim,), wide if weight.dtype == wide else own)
     for i, angle in enumerate(rope or ()):
         expected[f"rope[{i}]"] = (angle, (1 if len(angle) == 1 else batch, key_dim), own)
     _check_tensors(expected, qkv.device)
