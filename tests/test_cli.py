@@ -26,6 +26,7 @@ from ham_hf.inspection import comparison
 from ham_hf.inspection.kept_tokens import Piece, numbered_text, pieces_of, printable, shaded_text, wrapped
 from ham_hf.inspection.run_table import bars, runs_table
 from ham_hf.inspection.runs import Setting, heads_that_kept, measure, prefill
+from tests.loopback_hub import LoopbackHub
 
 USAGE = Path(__file__).parents[1] / "model_cards/ham-tiny/usage.json"
 PROMPT = "It was a dark night, and the captain — “Ahab” — had gone below.\nNobody spoke; the wind rose, and rose."
@@ -446,8 +447,12 @@ def test_refused_pushes(capsys, checkpoint, tmp_path, monkeypatch):
     assert "OWNER/NAME" in refusal(capsys, "push", checkpoint)
     assert "`repo_id`" in refusal(capsys, "push", checkpoint, "./my-ham")
     assert "missing" in refusal(capsys, "push", tmp_path / "missing", "me/my-ham")
-    monkeypatch.setattr(HfApi, "create_repo", fail)
-    assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
+    with monkeypatch.context() as patched:
+        patched.setattr(HfApi, "create_repo", fail)
+        assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
+    with LoopbackHub().serving() as hub:
+        monkeypatch.setattr("ham_hf.hub.push.HfApi", lambda token: HfApi(endpoint=hub.url, token="hf_wrong"))
+        assert "HF_TOKEN" in refusal(capsys, "push", checkpoint, "me/my-ham")
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
