@@ -338,8 +338,9 @@ def push_command(arguments: argparse.Namespace) -> None:
                 f"cannot push to {arguments.repo_id}: the Hub got no token that it knows, takes one that may write: "
                 "hf auth login, or the environment variable HF_TOKEN"
             ) from error
-    # Also where a push found nothing new to send and made no commit.
-    print(f"{pushed.repo_id} holds these {len(pushed.files)} files ({pushed.size / 1e6:.1f} MB) in one commit:")
+    size = f"{len(pushed.files)} files ({pushed.size / 1e6:.1f} MB)"
+    # True as well where nothing was new, so that no commit was made.
+    print(f"{pushed.repo_id} holds the checkpoint, {size}, in one commit:")
     print(pushed.commit.commit_url)
     print(f"To load this state and no later one: revision={pushed.commit.oid!r}")
     print(f"Card: {pushed.card}")
