@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +28,6 @@ from ham_hf.inspection import comparison
 from ham_hf.inspection.kept_tokens import Piece, numbered_text, pieces_of, printable, shaded_text, wrapped
 from ham_hf.inspection.run_table import bars, runs_table
 from ham_hf.inspection.runs import Setting, heads_that_kept, measure, prefill
-from tests.loopback_hub import LoopbackHub
 
 USAGE = Path(__file__).parents[1] / "model_cards/ham-tiny/usage.json"
 PROMPT = "It was a dark night, and the captain — “Ahab” — had gone below.\nNobody spoke; the wind rose, and rose."
@@ -447,12 +448,11 @@ def test_refused_pushes(capsys, checkpoint, tmp_path, monkeypatch):
     assert "OWNER/NAME" in refusal(capsys, "push", checkpoint)
     assert "`repo_id`" in refusal(capsys, "push", checkpoint, "./my-ham")
     assert "missing" in refusal(capsys, "push", tmp_path / "missing", "me/my-ham")
-    with monkeypatch.context() as patched:
-        patched.setattr(HfApi, "create_repo", fail)
-        assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
-    with LoopbackHub().serving() as hub:
-        monkeypatch.setattr("ham_hf.hub.push.HfApi", lambda token: HfApi(endpoint=hub.url, token="hf_wrong"))
-        assert "HF_TOKEN" in refusal(capsys, "push", checkpoint, "me/my-ham")
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
+    response = SimpleNamespace(status_code=401, headers={}, request=None)
+    monkeypatch.setattr(HfApi, "create_repo", Mock(side_effect=HfHubHTTPError("Unauthorized", response=response)))
+    assert "HF_TOKEN" in refusal(capsys, "push", checkpoint, "me/my-ham")
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
