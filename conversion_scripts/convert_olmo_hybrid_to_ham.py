@@ -216,7 +216,7 @@ CONVERSION = Conversion(
     left_out=r"\.rotary_emb\.inv_freq$",
     left_out_because="the configuration gives the frequencies of RoPE",
     summary="Linear layers are the source's. So is the attention of the others, which keeps every token; the RNN "
-    "beside it is shut.",
+    "beside it is shut, so what a threshold above 0 drops is lost until the model is trained to remember it.",
 )
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ CONVERSION = Conversion(
     left_out=r"^(model\.visual\.|mtp\.)",
     left_out_because="a HAM has no vision tower (model.visual.*) and no multi-token prediction (mtp.*)",
     summary="Linear layers are the source's. So is the attention of the others, which keeps every token; the RNN "
-    "beside it is shut.",
+    "beside it is shut, so what a threshold above 0 drops is lost until the model is trained to remember it.",
 )
 
 if __name__ == "__main__":

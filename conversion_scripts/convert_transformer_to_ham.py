@@ -3,7 +3,7 @@
 """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
-keys and values and is shut. Train it (`ham_hf` README) to open the RNN and to keep less.
+keys and values and is shut. README.md tells how to open the RNN and train it, to keep less.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
   python conversion_scripts/convert_transformer_to_ham.py qwen3-ham qwen3-again --back
@@ -135,7 +135,8 @@ CONVERSION = Conversion(
     inert=INERT_RNN,
     left_out=r"\.rotary_emb\.inv_freq$",
     left_out_because="the configuration gives the frequencies of RoPE",
-    summary="The attention of every layer is the source's and keeps every token; the RNN beside it is shut.",
+    summary="The attention of every layer is the source's and keeps every token; the RNN beside it is shut, so what a "
+    "threshold above 0 drops is lost until the model is trained to remember it.",
 )
 
 if __name__ == "__main__":

@@ -318,17 +318,29 @@ def card_command(arguments: argparse.Namespace) -> None:
 
 def push_command(arguments: argparse.Namespace) -> None:
     """`ham-hf push`."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     from ham_hf.hub.push import push_folder
 
     with failing_as(f"cannot push {arguments.checkpoint} to {arguments.repo_id}"):
-        pushed = push_folder(
-            arguments.checkpoint,
-            arguments.repo_id,
-            private=arguments.private,
-            revision=arguments.revision,
-            commit_message=arguments.message,
-        )
-    print(f"Pushed {len(pushed.files)} files ({pushed.size / 1e6:.1f} MB) to {pushed.repo_id} in one commit:")
+        try:
+            pushed = push_folder(
+                arguments.checkpoint,
+                arguments.repo_id,
+                private=arguments.private,
+                revision=arguments.revision,
+                commit_message=arguments.message,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != 401:
+                raise
+            raise CommandError(
+                f"cannot push to {arguments.repo_id}: the Hub got no token that it knows, takes one that may write: "
+                "hf auth login, or the environment variable HF_TOKEN"
+            ) from error
+    size = f"{len(pushed.files)} files ({pushed.size / 1e6:.1f} MB)"
+    # True as well where nothing was new, so that no commit was made.
+    print(f"{pushed.repo_id} holds the checkpoint, {size}, in one commit:")
     print(pushed.commit.commit_url)
     print(f"To load this state and no later one: revision={pushed.commit.oid!r}")
     print(f"Card: {pushed.card}")

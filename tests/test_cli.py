@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -448,6 +450,9 @@ def test_refused_pushes(capsys, checkpoint, tmp_path, monkeypatch):
     assert "missing" in refusal(capsys, "push", tmp_path / "missing", "me/my-ham")
     monkeypatch.setattr(HfApi, "create_repo", fail)
     assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
+    response = SimpleNamespace(status_code=401, headers={}, request=None)
+    monkeypatch.setattr(HfApi, "create_repo", Mock(side_effect=HfHubHTTPError("Unauthorized", response=response)))
+    assert "HF_TOKEN" in refusal(capsys, "push", checkpoint, "me/my-ham")
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])

@@ -167,6 +167,12 @@ def exchanged(header, rng):
     return header
 
 
+def put(path, data):
+    """Writes a file anew: to cut an old one off makes some file systems wait for the disk."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 @contextlib.contextmanager
 def limits():
     """Fails if what runs within takes too much memory."""
@@ -242,7 +248,7 @@ def test_configurations(tmp_path):
                 data = damaged(json.dumps(document).encode(), rng)
             else:
                 data = json.dumps(rng.choice(VALUES)).encode()
-            (tmp_path / "config.json").write_bytes(data)
+            put(tmp_path / "config.json", data)
 
             def use(config, build=i % 32 == 0):
                 use_configuration(config, tmp_path / "again", build)
@@ -270,13 +276,13 @@ def test_checkpoints(checkpoint):
         for i in range(CHECKPOINTS):
             if i % 4:
                 case = damaged_safetensors(whole, rng)
-                weights.write_bytes(case)
+                put(weights, case)
             else:
                 case = json.dumps(mutated(document, names, rng))
-                configuration.write_text(case)
+                put(configuration, case.encode())
             loaded += attempt(lambda: HAMForCausalLM.from_pretrained(checkpoint), run, case)
-            weights.write_bytes(whole)
-            configuration.write_text(json.dumps(document))
+            put(weights, whole)
+            put(configuration, json.dumps(document).encode())
     assert loaded > CHECKPOINTS / 10, "hardly anything passed: the mutations test nothing"
 
 
@@ -302,7 +308,7 @@ def test_saved_caches(tmp_path, layer_types):
     with limits():
         for _ in range(CACHES // 2):
             data = damaged_safetensors(whole, rng)
-            path.write_bytes(data)
+            put(path, data)
             loaded += attempt(lambda: HAMCache.load(path, model.config), use, data)
     assert loaded > CACHES / 100
 

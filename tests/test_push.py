@@ -224,6 +224,13 @@ def test_which_card_a_folder_is_pushed_with(hub, folder, own, on_hub):
     assert commit.revision == "trial"
 
 
+@pytest.mark.parametrize("text", ["# Own\n", "---\nlicense: 'bsd'  # of the weights\n---\n\n\n# Own"])
+def test_a_card_in_a_folder_is_sent_byte_for_byte(hub, folder, text):
+    (folder / "README.md").write_text(text)
+    push_folder(folder, "me/my-ham")
+    assert hub.sent().files["README.md"] == text.encode()
+
+
 def test_results_in_a_folder_are_in_its_card(hub, folder):
     shutil.copy(HAM_TINY.parents[2] / "model_cards/ham-tiny/usage.json", folder)
     push_folder(folder, "me/my-ham")

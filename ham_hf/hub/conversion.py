@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -174,6 +174,12 @@ class Run:
         self.partial = self.output.with_name(self.output.name + ".partial")
         if self.output.exists():
             raise ValueError(f"`output` must not exist yet, got {self.output}.")
+        if arguments.verify_tokens < 1:
+            raise ValueError(f"`--verify-tokens` must be 1 or more, got {arguments.verify_tokens}.")
+        if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", arguments.max_shard_size, re.IGNORECASE):
+            raise ValueError(
+                f"`--max-shard-size` must be a size such as 5GB or 500MB, got {arguments.max_shard_size!r}."
+            )
         self.source = self._source()
 
     def _source(self) -> Path:
@@ -182,8 +188,13 @@ class Run:
             if revision:
                 raise ValueError(f"`--revision` belongs to a repository on the Hub, got the folder {source}.")
             return Path(source)
-        print(f"Fetches {source} from the Hub", flush=True)
-        return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
+        print(f"{source} is no folder here: fetches it from the Hub", flush=True)
+        try:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise ValueError(
+                f"`source` must be a folder or a repository on the Hub that your token may read, got {source!r}."
+            ) from error
 
     def _source_name(self) -> str:
         """A repository's name on the Hub, a folder's without those above it."""

@@ -72,7 +72,7 @@ def push_model(
         card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *wanted]))
         return api.create_commit(
             repo_id,
-            operations(files_of(checkpoint), card),
+            operations(files_of(checkpoint), str(card).encode()),
             commit_message=commit_message or f"Upload {type(model).__name__}",
             commit_description=commit_description,
             revision=revision,
@@ -91,8 +91,8 @@ def push_folder(
 ) -> Pushed:
     """Uploads a checkpoint folder, which stays as it is.
 
-    The card is the folder's README.md. Without one it is that of the repository, with what its metadata lacks, and if
-    there is none either, one made of what lies in the folder. Code that the folder lacks is added.
+    The card is the folder's README.md, byte for byte. Without one it is that of the repository, with what its metadata
+    lacks, and if there is none either, one made of what lies in the folder. Code that the folder lacks is added.
 
     Args:
         folder: a checkpoint with its tokenizer.
@@ -112,7 +112,8 @@ def push_folder(
     repo_id = open_repository(api, repo_id, private, revision)
     if card is None:
         made = build_card(checkpoint, sources, sources.metadata.get("name", repo_id.split("/")[-1]), repo_id)
-        card, origin = card_on_hub(api, repo_id, revision, made)
+        found, origin = card_on_hub(api, repo_id, revision, made)
+        card = str(found).encode()
     files = files_of(checkpoint)
     kept_back = {path.name for path in folder.iterdir()} - {name.partition("/")[0] for name in files} - {CARD_NAME}
     with tempfile.TemporaryDirectory() as temporary:
@@ -137,15 +138,16 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"`repo_id` must be OWNER/NAME on the Hub, got {repo_id!r}, which is a path here.")
 
 
-def card_in(folder: Path) -> ModelCard | None:
-    """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
+def card_in(folder: Path) -> bytes | None:
+    """The README.md of a folder, as it is, or `None`; `ValueError` if the Hub could not read its metadata."""
     path = folder / CARD_NAME
     if not path.is_file():
         return None
     try:
-        return ModelCard.load(path)
+        ModelCard.load(path)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
+    return path.read_bytes()
 
 
 def open_repository(
@@ -190,8 +192,8 @@ def add_code(checkpoint: Checkpoint, folder: Path, files: dict[str, Path]) -> li
     return sorted(name for name in saved if name.endswith(".py"))
 
 
-def operations(files: dict[str, Path], card: ModelCard) -> list[CommitOperationAdd]:
+def operations(files: dict[str, Path], card: bytes) -> list[CommitOperationAdd]:
     """What a commit of these files and this card does."""
     cardless = {name: path for name, path in files.items() if name != CARD_NAME}
     added = [CommitOperationAdd(name, path) for name, path in sorted(cardless.items())]
-    return [CommitOperationAdd(CARD_NAME, str(card).encode()), *added]
+    return [CommitOperationAdd(CARD_NAME, card), *added]

@@ -305,6 +305,18 @@ def test_refusals(spoil, message, source, convert, tmp_path, capsys):
     assert not (tmp_path / "ham").exists()
 
 
+def test_wrong_calls_write_nothing(source, convert, tmp_path, capsys):
+    folder = source(SOURCES["llama"])
+    for *arguments, message in (
+        (folder, "--verify-tokens", 0, "`--verify-tokens` must be 1 or more, got 0"),
+        (folder, "--max-shard-size", "5 apples", "`--max-shard-size` must be a size such as 5GB"),
+        ("./nowhere", "`source` must be a folder or a repository on the Hub"),
+    ):
+        assert convert(arguments[0], tmp_path / "ham", *arguments[1:]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("ham*"))
+
+
 def test_qwen2_with_windows_is_refused(convert, tmp_path, capsys):
     config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=32, max_window_layers=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
