@@ -1036,7 +1036,10 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             vars(prepared).pop(name, None)
         return prepared, model_kwargs | routing
 
-    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> CandidateGenerator:
+    # Transformers calls it with names only.
+    def _get_candidate_generator(  # type: ignore[override]
+        self, *, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> CandidateGenerator:
         """Leaves an assistant model to its own generation configuration: it has other layers, or is no HAM."""
         others = {name: value for name, value in model_kwargs.items() if name not in ROUTING_ARGUMENTS}
         return super()._get_candidate_generator(model_kwargs=others, **kwargs)  # type: ignore[misc]
