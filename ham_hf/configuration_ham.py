@@ -52,27 +52,20 @@ LARGEST = {
     **dict.fromkeys(LINEAR_SHAPE, 2**16),
 }
 MOST_LABELS = 2**17
-# What Transformers reads before anything has checked it: of its own fields no type is checked.
-INHERITED_TYPES: dict[str, type | tuple[type, ...]] = {
+# What Transformers reads without a check, and stumbles over when it is of another type.
+INHERITED_TYPES = {
     "_attn_implementation": str,
-    "architectures": list,
     "attn_implementation": str,
-    "chunk_size_feed_forward": int,
-    "dtype": (str, torch.dtype),
     "_experts_implementation": str,
     "experts_implementation": str,
     "fusion_config": dict,
     "id2label": dict,
     "is_encoder_decoder": bool,
-    "label2id": dict,
     "num_labels": int,
-    "output_attentions": bool,
     "output_hidden_states": bool,
     "problem_type": str,
     "quantization_config": dict,
-    "return_dict": bool,
     "rope_scaling": dict,
-    "torch_dtype": (str, torch.dtype),
     "transformers_weights": str,
 }
 # Keys under which Transformers would look for other configurations, to use them in place of this one.
@@ -270,8 +263,7 @@ class HAMConfig(PreTrainedConfig):
         for name, value in (vars(self) | extra).items():
             expected = INHERITED_TYPES.get(name, object)
             if value is not None and not isinstance(value, expected):
-                types = expected if isinstance(expected, tuple) else (expected,)
-                raise TypeError(f"`{name}` must be {' or '.join(x.__name__ for x in types)}, got {value!r}.")
+                raise TypeError(f"`{name}` must be {expected.__name__}, got {value!r}.")
         if extra.get("model_type", self.model_type) != self.model_type:
             raise ValueError(f"`model_type` must be {self.model_type!r}, got {extra['model_type']!r}.")
         for name in extra.keys() - {"model_type"}:
@@ -288,10 +280,10 @@ class HAMConfig(PreTrainedConfig):
         weights = extra.get("transformers_weights") or "model.safetensors"
         if not weights.endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(f"`transformers_weights` must name safetensors or their index, got {weights!r}.")
-        for dtype in (self.dtype, extra.get("torch_dtype")):
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", extra.get("torch_dtype"))):
             found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
             if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-                raise ValueError(f"`dtype` must be the name of a floating-point type of torch, got {dtype!r}.")
+                raise ValueError(f"`{name}` must be a floating-point type of torch, or its name, got {dtype!r}.")
         num_labels = extra.get("num_labels")
         if num_labels is not None and not 0 <= num_labels <= MOST_LABELS:
             raise ValueError(f"`num_labels` must be between 0 and {MOST_LABELS}, got {num_labels}.")

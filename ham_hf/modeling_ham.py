@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
+from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin, GenerationMode
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -1050,7 +1050,18 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
             generation_config, *args, **kwargs
         )
+        # An assistant model is given this configuration, too.
+        for name in ROUTING_ARGUMENTS:
+            vars(prepared).pop(name, None)
         return prepared, model_kwargs | routing
+
+    # Transformers calls it with names only.
+    def _get_candidate_generator(  # type: ignore[override]
+        self, *, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> CandidateGenerator:
+        """Leaves an assistant model to its own generation configuration: it has other layers, or is no HAM."""
+        others = {name: value for name, value in model_kwargs.items() if name not in ROUTING_ARGUMENTS}
+        return super()._get_candidate_generator(model_kwargs=others, **kwargs)  # type: ignore[misc]
 
     # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
     # methods as a protocol that no model meets.

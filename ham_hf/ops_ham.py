@@ -90,8 +90,8 @@ def short_convolution(
     width = weight.shape[1]
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
-    final_state = convolution_state(x, initial_state, real)
-    x = torch.cat([initial_state, x], dim=1)
+    new, x = x, torch.cat([initial_state, x], dim=1)
+    final_state = x[:, length:].clone() if real is None else convolution_state(new, initial_state, real)
     if real is None and seq_idx is None:
         taps = weight.T.contiguous()
         out = x[:, :length] * taps[0]
@@ -262,9 +262,10 @@ def _delta_rule_chunks(
     q, k, v, g, beta = (_split_chunks(x, chunk) for x in (q, k, v, g, beta))  # [N, B, Hk, C, ...], q: [..., C, G, K]
     documents = None if seq_idx is None else _split_chunks(seq_idx.unsqueeze(2), chunk)
 
-    g = g.cumsum(-1)
-    within = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(_unseen(chunk, documents, g.device), -torch.inf).exp()
-    from_start, to_end, across = g.exp(), (g[..., -1:] - g).exp(), g[..., -1].exp()
+    # An exported program has one long chunk: its decays are small differences of large sums, which float32 rounds.
+    g = g.cumsum(-1, dtype=torch.float64 if exporting() else None)
+    within = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(_unseen(chunk, documents, g.device), -torch.inf)
+    within, from_start, to_end, across = (x.exp().to(k.dtype) for x in (within, g, g[..., -1:] - g, g[..., -1]))
     if documents is not None:
         carried, ending, continues = _document_borders(documents)
         from_start, to_end, across = from_start * carried, to_end * ending, across * continues

@@ -789,6 +789,28 @@ class TestGenerationConfiguration:
         assert (kept[: len(kept) // 2] == cache.get_seq_length()).all()
         assert (kept[len(kept) // 2 :] == 0).all()
 
+    @pytest.mark.parametrize("source", ["argument", "own entry"])
+    def test_an_assistant_keeps_its_own(self, model, routing, tiny_config, source):
+        """It may have other layers, which a list of thresholds does not fit, or be a model that routes nothing."""
+        values = [0.4] * model.config.num_hybrid_layers
+        arguments = {"threshold": values} if source == "argument" else {}
+        if source == "own entry":
+            model.generation_config.threshold = values
+        input_ids, seen = tokens(1, 4).repeat(1, 3), []
+        expected = generate(model, input_ids, max_new_tokens=12, **arguments).sequences
+        small = distinct(HAMForCausalLM(tiny_config(num_hidden_layers=3))).eval()
+        small.generation_config.threshold = [0.1, 0.2, 0.3]
+        small.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["threshold"]), with_kwargs=True)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes))
+        for assistant in (small, llama.eval()):
+            routing.clear()
+            out = model.generate(input_ids, max_new_tokens=12, do_sample=False, assistant_model=assistant, **arguments)
+            assert torch.equal(out, expected)
+            assert all(call == {"threshold": values} for call in routing)
+        assert len(seen) > 3
+        assert all(values == [0.1, 0.2, 0.3] for values in seen)
+
 
 class TestKernels:
     def test_no_file_of_the_model_imports_what_transformers_binds_by_importability(self):

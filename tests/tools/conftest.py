@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf import HAMForCausalLM
 
 CHECKPOINT = Path(__file__).parents[2] / "ham_hf" / "checkpoints" / "ham-tiny"
 
@@ -31,12 +31,9 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def with_code(tmp_path_factory) -> Path:
-    """A copy of the embedded checkpoint that carries its code, and a chat template."""
+    """A copy of the embedded checkpoint that carries its code, with a chat template."""
     folder = tmp_path_factory.mktemp("with_code")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HAMConfig, "_auto_class", "AutoConfig")
-        patch.setattr(HAMForCausalLM, "_auto_class", "AutoModelForCausalLM")
-        HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).save_pretrained(folder)
+    HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)

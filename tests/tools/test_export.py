@@ -1,6 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """torch.export of the forward call: one program for every length, padded or packed, at thresholds of the model."""
 
+import copy
+
 import pytest
 import torch
 from torch.export import Dim, export
@@ -39,6 +41,20 @@ def test_any_length_and_padding(router, tiny_config):
     exported = program(model, batch(40, 7), **options)
     for length, padding in ((40, 0), (3, 0), (31, 30), (150, 33)):
         assert_same(exported, model, batch(length, padding), **options)
+
+
+def test_long_texts_are_as_exact(tiny_config):
+    """Over a whole text decays add up to thousands, of which float32 would keep no differences below 1e-3."""
+    model = HAMForCausalLM(tiny_config(layer_types=["hybrid", "linear_attention"], initializer_range=0.1)).eval()
+    options = {"use_cache": False, "threshold": 0.0}
+    exported = program(model, {"input_ids": torch.randint(1, 97, (2, 40))}, **options)
+    # As many tokens as a state of the convolution holds are no exception, in a batch without a mask.
+    assert_same(exported, model, {"input_ids": torch.randint(1, 97, (2, 3))}, **options)
+    ids = torch.randint(1, 97, (2, 1000))
+    with torch.no_grad():
+        found = exported(input_ids=ids, **options).logits
+        eager, exact = (x(ids, **options).logits for x in (model, copy.deepcopy(model).double()))
+    assert (found - exact).abs().max() < 2 * (eager - exact).abs().max()
 
 
 def test_packed_rows(tiny_config):
