@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin, GenerationMode
@@ -38,6 +37,7 @@ from .inputs_ham import (
     packed_documents,
     token_layout,
 )
+from .loading_ham import HOW_TO_CONVERT, check_files, check_size
 from .ops_ham import decode_kernel, exporting, gated_delta_rule_with_prediction, l2norm, short_convolution
 from .routing_ham import (
     NUM_QUANTILES,
@@ -60,13 +60,6 @@ INITIAL_THRESHOLD = 0.5
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 # What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
 ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
-HOW_TO_CONVERT = (
-    "unpickling others could run code. Convert them once with `safetensors.torch.save_file(torch.load(path, "
-    "weights_only=True), 'model.safetensors', metadata={'format': 'pt'})`"
-)
-# How many times the parameters in its files a model may have: half of them may be missing (those of a new head, say),
-# and quantisation packs several into one number.
-MOST_PARAMETERS, MOST_QUANTIZED_PARAMETERS = 2, 16
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -632,31 +625,6 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states if control is None else (hidden_states, control)
 
 
-def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> None:
-    """`ValueError` for weights that are no safetensors, and for an index that leads out of the checkpoint's folder."""
-    foreign = [file for file in files if not file.endswith(".safetensors")]
-    if foreign:
-        raise ValueError(f"Weights are read from safetensors files only, got {foreign[0]!r}; {HOW_TO_CONVERT}.")
-    for name in sorted(set((sharded_metadata or {}).get("weight_map", {}).values())):
-        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-            raise ValueError(f"The index of the weights must name files beside it, got {name!r}.")
-
-
-def check_size(model: PreTrainedModel, files: list[str], most: int) -> None:
-    """`ValueError` if the model has over `most` times the parameters that the files hold: memory is taken for all."""
-    held = 0
-    for file in files:
-        # Opening compares the header with the size of the file.
-        with safe_open(file, framework="pt") as weights:
-            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    wanted = sum(x.numel() for x in model.parameters())
-    if wanted > most * held:
-        raise ValueError(
-            f"The configuration asks for {wanted} parameters, the files hold {held}: the checkpoint is damaged, or of "
-            "another model."
-        )
-
-
 class HAMPreTrainedModel(PreTrainedModel):
     """What every HAM model shares: its configuration, its initialisation and what Transformers must know of it."""
 
@@ -709,13 +677,12 @@ class HAMPreTrainedModel(PreTrainedModel):
             check_files(checkpoint_files, load_config.sharded_metadata)
             # Keys are expected when an adapter is loaded, which has files of its own and is smaller than the model.
             if expected_keys is None:
-                most = MOST_QUANTIZED_PARAMETERS if load_config.is_quantized else MOST_PARAMETERS
-                check_size(model, checkpoint_files, most)
+                check_size(model, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
         # The other way in, for folders that hold the shards of several ranks.
-        check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")], MOST_PARAMETERS)
+        check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")])
         return super()._load_and_finalize_distributed_pretrained_model(folder, *arguments)
 
     @torch.no_grad()

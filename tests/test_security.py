@@ -208,13 +208,13 @@ def test_what_no_configuration_may_ask_for(folder, changes, message):
 
 
 def test_tolerated_differences_stay_tolerated(folder, tiny_config):
-    """Up to half of the parameters may be missing, and more than enough of them may be there."""
-    HAMForSequenceClassification.from_pretrained(folder, num_labels=5)
+    """Many of the parameters may be missing, and more than enough of them may be there."""
+    HAMForSequenceClassification.from_pretrained(folder, num_labels=2000)
     HAMForCausalLM.from_pretrained(folder, vocab_size=150, ignore_mismatched_sizes=True)
     HAMForCausalLM.from_pretrained(folder, num_hidden_layers=1, layer_types=["hybrid"])
     HAMForCausalLM.from_pretrained(folder, num_hidden_layers=3, layer_types=["hybrid"] * 3)
     with pytest.raises(ValueError, match=r"asks for \d+ parameters, the files hold \d+"):
-        HAMForCausalLM.from_pretrained(folder, num_hidden_layers=9, layer_types=["hybrid"] * 9)
+        HAMForCausalLM.from_pretrained(folder, num_hidden_layers=60, layer_types=["hybrid"] * 60)
     state = load_file(folder / "model.safetensors")
     loaded = HAMForCausalLM.from_pretrained(None, config=tiny_config(), state_dict=state)
     assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
