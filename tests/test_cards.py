@@ -393,6 +393,23 @@ def test_refused_files(sources, checkpoint):
         read_checkpoint(checkpoint)
 
 
+def test_names_break_out_of_nothing(checkpoint):
+    """Whoever named things: no line, block or call in the card ends where it should not."""
+    name = 'a"); import os\n## Heading\n```\n---\nlicense: mit'
+    conversion = json.loads(json.dumps(CONVERSION).replace("owner/llama", json.dumps(name)[1:-1]))
+    (checkpoint / "conversion.json").write_text(json.dumps(conversion))
+    (checkpoint / "card.json").write_text(json.dumps({"license": name}))
+    card = build_card(read_checkpoint(checkpoint), read_sources(checkpoint), name)
+    reread = ModelCard(str(card))
+    assert reread.data.license == name
+    lines = reread.text.splitlines()
+    assert not [line for line in lines if line in ("## Heading", "---", "license: mit")]
+    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    calls = [line for line in lines if "from_pretrained(" in line]
+    assert calls
+    assert all('("OWNER/NAME"' in line and "import os" not in line for line in calls)
+
+
 def test_refused_checkpoints(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         read_checkpoint(tmp_path / "nowhere")

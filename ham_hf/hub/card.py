@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -13,6 +14,7 @@ from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.checkpoint import Checkpoint
 from ham_hf.hub.sources import Sources
 
+CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Tells a card that may be written anew from one that someone wrote.
 MARKER = "<!-- Written by `ham-hf card`, which writes it anew: change the files that it is made of instead. -->"
@@ -42,6 +44,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         name: what the model is called.
         repo_id: the repository that the card tells readers to load, a placeholder by default.
     """
+    name = quotable(name)
     evaluation = sources.metadata.get("evaluation", {})
     content = {
         "marker": MARKER,
@@ -52,20 +55,49 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "router": router_rows(checkpoint),
         "calibrated": checkpoint.calibrated,
         "default_thresholds": "learned thresholds" if checkpoint.config.threshold is None else "default threshold",
-        "repo_id": repo_id or f"OWNER/{name}",
+        "repo_id": repo_id or placeholder(name),
         "repo_id_known": repo_id is not None,
         "auto_class": checkpoint.auto_class,
         "generates": checkpoint.task == "text-generation",
-        "conversion": checkpoint.conversion,
+        "conversion": quotable(checkpoint.conversion),
         "usage_table": usage_table(sources.usage),
-        "evaluated_on": evaluation.get("dataset"),
-        "license": sources.metadata.get("license"),
+        "evaluated_on": quotable(evaluation.get("dataset")),
+        "license": quotable(sources.metadata.get("license")),
         "not_stated": not_stated(checkpoint),
         "plot": None if sources.plot is None else sources.plot.name,
     }
     card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
     card.text += "\n"  # which Jinja drops
     return card
+
+
+def quotable(value: Any) -> Any:
+    """A JSON value whose strings a sentence, a table's cell or a block of code can hold, whoever wrote them."""
+    if isinstance(value, dict):
+        return {name: quotable(content) for name, content in value.items()}
+    if isinstance(value, list):
+        return [quotable(content) for content in value]
+    return " ".join(value.split()).replace("`", "'") if isinstance(value, str) else value
+
+
+def placeholder(name: str) -> str:
+    """What stands for a repository whose owner is not known; the code in a card has it between quotes."""
+    try:
+        validate_repo_id(f"OWNER/{name}")
+    except HFValidationError:
+        return "OWNER/NAME"
+    return f"OWNER/{name}"
+
+
+def card_in(folder: Path) -> ModelCard | None:
+    """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
 
 
 def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
@@ -85,7 +117,8 @@ def not_stated(checkpoint: Checkpoint) -> str:
     """What stands where nobody said anything."""
     if checkpoint.conversion is None:
         return "Not stated."
-    return f"Not stated here; see `{checkpoint.conversion['source']['name']}`, which this model was made from."
+    source = quotable(checkpoint.conversion["source"]["name"])
+    return f"Not stated here; see `{source}`, which this model was made from."
 
 
 def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:

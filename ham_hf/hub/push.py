@@ -5,20 +5,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from ham_hf.hub.card import build_card
+from ham_hf.hub.card import CARD_NAME, build_card, card_in
 from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
 from ham_hf.hub.sources import read_sources
 
 if TYPE_CHECKING:
     from ham_hf import HAMPreTrainedModel
 
-CARD_NAME = "README.md"
 # What is uploaded beside the weights; the state of a training run, and anything pickled, stays where it is.
 SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}
 NAMES = {"LICENSE", "NOTICE"}
@@ -135,17 +133,6 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"`repo_id` must be OWNER/NAME, got {repo_id!r}: {error}") from error
     if "/" in repo_id and Path(repo_id).exists():
         raise ValueError(f"`repo_id` must be OWNER/NAME on the Hub, got {repo_id!r}, which is a path here.")
-
-
-def card_in(folder: Path) -> ModelCard | None:
-    """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
-    path = folder / CARD_NAME
-    if not path.is_file():
-        return None
-    try:
-        return ModelCard.load(path)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
 
 
 def open_repository(
