@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What is uploaded beside the weights; the state of a training run, and anything pickled, stays where it is.
 SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}
 NAMES = {"LICENSE", "NOTICE"}
+TRAINER_STATE = "trainer_state.json"
 
 
 class Pushed(NamedTuple):
@@ -166,6 +167,7 @@ def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
     folder = checkpoint.folder
     paths = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*.jinja")]
     paths = [path for path in paths if path.suffix in SUFFIXES or path.name in NAMES]
+    paths = [path for path in paths if not path.name.startswith(".") and path.name != TRAINER_STATE]
     return {x.relative_to(folder).as_posix(): x for x in [*paths, *checkpoint.weight_files] if x.is_file()}
 
 
