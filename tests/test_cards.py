@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 HAM_TINY = ROOT / "ham_hf/checkpoints/ham-tiny"
 HAM_TINY_SOURCES = ROOT / "model_cards/ham-tiny"
 CONVERSION = {
-    "source": {"name": "owner/llama", "model_type": "llama", "architecture": "LlamaForCausalLM"},
+    "source": {"name": "owner/llama", "commit": None, "model_type": "llama", "architecture": "LlamaForCausalLM"},
     "script": "convert_llama_to_ham.py",
     "command": "python convert_llama_to_ham.py owner/llama my-ham",
     "date": "2026-11-25",

@@ -245,6 +245,8 @@ class Run:
         record = {
             "source": {
                 "name": self.arguments.name or self._source_name(),
+                # The cache of the Hub names folders by their commits.
+                "commit": None if Path(self.arguments.source).is_dir() else self.source.name,
                 "model_type": config.model_type,
                 "architecture": (config.architectures or ["unknown"])[0],
                 "config": config_json,
