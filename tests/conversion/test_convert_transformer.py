@@ -178,6 +178,41 @@ def test_an_rnn_that_opens_is_heard_and_not_taken_back(source, convert, tmp_path
     assert not (tmp_path / "back").exists()
 
 
+def test_training_finds_the_rnn_once_its_gate_is_opened(source, convert, tmp_path):
+    """What the README advises: opening costs next to nothing, and then the gate has a gradient and the RNN learns."""
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    model = HAMForCausalLM.from_pretrained(tmp_path / "ham").train()
+    model.config.target_kv_usage = 0.25
+    tokens = torch.randint(64, (4, 48), generator=torch.Generator().manual_seed(0))
+    gates = [layer.mixer.rnn_gate_proj for layer in model.model.layers]
+    losses, gradients = [], []
+    for bias in (-20.0, -4.0):
+        for gate in gates:
+            gate.bias.data.fill_(bias)
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        gradients.append(torch.autograd.grad(losses[-1], gates[0].weight)[0].norm())
+    assert (losses[1] - losses[0]).abs() < 0.01 * losses[0]
+    assert gradients[0] < 1e-6 * gradients[1]
+
+    thresholds = [x for name, x in model.named_parameters() if name.endswith(".threshold")]
+    others = [x for name, x in model.named_parameters() if not name.endswith(".threshold")]
+    groups = [{"params": others, "lr": 1e-3}, {"params": thresholds, "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+    moved = {name: (x.detach() - before[name]).abs().max().item() for name, x in model.named_parameters()}
+    assert loss < losses[1] - 1
+    assert all(moved[name] > 0.1 for name in moved if name.endswith(".threshold"))
+    of_the_rnn = [x for name, x in moved.items() if name.endswith(("rnn_gate_proj.weight", "A_log", "b_proj.weight"))]
+    assert len(of_the_rnn) == 6
+    # Thirty steps of 1e-3 at most.
+    assert min(of_the_rnn) > 5e-3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
