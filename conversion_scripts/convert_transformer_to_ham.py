@@ -17,6 +17,7 @@ import torch
 
 from ham_hf import HAMConfig
 from ham_hf.hub.conversion import Conversion, Requirement, main
+from ham_hf.hub.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
 from ham_hf.hub.shards import Recipe, copied
 
@@ -33,29 +34,16 @@ def check_features(config: Any) -> None:
             f"`sliding_window` must be None or at least `max_position_embeddings` ({length}), got {window}: a HAM "
             "keeps or drops tokens by their score, not by their distance."
         )
-    partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        raise ValueError(
-            f"`partial_rotary_factor` must be 1.0, got {partial}: {config.model_type} reads it for some kinds only."
-        )
+    check_partial_rotation(config)
 
 
 def ham_config(config: Any) -> HAMConfig:
     """The HAM of the same shape."""
     check_features(config)
     return HAMConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+        **same_fields(config, *TRANSFORMER_FIELDS),
         head_dim=getattr(config, "head_dim", None),
         hidden_act=config.hidden_act,
-        max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
         rope_parameters=dict(config.rope_parameters),
         # Qwen2 has biases on q, k and v, whatever its configuration says.
         attention_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
@@ -65,9 +53,6 @@ def ham_config(config: Any) -> HAMConfig:
         kv_output_norm=False,
         output_gate=False,
         target_kv_usage=1.0,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
     )
 
 

@@ -51,6 +51,7 @@ SOURCES = {
     "llama, one key/value head, tied": LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
     "llama, biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "llama, wide heads, scaled RoPE": LlamaConfig(**SHAPE, head_dim=20, rope_parameters=LLAMA3),
+    "llama, no padding": LlamaConfig(**SHAPE | {"pad_token_id": -1}),
     "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
     "mistral, a window that is never left": MistralConfig(**SHAPE, sliding_window=512),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
