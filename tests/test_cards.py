@@ -393,6 +393,26 @@ def test_refused_files(sources, checkpoint):
         read_checkpoint(checkpoint)
 
 
+def test_what_linear_layers_have_of_their_own(tmp_path, tiny_config):
+    config = tiny_config(
+        num_hidden_layers=2,
+        layer_types=["hybrid", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=10,
+        output_gate=False,
+        linear_output_gate="silu",
+        attention_post_norm=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    )
+    HAMForCausalLM(config).save_pretrained(tmp_path / "hybrid")
+    table = rows(section(make(tmp_path / "hybrid"), "Model"))
+    assert table["heads of linear layers"] == "2 key heads, 4 value heads, keys of 6 and values of 10"
+    assert "output gate of linear layers, norms after attention and MLP" in table["norms and gates"]
+    assert table["positions"].endswith(", of 50% of a head")
+
+
 def test_names_break_out_of_nothing(checkpoint):
     """Whoever named things: no line, block or call in the card ends where it should not."""
     name = 'a"); import os\n## Heading\n```\n---\nlicense: mit'

@@ -188,11 +188,15 @@ def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     sizes = f"keys of {config.head_dim} and values of {config.value_head_dim}"
     convolution = "queries, keys and values" + ("" if config.attention_conv else ", those of the RNN alone")
     tied = "tied to the output layer" if config.tie_word_embeddings else "not tied to the output layer"
+    shape = config.layer_shape("linear_attention")
+    linear = f"{shape.key_heads} key heads, {shape.value_heads} value heads, keys of {shape.key_dim} and values of "
+    linear_rows = [("heads of linear layers", f"{linear}{shape.value_dim}")] if config.linear_num_key_heads else []
     dtypes = [f"{n:,} in {DTYPES.get(kind, kind)}" for kind, n in checkpoint.parameters.most_common()]
     return [
         ("layers", ", ".join(kinds)),
         ("width", f"{config.hidden_size:,}"),
         ("heads", f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads, {sizes}"),
+        *linear_rows,
         ("MLP", f"{config.intermediate_size:,}, gated, `{config.hidden_act}`"),
         ("positions", positions(config)),
         ("convolution", f"{config.conv_kernel_size} tokens, of {convolution}"),
@@ -212,7 +216,10 @@ def positions(config: HAMConfig) -> str:
     """Whether and how the attention is told where a token stands."""
     if config.rope_parameters is None:
         return "no RoPE"
-    return f"RoPE, `{config.rope_parameters['rope_type']}`, base {config.rope_parameters['rope_theta']:,.0f}"
+    rope = config.rope_parameters
+    part = rope.get("partial_rotary_factor", 1.0)
+    of_part = "" if part == 1.0 else f", of {part:.0%} of a head"
+    return f"RoPE, `{rope['rope_type']}`, base {rope['rope_theta']:,.0f}{of_part}"
 
 
 def norms_and_gates(config: HAMConfig) -> str:
@@ -222,6 +229,8 @@ def norms_and_gates(config: HAMConfig) -> str:
         "norm of the RNN's output": config.rnn_output_norm,
         "norm of the attention's output": config.kv_output_norm,
         "output gate": config.output_gate,
+        "output gate of linear layers": config.linear_output_gate and not config.output_gate,
+        "norms after attention and MLP, not before": config.attention_post_norm,
         "biases of q, k, v and output": config.attention_bias,
         "biases of the MLP": config.mlp_bias,
     }
