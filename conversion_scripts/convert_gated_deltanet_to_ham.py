@@ -4,7 +4,7 @@
 
 Every layer becomes a HAM layer whose RNN is the source's; the attention beside it is new, keeps no token and is shut.
 The gate is shut too far for training to find it: to use the attention, raise `kv_gate_proj.bias` of every layer, from
--20 to -4 for instance, set `target_kv_usage`, 0 at first, and train.
+-20 to -2 for instance, set `target_kv_usage`, 0 at first, and train. Thresholds begin at 1.01, above every score.
 
 Needs flash-linear-attention (tested with 0.6.0). Without a GPU its kernels run under Triton's interpreter, which suits
 small models: compare fewer tokens of a large one (`--verify-tokens 4`), or none (`--no-verify`).

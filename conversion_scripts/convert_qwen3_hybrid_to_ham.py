@@ -4,7 +4,8 @@
 
 Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
 source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. Of a multimodal
-checkpoint the language model is taken. Mixtures of experts are refused.
+checkpoint the language model is taken. Mixtures of experts are refused. To keep less, raise `rnn_gate_proj.bias` of
+these layers, from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
 
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back

@@ -3,7 +3,8 @@
 """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
-keys and values and is shut. Train it (`ham_hf` README) to open the RNN and to keep less.
+keys and values and is shut, too far for training to find it: to keep less, raise `rnn_gate_proj.bias` of every layer,
+from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
   python conversion_scripts/convert_transformer_to_ham.py qwen3-ham qwen3-again --back

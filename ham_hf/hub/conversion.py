@@ -268,6 +268,8 @@ class Run:
             raise ValueError(
                 f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
                 f"{config_json.get('model_type')!r}."
+                + " For the way back add --back."
+                * (config_json.get("model_type") == "ham")
             )
         config = AutoConfig.from_pretrained(self.source)
         if getattr(config, "quantization_config", None):
