@@ -4,7 +4,8 @@
 
 Every layer becomes a HAM layer whose RNN is the source's; the attention beside it is new, keeps no token and is shut.
 The gate is shut too far for training to find it: to use the attention, raise `kv_gate_proj.bias` of every layer, from
--20 to -2 for instance, set `target_kv_usage`, 0 at first, and train. Thresholds begin at 1.01, above every score.
+-20 to -4 for instance, set `target_kv_usage`, 0 at first, and train. Thresholds begin at 1.01, above every score: with
+Adam and a rate of 0.01 they reached a target of 0.25 in 100 steps, with 0.002 less than half of it in 300.
 
 Needs flash-linear-attention (tested with 0.6.0). Without a GPU its kernels run under Triton's interpreter, which suits
 small models: compare fewer tokens of a large one (`--verify-tokens 4`), or none (`--no-verify`).

@@ -4,7 +4,7 @@
 
 Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
 source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. To keep less,
-raise `rnn_gate_proj.bias` of these layers, from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
+raise `rnn_gate_proj.bias` of these layers, from -20 to -4 for instance, lower `target_kv_usage`, and train.
 
   python conversion_scripts/convert_olmo_hybrid_to_ham.py path/to/Olmo-Hybrid-7B olmo-ham
   python conversion_scripts/convert_olmo_hybrid_to_ham.py olmo-ham olmo-again --back
