@@ -3,7 +3,8 @@
 """Turns an OLMo-Hybrid checkpoint into a HAM that computes the same, and back.
 
 Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
-source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut.
+source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. To keep less,
+raise `rnn_gate_proj.bias` of these layers, from -20 to -4 for instance, lower `target_kv_usage`, and train.
 
   python conversion_scripts/convert_olmo_hybrid_to_ham.py path/to/Olmo-Hybrid-7B olmo-ham
   python conversion_scripts/convert_olmo_hybrid_to_ham.py olmo-ham olmo-again --back
@@ -21,10 +22,17 @@ from torch import nn
 
 from ham_hf import HAMConfig
 from ham_hf.hub.conversion import Conversion, Requirement, main, transformers_model
+from ham_hf.hub.features import (
+    LAYER_TYPES,
+    LINEAR_FIELDS,
+    TRANSFORMER_FIELDS,
+    check_linear_hybrid,
+    check_partial_rotation,
+    same_fields,
+)
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
 from ham_hf.hub.shards import Recipe, copied
 
-LAYER_TYPES = {"linear_attention": "linear_attention", "full_attention": "hybrid"}
 # In the source's code, not in its configuration.
 OUTPUT_NORM_EPS = 1e-5
 # Of a linear layer and of one with attention: equal names, in the HAM as well.
@@ -57,22 +65,8 @@ def rename(name: str) -> str:
 
 def check_features(config: Any) -> None:
     """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
-    for layer_type in config.layer_types:
-        if layer_type not in LAYER_TYPES:
-            raise ValueError(
-                f"`layer_types` must hold only {' and '.join(LAYER_TYPES)}, got {layer_type!r}: a HAM keeps or drops "
-                "tokens by their score, not by their distance."
-            )
-    if config.hidden_act != "silu":
-        raise ValueError(
-            f"`hidden_act` must be 'silu', got {config.hidden_act!r}: the source uses it in the convolution of linear "
-            "layers as well, where HAM has silu."
-        )
-    factor = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise ValueError(
-            f"`partial_rotary_factor` must be 1.0, got {factor}: {config.model_type} reads it for some kinds only."
-        )
+    check_linear_hybrid(config)
+    check_partial_rotation(config)
 
 
 def ham_config(config: Any) -> HAMConfig:
@@ -80,17 +74,8 @@ def ham_config(config: Any) -> HAMConfig:
     check_features(config)
     rope = config.rope_parameters
     return HAMConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+        **same_fields(config, *TRANSFORMER_FIELDS, *LINEAR_FIELDS),
         head_dim=getattr(config, "head_dim", None),
-        max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
         # The source takes no base to mean no positions.
         rope_parameters=dict(rope) if rope and rope.get("rope_theta") is not None else None,
         attention_bias=config.attention_bias,
@@ -103,15 +88,8 @@ def ham_config(config: Any) -> HAMConfig:
         output_norm_eps=OUTPUT_NORM_EPS,
         output_gate=False,
         linear_output_gate="silu",
-        linear_num_key_heads=config.linear_num_key_heads,
-        linear_num_value_heads=config.linear_num_value_heads,
-        linear_key_head_dim=config.linear_key_head_dim,
-        linear_value_head_dim=config.linear_value_head_dim,
         allow_neg_eigval=config.linear_allow_neg_eigval,
         target_kv_usage=1.0,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
     )
 
 

@@ -4,7 +4,8 @@
 
 Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
 source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. Of a multimodal
-checkpoint the language model is taken. Mixtures of experts are refused.
+checkpoint the language model is taken. Mixtures of experts are refused. To keep less, raise `rnn_gate_proj.bias` of
+these layers, from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
 
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back
@@ -20,11 +21,11 @@ import torch
 
 from ham_hf import HAMConfig
 from ham_hf.hub.conversion import Conversion, Requirement, main
+from ham_hf.hub.features import LAYER_TYPES, LINEAR_FIELDS, TRANSFORMER_FIELDS, check_linear_hybrid, same_fields
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, new_rnn, shut_rnn
 from ham_hf.hub.shards import Recipe, copied
 from ham_hf.modeling_ham import HAMRotaryEmbedding, partial_rotary_order
 
-LAYER_TYPES = {"linear_attention": "linear_attention", "full_attention": "hybrid"}
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -44,17 +45,7 @@ def check_features(config: Any) -> None:
                 f"`source` must have a dense MLP in every layer, got a mixture of experts ({config.num_experts} in "
                 f"{len(sparse)} of {config.num_hidden_layers} layers): HAM has none."
             )
-    for layer_type in config.layer_types:
-        if layer_type not in LAYER_TYPES:
-            raise ValueError(
-                f"`layer_types` must hold only {' and '.join(LAYER_TYPES)}, got {layer_type!r}: a HAM keeps or drops "
-                "tokens by their score, not by their distance."
-            )
-    if config.hidden_act != "silu":
-        raise ValueError(
-            f"`hidden_act` must be 'silu', got {config.hidden_act!r}: the source uses it in the convolution of linear "
-            "layers as well, where HAM has silu."
-        )
+    check_linear_hybrid(config)
     if config.attention_bias:
         raise ValueError("`attention_bias` must be False, got True: HAM's output gate has no bias.")
 
@@ -65,17 +56,8 @@ def ham_config(config: Any) -> HAMConfig:
     # Text has the same position in all sections of multimodal RoPE, which then is RoPE.
     rope = {name: value for name, value in config.rope_parameters.items() if not name.startswith("mrope_")}
     return HAMConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+        **same_fields(config, *TRANSFORMER_FIELDS, *LINEAR_FIELDS),
         head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
         rope_parameters=rope,
         layer_types=[LAYER_TYPES[layer_type] for layer_type in config.layer_types],
         conv_kernel_size=config.linear_conv_kernel_dim,
@@ -84,14 +66,7 @@ def ham_config(config: Any) -> HAMConfig:
         zero_centered_norms=True,
         output_gate="sigmoid",
         linear_output_gate="silu",
-        linear_num_key_heads=config.linear_num_key_heads,
-        linear_num_value_heads=config.linear_num_value_heads,
-        linear_key_head_dim=config.linear_key_head_dim,
-        linear_value_head_dim=config.linear_value_head_dim,
         target_kv_usage=1.0,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
     )
 
 

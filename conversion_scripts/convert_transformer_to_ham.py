@@ -3,7 +3,8 @@
 """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
-keys and values and is shut. README.md tells how to open the RNN and train it, to keep less.
+keys and values and is shut, too far for training to find it: to keep less, raise `rnn_gate_proj.bias` of every layer,
+from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
   python conversion_scripts/convert_transformer_to_ham.py qwen3-ham qwen3-again --back
@@ -17,6 +18,7 @@ import torch
 
 from ham_hf import HAMConfig
 from ham_hf.hub.conversion import Conversion, Requirement, main
+from ham_hf.hub.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
 from ham_hf.hub.shards import Recipe, copied
 
@@ -33,29 +35,16 @@ def check_features(config: Any) -> None:
             f"`sliding_window` must be None or at least `max_position_embeddings` ({length}), got {window}: a HAM "
             "keeps or drops tokens by their score, not by their distance."
         )
-    partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        raise ValueError(
-            f"`partial_rotary_factor` must be 1.0, got {partial}: {config.model_type} reads it for some kinds only."
-        )
+    check_partial_rotation(config)
 
 
 def ham_config(config: Any) -> HAMConfig:
     """The HAM of the same shape."""
     check_features(config)
     return HAMConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+        **same_fields(config, *TRANSFORMER_FIELDS),
         head_dim=getattr(config, "head_dim", None),
         hidden_act=config.hidden_act,
-        max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
         rope_parameters=dict(config.rope_parameters),
         # Qwen2 has biases on q, k and v, whatever its configuration says.
         attention_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
@@ -65,9 +54,6 @@ def ham_config(config: Any) -> HAMConfig:
         kv_output_norm=False,
         output_gate=False,
         target_kv_usage=1.0,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
     )
 
 

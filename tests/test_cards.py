@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 HAM_TINY = ROOT / "ham_hf/checkpoints/ham-tiny"
 HAM_TINY_SOURCES = ROOT / "model_cards/ham-tiny"
 CONVERSION = {
-    "source": {"name": "owner/llama", "model_type": "llama", "architecture": "LlamaForCausalLM"},
+    "source": {"name": "owner/llama", "commit": None, "model_type": "llama", "architecture": "LlamaForCausalLM"},
     "script": "convert_llama_to_ham.py",
     "command": "python convert_llama_to_ham.py owner/llama my-ham",
     "date": "2026-11-25",
@@ -391,6 +391,43 @@ def test_refused_files(sources, checkpoint):
     (checkpoint / "conversion.json").write_text(json.dumps(CONVERSION | {"date": 2026}))
     with pytest.raises(ValueError, match=r"conversion\.json: `date`.*2026"):
         read_checkpoint(checkpoint)
+
+
+def test_what_linear_layers_have_of_their_own(tmp_path, tiny_config):
+    config = tiny_config(
+        num_hidden_layers=2,
+        layer_types=["hybrid", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=10,
+        output_gate=False,
+        linear_output_gate="silu",
+        attention_post_norm=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    )
+    HAMForCausalLM(config).save_pretrained(tmp_path / "hybrid")
+    table = rows(section(make(tmp_path / "hybrid"), "Model"))
+    assert table["heads of linear layers"] == "2 key heads, 4 value heads, keys of 6 and values of 10"
+    assert "output gate of linear layers, norms after attention and MLP" in table["norms and gates"]
+    assert table["positions"].endswith(", of 50% of a head")
+
+
+def test_names_break_out_of_nothing(checkpoint):
+    """Whoever named things: no line, block or call in the card ends where it should not."""
+    name = 'a"); import os\n## Heading\n```\n---\nlicense: mit'
+    conversion = json.loads(json.dumps(CONVERSION).replace("owner/llama", json.dumps(name)[1:-1]))
+    (checkpoint / "conversion.json").write_text(json.dumps(conversion))
+    (checkpoint / "card.json").write_text(json.dumps({"license": name}))
+    card = build_card(read_checkpoint(checkpoint), read_sources(checkpoint), name)
+    reread = ModelCard(str(card))
+    assert reread.data.license == name
+    lines = reread.text.splitlines()
+    assert not [line for line in lines if line in ("## Heading", "---", "license: mit")]
+    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    calls = [line for line in lines if "from_pretrained(" in line]
+    assert calls
+    assert all('("OWNER/NAME"' in line and "import os" not in line for line in calls)
 
 
 def test_refused_checkpoints(checkpoint, tmp_path):

@@ -180,6 +180,8 @@ def test_transformers_pushes_what_has_no_card_of_ours(hub, model, monkeypatch, r
 
 def test_a_folder_is_pushed_with_the_code_it_lacks_and_stays_as_it_is(hub, folder):
     (folder / "optimizer.pt").write_bytes(b"pickled")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / ".credentials.json").write_text('{"token": "hf_x"}')
     (folder / "checkpoint-5").mkdir()
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
@@ -188,7 +190,7 @@ def test_a_folder_is_pushed_with_the_code_it_lacks_and_stays_as_it_is(hub, folde
     commit = hub.sent()
     assert pushed.repo_id == commit.repo_id == "me/my-ham"
     assert pushed.files == sorted(commit.files)
-    assert pushed.left_out == ["checkpoint-5", "optimizer.pt"]
+    assert pushed.left_out == [".credentials.json", "checkpoint-5", "optimizer.pt", "trainer_state.json"]
     assert {"cache_ham.py", "configuration_ham.py", "modeling_ham.py"} <= set(pushed.code) <= set(commit.files)
     assert commit.files["additional_chat_templates/tool.jinja"] == b"{{ messages }}"
     assert json.loads(commit.files["config.json"])["auto_map"]["AutoModelForCausalLM"] == "modeling_ham.HAMForCausalLM"

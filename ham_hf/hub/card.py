@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -13,6 +14,7 @@ from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.checkpoint import Checkpoint
 from ham_hf.hub.sources import Sources
 
+CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Tells a card that may be written anew from one that someone wrote.
 MARKER = "<!-- Written by `ham-hf card`, which writes it anew: change the files that it is made of instead. -->"
@@ -42,6 +44,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         name: what the model is called.
         repo_id: the repository that the card tells readers to load, a placeholder by default.
     """
+    name = quotable(name)
     evaluation = sources.metadata.get("evaluation", {})
     content = {
         "marker": MARKER,
@@ -52,20 +55,49 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "router": router_rows(checkpoint),
         "calibrated": checkpoint.calibrated,
         "default_thresholds": "learned thresholds" if checkpoint.config.threshold is None else "default threshold",
-        "repo_id": repo_id or f"OWNER/{name}",
+        "repo_id": repo_id or placeholder(name),
         "repo_id_known": repo_id is not None,
         "auto_class": checkpoint.auto_class,
         "generates": checkpoint.task == "text-generation",
-        "conversion": checkpoint.conversion,
+        "conversion": quotable(checkpoint.conversion),
         "usage_table": usage_table(sources.usage),
-        "evaluated_on": evaluation.get("dataset"),
-        "license": sources.metadata.get("license"),
+        "evaluated_on": quotable(evaluation.get("dataset")),
+        "license": quotable(sources.metadata.get("license")),
         "not_stated": not_stated(checkpoint),
         "plot": None if sources.plot is None else sources.plot.name,
     }
     card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
     card.text += "\n"  # which Jinja drops
     return card
+
+
+def quotable(value: Any) -> Any:
+    """A JSON value whose strings a sentence, a table's cell or a block of code can hold, whoever wrote them."""
+    if isinstance(value, dict):
+        return {name: quotable(content) for name, content in value.items()}
+    if isinstance(value, list):
+        return [quotable(content) for content in value]
+    return " ".join(value.split()).replace("`", "'") if isinstance(value, str) else value
+
+
+def placeholder(name: str) -> str:
+    """What stands for a repository whose owner is not known; the code in a card has it between quotes."""
+    try:
+        validate_repo_id(f"OWNER/{name}")
+    except HFValidationError:
+        return "OWNER/NAME"
+    return f"OWNER/{name}"
+
+
+def card_in(folder: Path) -> ModelCard | None:
+    """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
 
 
 def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
@@ -85,7 +117,8 @@ def not_stated(checkpoint: Checkpoint) -> str:
     """What stands where nobody said anything."""
     if checkpoint.conversion is None:
         return "Not stated."
-    return f"Not stated here; see `{checkpoint.conversion['source']['name']}`, which this model was made from."
+    source = quotable(checkpoint.conversion["source"]["name"])
+    return f"Not stated here; see `{source}`, which this model was made from."
 
 
 def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:
@@ -155,11 +188,15 @@ def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     sizes = f"keys of {config.head_dim} and values of {config.value_head_dim}"
     convolution = "queries, keys and values" + ("" if config.attention_conv else ", those of the RNN alone")
     tied = "tied to the output layer" if config.tie_word_embeddings else "not tied to the output layer"
+    shape = config.layer_shape("linear_attention")
+    linear = f"{shape.key_heads} key heads, {shape.value_heads} value heads, keys of {shape.key_dim} and values of "
+    linear_rows = [("heads of linear layers", f"{linear}{shape.value_dim}")] if config.linear_num_key_heads else []
     dtypes = [f"{n:,} in {DTYPES.get(kind, kind)}" for kind, n in checkpoint.parameters.most_common()]
     return [
         ("layers", ", ".join(kinds)),
         ("width", f"{config.hidden_size:,}"),
         ("heads", f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads, {sizes}"),
+        *linear_rows,
         ("MLP", f"{config.intermediate_size:,}, gated, `{config.hidden_act}`"),
         ("positions", positions(config)),
         ("convolution", f"{config.conv_kernel_size} tokens, of {convolution}"),
@@ -179,7 +216,10 @@ def positions(config: HAMConfig) -> str:
     """Whether and how the attention is told where a token stands."""
     if config.rope_parameters is None:
         return "no RoPE"
-    return f"RoPE, `{config.rope_parameters['rope_type']}`, base {config.rope_parameters['rope_theta']:,.0f}"
+    rope = config.rope_parameters
+    part = rope.get("partial_rotary_factor", 1.0)
+    of_part = "" if part == 1.0 else f", of {part:.0%} of a head"
+    return f"RoPE, `{rope['rope_type']}`, base {rope['rope_theta']:,.0f}{of_part}"
 
 
 def norms_and_gates(config: HAMConfig) -> str:
@@ -189,6 +229,8 @@ def norms_and_gates(config: HAMConfig) -> str:
         "norm of the RNN's output": config.rnn_output_norm,
         "norm of the attention's output": config.kv_output_norm,
         "output gate": config.output_gate,
+        "output gate of linear layers": config.linear_output_gate and not config.output_gate,
+        "norms after attention and MLP, not before": config.attention_post_norm,
         "biases of q, k, v and output": config.attention_bias,
         "biases of the MLP": config.mlp_bias,
     }

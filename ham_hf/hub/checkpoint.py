@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from ham_hf.configuration_ham import HAMConfig
+from ham_hf.hub.shards import find_weights
 from ham_hf.hub.sources import read_conversion, read_json
 
 # How each head is loaded, and the task that the Hub lists it under.
@@ -95,21 +96,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         calibrated=bool(quantiles) and all(bool((x.amax(-1) > 0).all()) for x in quantiles),
         conversion=read_conversion(folder),
     )
-
-
-def find_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards of its index; `ValueError` if one is missing."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = {SAFE_WEIGHTS_NAME}
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} must hold a `weight_map` from tensors to files.")
-        names = set(map(str, weight_map.values()))
-    for name in sorted(names):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"`folder` must hold all of its safetensors weights, got {str(folder)!r} without {name}.")
-    return [folder / name for name in sorted(names)]
 
 
 def read_weights(files: list[Path]) -> tuple[Counter[str], dict[str, list[torch.Tensor]]]:

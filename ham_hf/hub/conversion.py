@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,30 +31,32 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf import HAMConfig, HAMForCausalLM, __version__
 from ham_hf.files import write_whole
 
-from .card import build_card
+from .card import build_card, card_in
 from .checkpoint import read_checkpoint
 from .shards import Recipe, Weights, check_recipes, write_shards
-from .sources import read_sources
+from .sources import read_conversion, read_json, read_sources
 
 RECORD = "conversion.json"
-# In a folder that is being written: of which run it is.
-STATE = "conversion_state.json"
 # Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 2
+# As many as a convolution usually reads.
+FEWEST_VERIFIED = 4
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Functions of Transformers' models in whose place a package is called where it is installed.
 PACKAGED = (
     "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"
 )  # fmt: skip
+# Weights once more, in the formats of their makers.
+SECOND_COPIES = ["consolidated*", "original/*"]
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
-# Fields of a HAMConfig that change nothing that a checkpoint without its RNN, or without its cache, computes.
+# Fields of a HAMConfig that change no logit of a checkpoint without its RNN, or without its cache; training sets some.
 FREE_FIELDS = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "router", "router_hidden_size", "target_kv_usage",
-    "threshold_scope", "transformers_version",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "router",
+    "router_hidden_size", "target_kv_usage", "threshold_scope", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -162,24 +166,25 @@ def compare_logits(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def agree(figures: dict[str, Any]) -> bool:
+    """Whether two models' logits are as close as is allowed; never if some are not finite numbers."""
+    return figures["max_abs_logit_error"] <= figures["tolerance"] < math.inf
+
+
 class Run:
     """One call of a script: reads `source`, and writes `output` whole or not at all."""
 
-    def __init__(self, conversion: Conversion, arguments: argparse.Namespace, command: str):
+    def __init__(self, conversion: Conversion, arguments: argparse.Namespace, argv: list[str]):
         conversion.prepare()
         self.conversion = conversion
         self.arguments = arguments
-        self.command = command
+        self.argv = argv
         self.output = Path(arguments.output)
         self.partial = self.output.with_name(self.output.name + ".partial")
-        if self.output.exists():
+        # Says whose the partial folder is: there before it, and gone after it.
+        self.state = self.output.with_name(self.output.name + ".partial.json")
+        if os.path.lexists(self.output):
             raise ValueError(f"`output` must not exist yet, got {self.output}.")
-        if arguments.verify_tokens < 1:
-            raise ValueError(f"`--verify-tokens` must be 1 or more, got {arguments.verify_tokens}.")
-        if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", arguments.max_shard_size, re.IGNORECASE):
-            raise ValueError(
-                f"`--max-shard-size` must be a size such as 5GB or 500MB, got {arguments.max_shard_size!r}."
-            )
         self.source = self._source()
 
     def _source(self) -> Path:
@@ -188,10 +193,16 @@ class Run:
             if revision:
                 raise ValueError(f"`--revision` belongs to a repository on the Hub, got the folder {source}.")
             return Path(source)
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise ValueError(f"`source` must be a folder, or OWNER/NAME on the Hub, got {source!r}.") from error
         print(f"{source} is no folder here: fetches it from the Hub", flush=True)
         try:
-            return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
-        except (HFValidationError, RepositoryNotFoundError) as error:
+            return Path(
+                snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=SECOND_COPIES)
+            )
+        except RepositoryNotFoundError as error:
             raise ValueError(
                 f"`source` must be a folder or a repository on the Hub that your token may read, got {source!r}."
             ) from error
@@ -200,6 +211,12 @@ class Run:
         """A repository's name on the Hub, a folder's without those above it."""
         source = self.arguments.source
         return Path(source).resolve().name if Path(source).is_dir() else source
+
+    def _command(self) -> str:
+        """What was called, for others: without the folders above source and output."""
+        names = {self.arguments.source: self._source_name(), self.arguments.output: self.output.name}
+        arguments = [names.get(argument, argument) for argument in self.argv]
+        return shlex.join(["python", f"conversion_scripts/{self.conversion.script}", *arguments])
 
     def to_ham(self) -> None:
         """Writes the HAM."""
@@ -210,10 +227,13 @@ class Run:
         ham_config.dtype = old.main_dtype()
         recipes = {recipe.name: recipe for recipe in conversion.to_ham(config, ham_config)}
         left_out = self._left_out(old, config)
-        self._write(old, recipes, shapes_of(HAMForCausalLM, ham_config), left_out)
+        shapes = shapes_of(HAMForCausalLM, ham_config)
+        check_recipes(recipes, shapes, left_out, old)
+        self._resume_or_begin(old)
         ham_config.architectures = ["HAMForCausalLM"]
         ham_config.save_pretrained(self.partial)
         self._copy_companions()
+        self._write(old, recipes, shapes)
         self._record(config, config_json, left_out - {"lm_head.weight"})
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
         write_whole(self.partial / "README.md", str(card))
@@ -230,12 +250,14 @@ class Run:
         record = {
             "source": {
                 "name": self.arguments.name or self._source_name(),
+                # The cache of the Hub names folders by their commits.
+                "commit": None if Path(self.arguments.source).is_dir() else self.source.name,
                 "model_type": config.model_type,
                 "architecture": (config.architectures or ["unknown"])[0],
                 "config": config_json,
             },
             "script": conversion.script,
-            "command": self.command,
+            "command": self._command(),
             "date": datetime.date.today().isoformat(),
             "notes": notes,
             "verification": self._verify(self.source, self.partial, config),
@@ -245,29 +267,35 @@ class Run:
     def _source_config(self) -> tuple[Any, dict[str, Any]]:
         """The configuration of the source's language model, and what a config.json of that model alone holds."""
         conversion = self.conversion
-        text = (self.source / "config.json").read_text(encoding="utf-8")
-        config = AutoConfig.from_pretrained(self.source)
-        if config.model_type not in conversion.model_types:
+        config_json = read_json(self.source / "config.json")
+        # Before Transformers reads it, which would ask whether to run the code of a type that it does not know.
+        if config_json.get("model_type") not in conversion.model_types:
             raise ValueError(
                 f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
-                f"{config.model_type!r}."
+                f"{config_json.get('model_type')!r}."
+                + " For the way back add --back."
+                * (config_json.get("model_type") == "ham")
             )
+        config = AutoConfig.from_pretrained(self.source)
         if getattr(config, "quantization_config", None):
             raise ValueError(
                 "`source` must hold plain weights, got a `quantization_config`. Take the original checkpoint."
             )
         language = config.get_text_config()
         if language is config:
-            return config, json.loads(text)
+            return config, config_json
         language.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[language.model_type]]
         return language, json.loads(language.to_json_string())
 
     def from_ham(self) -> None:
         """Writes the source's checkpoint again, from a HAM that a script made and that may have been trained since."""
         conversion = self.conversion
-        if not (self.source / RECORD).is_file():
-            raise ValueError(f"`source` must be a folder that {conversion.script} wrote, got one without {RECORD}.")
-        record = json.loads((self.source / RECORD).read_text(encoding="utf-8"))
+        record = read_conversion(self.source)
+        if record is None:
+            raise ValueError(
+                f"`source` must be a folder that {conversion.script} wrote, got one without {RECORD}. Of a HAM "
+                "that was saved again, copy that file from the folder that it was loaded from."
+            )
         if record["script"] != conversion.script:
             raise ValueError(f"`source` was written by {record['script']}: take that script for the way back.")
         text = json.dumps(record["source"]["config"], indent=2) + "\n"
@@ -284,9 +312,12 @@ class Run:
         recipes = {recipe.name: recipe for recipe in conversion.from_ham(config, ham_config)}
         implied = {requirement.name for requirement in conversion.requirements(config, ham_config)}
         implied |= {name for name in old.names() if re.search(conversion.inert, name)}
-        self._write(old, recipes, shapes_of(conversion.empty_source, config), implied)
+        shapes = shapes_of(conversion.empty_source, config)
+        check_recipes(recipes, shapes, implied, old)
+        self._resume_or_begin(old)
         write_whole(self.partial / "config.json", text)
         self._copy_companions()
+        self._write(old, recipes, shapes)
         self._verify(self.partial, self.source, config)
         self._finish()
 
@@ -302,15 +333,17 @@ class Run:
     def _left_out(self, old: Weights, config: Any) -> set[str]:
         # Some tied models are saved with both copies.
         tied = {"lm_head.weight"} & old.names() if config.tie_word_embeddings else set()
+        embedding = {"model.embed_tokens.weight", "model.embeddings.weight"} & old.names()
+        if tied and not any(torch.equal(old.get("lm_head.weight"), old.get(name)) for name in embedding):
+            raise ValueError(
+                "`source` must hold an lm_head.weight equal to its embeddings, or none, as its config.json sets "
+                "`tie_word_embeddings`. Set that to false if the head is one of its own."
+            )
         if self.conversion.left_out is None:
             return tied
         return tied | {name for name in old.names() if re.search(self.conversion.left_out, name)}
 
-    def _write(
-        self, old: Weights, recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: set[str]
-    ) -> None:
-        check_recipes(recipes, shapes, left_out, old)
-        self._resume_or_begin(old)
+    def _write(self, old: Weights, recipes: dict[str, Recipe], shapes: dict[str, torch.Size]) -> None:
         size = sum(shape.numel() for shape in shapes.values())
         print(f"Reads {self.source}: {len(old.names())} tensors in {len(old.files)} file(s)")
         print(f"Writes {self.output}: {len(shapes)} tensors, {size / 1e6:,.1f} million parameters", flush=True)
@@ -320,39 +353,52 @@ class Run:
         """Keeps the shards that an interrupted run of the same command left, else starts afresh."""
         state = {
             "script": self.conversion.script,
+            "version": __version__,
             "back": self.arguments.back,
             "max_shard_size": self.arguments.max_shard_size,
             "source": old.fingerprint(),
         }
-        path = self.partial / STATE
-        if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")) == state:
+        if self.partial.exists():
+            if not self.state.is_file():
+                raise ValueError(
+                    f"`output` is written to {self.partial} first, which exists: move it or choose another."
+                )
+            if json.loads(self.state.read_text(encoding="utf-8")) == state:
                 print(f"Goes on with {self.partial}")
                 return
             shutil.rmtree(self.partial)
-        elif self.partial.exists():
-            raise ValueError(f"`output` is written to {self.partial} first, which exists: move it or choose another.")
-        self.partial.mkdir(parents=True)
-        write_whole(path, json.dumps(state))
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.state, json.dumps(state))
+        self.partial.mkdir()
 
     def _copy_companions(self) -> None:
         """Takes over what is not weights: tokenizer, generation settings, licence."""
         said = []
         if any((self.source / name).is_file() for name in TOKENIZER_FILES):
-            AutoTokenizer.from_pretrained(self.source).save_pretrained(self.partial)
+            AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.partial)
             said.append("the tokenizer")
         if (self.source / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(self.source).save_pretrained(self.partial)
             said.append("the generation settings")
         for path in self.source.glob("LICENSE*"):
-            shutil.copyfile(path, self.partial / path.name)
-            said.append(path.name)
-        if (self.source / "README.md").is_file():
-            license_name = ModelCard.load(self.source / "README.md").data.get("license")
-            if isinstance(license_name, str):
-                write_whole(self.partial / "card.json", json.dumps({"license": license_name}) + "\n")
-                said.append(f"the licence that its card states ({license_name})")
+            if path.is_file():
+                shutil.copyfile(path, self.partial / path.name)
+                said.append(path.name)
+        license_name = self._license()
+        if license_name:
+            write_whole(self.partial / "card.json", json.dumps({"license": license_name}) + "\n")
+            said.append(f"the licence that its card states ({license_name})")
         print(f"Copied {', '.join(said)}" if said else "Found no tokenizer to copy")
+
+    def _license(self) -> str | None:
+        """The licence that the source's card states, if it can be read."""
+        try:
+            card = card_in(self.source)
+        except ValueError as error:
+            print(f"Takes no licence from the source's card: {error}")
+            return None
+        license_name = None if card is None else card.data.get("license")
+        return license_name if isinstance(license_name, str) else None
 
     def _verify(self, source: Path, ham: Path, config: PreTrainedConfig) -> dict[str, Any] | None:
         """Compares the logits of both checkpoints on random tokens; one model at a time is in memory."""
@@ -370,17 +416,40 @@ class Run:
             f"  largest difference {figures['max_abs_logit_error']:.1e} (allowed {figures['tolerance']:.1e}), mean "
             f"{figures['mean_abs_logit_error']:.1e}, same likeliest token {figures['top1_agreement']:.1%}"
         )
-        if not figures["max_abs_logit_error"] <= figures["tolerance"]:
+        if not agree(figures):
             raise ValueError(
                 f"The two models must agree to {figures['tolerance']:.1e}, got {figures['max_abs_logit_error']:.1e}; "
-                f"nothing was written but {self.partial}, for inspection."
+                f"nothing was written but {self.partial}, for inspection: remove it with {self.state.name}."
             )
         return figures
 
     def _finish(self) -> None:
-        (self.partial / STATE).unlink()
         os.replace(self.partial, self.output)
+        self.state.unlink()
         print(f"Wrote {self.output}")
+
+
+def shard_size(text: str) -> str:
+    """An argparse type: a size such as 5GB."""
+    if not re.fullmatch(r"[1-9][0-9]*[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes a size such as 5GB or 500MB")
+    return text
+
+
+def plain_name(text: str) -> str:
+    """An argparse type: a name that a card can quote."""
+    if not text.strip() or not text.isprintable() or "`" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes a name such as OWNER/NAME")
+    return text
+
+
+def verified_tokens(text: str) -> int:
+    """An argparse type: so many tokens that convolution and positions matter."""
+    if not text.isdecimal() or int(text) < FEWEST_VERIFIED:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, takes a whole number of {FEWEST_VERIFIED} or more; --no-verify compares nothing"
+        )
+    return int(text)
 
 
 def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentParser:
@@ -392,10 +461,12 @@ def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentP
     parser.add_argument("output", help="folder to write; must not exist")
     parser.add_argument("--back", action="store_true", help="turn such a HAM into its source again")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.add_argument("--name", help="what the card calls the source, such as OWNER/NAME (default: from SOURCE)")
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file (default %(default)s)")
-    help_text = "tokens in each of two rows that are compared (default %(default)s)"
-    parser.add_argument("--verify-tokens", metavar="N", type=int, default=128, help=help_text)
+    help_text = "what the card calls the source, such as OWNER/NAME (default: from SOURCE)"
+    parser.add_argument("--name", type=plain_name, help=help_text)
+    help_text = "largest file (default %(default)s)"
+    parser.add_argument("--max-shard-size", metavar="SIZE", type=shard_size, default="5GB", help=help_text)
+    help_text = f"tokens in each of two rows that are compared, {FEWEST_VERIFIED} or more (default %(default)s)"
+    parser.add_argument("--verify-tokens", metavar="N", type=verified_tokens, default=128, help=help_text)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the logits of the two models")
     return parser
 
@@ -405,7 +476,7 @@ def main(conversion: Conversion, description: str, argv: list[str] | None = None
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser(conversion, description).parse_args(argv)
     try:
-        run = Run(conversion, arguments, shlex.join(["python", f"conversion_scripts/{conversion.script}", *argv]))
+        run = Run(conversion, arguments, argv)
         run.from_ham() if arguments.back else run.to_ham()
     except (ValueError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
         print(f"{conversion.script}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -5,23 +5,22 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from ham_hf.hub.card import build_card
+from ham_hf.hub.card import CARD_NAME, build_card, card_in
 from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
 from ham_hf.hub.sources import read_sources
 
 if TYPE_CHECKING:
     from ham_hf import HAMPreTrainedModel
 
-CARD_NAME = "README.md"
 # What is uploaded beside the weights; the state of a training run, and anything pickled, stays where it is.
 SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}
 NAMES = {"LICENSE", "NOTICE"}
+TRAINER_STATE = "trainer_state.json"
 
 
 class Pushed(NamedTuple):
@@ -107,7 +106,10 @@ def push_folder(
             cannot be the name of a repository; nothing was sent then.
     """
     check_repo_id(repo_id)
-    checkpoint, sources, card, origin = read_checkpoint(folder), read_sources(folder), card_in(folder), "the folder's"
+    checkpoint, sources = read_checkpoint(folder), read_sources(folder)
+    # As it is, not as it would be written again.
+    card = None if card_in(folder) is None else (folder / CARD_NAME).read_bytes()
+    origin = "the folder's"
     api = HfApi(token=token)
     repo_id = open_repository(api, repo_id, private, revision)
     if card is None:
@@ -136,18 +138,6 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"`repo_id` must be OWNER/NAME, got {repo_id!r}: {error}") from error
     if "/" in repo_id and Path(repo_id).exists():
         raise ValueError(f"`repo_id` must be OWNER/NAME on the Hub, got {repo_id!r}, which is a path here.")
-
-
-def card_in(folder: Path) -> bytes | None:
-    """The README.md of a folder, as it is, or `None`; `ValueError` if the Hub could not read its metadata."""
-    path = folder / CARD_NAME
-    if not path.is_file():
-        return None
-    try:
-        ModelCard.load(path)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
-    return path.read_bytes()
 
 
 def open_repository(
@@ -181,6 +171,7 @@ def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
     folder = checkpoint.folder
     paths = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*.jinja")]
     paths = [path for path in paths if path.suffix in SUFFIXES or path.name in NAMES]
+    paths = [path for path in paths if not path.name.startswith(".") and path.name != TRAINER_STATE]
     return {x.relative_to(folder).as_posix(): x for x in [*paths, *checkpoint.weight_files] if x.is_file()}
 
 

@@ -14,11 +14,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ham_hf.files import write_whole
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from .sources import read_json
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -44,6 +45,27 @@ def copied(name: str, source: str) -> Recipe:
     return Recipe(name, (source,), lambda x: x)
 
 
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, as Transformers finds them: one, or else the shards of its index.
+
+    Raises:
+        ValueError: if a file is missing, or the index is none or points elsewhere.
+    """
+    names, index = {SAFE_WEIGHTS_NAME}, folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} must hold a `weight_map` from tensors to files.")
+        names = set(map(str, weight_map.values()))
+    for name in sorted(names):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(
+                f"A checkpoint must hold all of its safetensors weights, got {folder} without {name}. Weights in "
+                "other formats become safetensors when the library that made them loads and saves them again."
+            )
+    return [folder / name for name in sorted(names)]
+
+
 class Weights:
     """The tensors of a folder of safetensors, sharded or not, read when asked for.
 
@@ -51,33 +73,15 @@ class Weights:
         folder: where the safetensors are.
         rename: turns the name of a tensor in the files into the name by which it is known here.
 
-    Raises `ValueError` for a folder without safetensors, an index that points elsewhere, two tensors of one name, and
-    dtypes that are not plain floating point (quantised weights).
+    Raises `ValueError` for what `find_weights` refuses, two tensors of one name, and dtypes that are not plain
+    floating point (quantised weights).
     """
 
     def __init__(self, folder: Path, rename: Callable[[str], str] = lambda name: name):
         self.folder = folder
-        self.files = {}
-        if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            names = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-                raise ValueError(
-                    f"{INDEX} must hold a `weight_map` of tensors to files, got {folder / INDEX} without."
-                )
-        elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, "pt") as file:
-                names = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise ValueError(
-                f"`source` must hold {SINGLE} or {INDEX}, got {folder} without either. Load it with its own library "
-                "and save it with `save_pretrained`, which writes safetensors."
-            )
-        for shard in sorted(set(names.values())):
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise ValueError(f"`source` must hold the files that its {INDEX} names, got {shard!r}.")
-            self.files[shard] = safe_open(folder / shard, "pt")
-        self.stored = {rename(name): (shard, name) for name, shard in names.items()}
+        self.files = {path.name: safe_open(path, "pt") for path in find_weights(folder)}
+        names = [(rename(name), (shard, name)) for shard, x in self.files.items() for name in x.keys()]  # noqa: SIM118
+        self.stored = dict(names)
         if len(self.stored) < len(names):
             raise ValueError(f"`source` must hold every tensor once, got {len(names) - len(self.stored)} twice.")
         for name in self.stored:
@@ -162,7 +166,7 @@ def write_shards(
             bar.update(sum(shapes[name].numel() * dtypes[name].itemsize for name in names))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_whole(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _make(recipe: Recipe, shape: torch.Size, old: Weights) -> torch.Tensor:

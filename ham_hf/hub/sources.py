@@ -34,7 +34,7 @@ USAGE_FIELDS = {
     ],
 }
 CONVERSION_FIELDS = {
-    "source": {"name": str, "model_type": str, "architecture": str},
+    "source": {"name": str, "commit": str | None, "model_type": str, "architecture": str},
     "script": str,
     "command": str,
     "date": str,

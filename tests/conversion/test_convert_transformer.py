@@ -2,7 +2,10 @@
 """Llama, Mistral, Qwen2 and Qwen3 become HAMs that compute the same, and come back bit for bit; else a refusal."""
 
 import json
+import os
+import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +51,7 @@ SOURCES = {
     "llama, one key/value head, tied": LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
     "llama, biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "llama, wide heads, scaled RoPE": LlamaConfig(**SHAPE, head_dim=20, rope_parameters=LLAMA3),
+    "llama, no padding": LlamaConfig(**SHAPE | {"pad_token_id": -1}),
     "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
     "mistral, a window that is never left": MistralConfig(**SHAPE, sliding_window=512),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
@@ -175,6 +179,41 @@ def test_an_rnn_that_opens_is_heard_and_not_taken_back(source, convert, tmp_path
     assert not (tmp_path / "back").exists()
 
 
+def test_training_finds_the_rnn_once_its_gate_is_opened(source, convert, tmp_path):
+    """What the README advises: opening costs next to nothing, and then the gate has a gradient and the RNN learns."""
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    model = HAMForCausalLM.from_pretrained(tmp_path / "ham").train()
+    model.config.target_kv_usage = 0.25
+    tokens = torch.randint(64, (4, 48), generator=torch.Generator().manual_seed(0))
+    gates = [layer.mixer.rnn_gate_proj for layer in model.model.layers]
+    losses, gradients = [], []
+    for bias in (-20.0, -4.0):
+        for gate in gates:
+            gate.bias.data.fill_(bias)
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        gradients.append(torch.autograd.grad(losses[-1], gates[0].weight)[0].norm())
+    assert (losses[1] - losses[0]).abs() < 0.01 * losses[0]
+    assert gradients[0] < 1e-6 * gradients[1]
+
+    thresholds = [x for name, x in model.named_parameters() if name.endswith(".threshold")]
+    others = [x for name, x in model.named_parameters() if not name.endswith(".threshold")]
+    groups = [{"params": others, "lr": 1e-3}, {"params": thresholds, "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+    moved = {name: (x.detach() - before[name]).abs().max().item() for name, x in model.named_parameters()}
+    assert loss < losses[1] - 1
+    assert all(moved[name] > 0.1 for name in moved if name.endswith(".threshold"))
+    of_the_rnn = [x for name, x in moved.items() if name.endswith(("rnn_gate_proj.weight", "A_log", "b_proj.weight"))]
+    assert len(of_the_rnn) == 6
+    # Thirty steps of 1e-3 at most.
+    assert min(of_the_rnn) > 5e-3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -282,17 +321,23 @@ def edit_config(folder, **changes):
         (lambda f: edit_config(f, attention_bias=True), "lacks 8 tensors"),
         (lambda f: edit_config(f, intermediate_size=81), "must have the shape"),
         (lambda f: edit_config(f, num_hidden_layers=1), "that HAM has no place for"),
-        (lambda f: [path.unlink() for path in f.glob("*.safetensors*")], "must hold model.safetensors"),
-        (lambda f: next(f.glob("*.safetensors")).unlink(), "must hold the files that"),
+        (
+            lambda f: [path.unlink() for path in f.glob("*.safetensors*")],
+            "without model.safetensors.",
+        ),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "must hold all of its safetensors weights"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"x": "../source/model.safetensors"}}'
             ),
-            "must hold the files that",
+            "must hold all of its safetensors weights",
         ),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "must hold a `weight_map`"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "must hold a `weight_map`"),
         (lambda f: next(f.glob("*.safetensors")).write_bytes(b"12345678{"), "header"),
         (lambda f: edit_config(f, vocab_size="many"), "vocab_size"),
+        (lambda f: edit_config(f, model_type="theirs", auto_map={"AutoConfig": "code.Config"}), "got 'theirs'"),
+        (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
+        (lambda f: edit_config(f, tie_word_embeddings=True), "must hold an lm_head.weight equal to its embeddings"),
     ],
 )
 def test_refusals(spoil, message, source, convert, tmp_path, capsys):
@@ -305,16 +350,153 @@ def test_refusals(spoil, message, source, convert, tmp_path, capsys):
     assert not (tmp_path / "ham").exists()
 
 
-def test_wrong_calls_write_nothing(source, convert, tmp_path, capsys):
+def test_both_copies_of_a_tied_head(source, convert, tensors_of, tmp_path):
+    folder = source(SOURCES["qwen2"])
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    save_file({"lm_head.weight": tensors_of(folder)["model.embed_tokens.weight"]}, folder / "head.safetensors")
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert(folder, tmp_path / "ham") == 0
+    assert "lm_head.weight" not in tensors_of(tmp_path / "ham")
+
+
+def test_reads_the_weights_that_transformers_reads(convert, tensors_of, tmp_path):
+    """The single file, where a shard and its index lie beside it from before."""
+    folder = tmp_path / "source"
+    AutoModelForCausalLM.from_config(SOURCES["llama"]).save_pretrained(folder)
+    before = tensors_of(folder)
+    save_file({name: tensor * 0 for name, tensor in before.items()}, folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(before, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert(folder, tmp_path / "ham", "--no-verify") == 0
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tensors_of(tmp_path / "ham")[name], before[name])
+
+
+def test_infinite_logits_verify_nothing():
+    expected = torch.tensor([[[1.0, torch.inf]]])
+    figures = conversion.compare_logits(expected, torch.zeros(1, 1, 2))
+    assert not conversion.agree(figures)
+    assert not conversion.agree(conversion.compare_logits(expected * torch.nan, expected))
+    assert conversion.agree(conversion.compare_logits(torch.ones(1, 1, 2), torch.ones(1, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--verify-tokens", "0"),
+        ("--verify-tokens", "3"),
+        ("--verify-tokens=-5",),
+        ("--max-shard-size", "abc"),
+        ("--max-shard-size=-1GB",),
+        ("--name", "a`name"),
+        ("--name", ""),
+    ],
+)
+def test_wrong_arguments(arguments, source, convert, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert(source(SOURCES["llama"]), tmp_path / "ham", *arguments)
+    assert stop.value.code == 2
+    assert "takes" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./qwen", "a b"])
+def test_a_source_that_cannot_be_on_the_hub(name, convert, tmp_path, capsys):
+    assert convert(name, tmp_path / "ham") == 2
+    assert f"must be a folder, or OWNER/NAME on the Hub, got {name!r}" in capsys.readouterr().err
+
+
+def test_a_card_without_readable_metadata_costs_the_licence_only(source, convert, tmp_path, capsys):
     folder = source(SOURCES["llama"])
-    for *arguments, message in (
-        (folder, "--verify-tokens", 0, "`--verify-tokens` must be 1 or more, got 0"),
-        (folder, "--max-shard-size", "5 apples", "`--max-shard-size` must be a size such as 5GB"),
-        ("./nowhere", "`source` must be a folder or a repository on the Hub"),
-    ):
-        assert convert(arguments[0], tmp_path / "ham", *arguments[1:]) == 2
-        assert message in capsys.readouterr().err
-        assert not list(tmp_path.glob("ham*"))
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n")
+    (folder / "LICENSES").mkdir()
+    assert convert(folder, tmp_path / "ham", "--no-verify") == 0
+    assert "Takes no licence from the source's card" in capsys.readouterr().out
+    assert ModelCard.load(tmp_path / "ham/README.md").data.license is None
+
+
+def test_what_cannot_be_copied_is_known_before_weights_are_written(source, convert, tmp_path):
+    folder = source(SOURCES["llama"])
+    (folder / "tokenizer.json").write_text("{")
+    assert convert(folder, tmp_path / "ham") == 2
+    assert not list((tmp_path / "ham.partial").glob("*.safetensors"))
+
+
+def test_killed_at_any_stage(source, convert, tensors_of, tmp_path, monkeypatch):
+    """Whatever stops a run, even amid the bookkeeping, the same command goes on; nothing of it stays behind."""
+    folder = source(SOURCES["llama"])
+    arguments = (folder, tmp_path / "ham", "--max-shard-size", "100KB", "--no-verify")
+
+    class Killed(BaseException):
+        """Not caught, as a signal that cannot be caught is not."""
+
+    def killed(*arguments, **named):
+        raise Killed
+
+    def kill_at(place, name, stand_in=killed):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stand_in)
+            with pytest.raises(Killed):
+                convert(*arguments)
+
+    def mkdir(self, *arguments, _mkdir=Path.mkdir, **named):
+        _mkdir(self, *arguments, **named)
+        if self.name == "ham.partial":
+            raise Killed
+
+    kill_at(Path, "mkdir", mkdir)
+    kill_at(conversion, "write_shards")
+    kill_at(shards, "save_file")
+    kill_at(conversion, "build_card")
+    (folder / "config.json").touch()  # another source, so that what is there is removed
+    kill_at(shutil, "rmtree")
+    kill_at(os, "replace")
+    kill_at(conversion, "write_whole")
+    assert not (tmp_path / "ham").exists()
+    assert convert(*arguments) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "ham"}
+    assert not [path.name for path in (tmp_path / "ham").iterdir() if "writing" in path.name or "partial" in path.name]
+    assert tensors_of(tmp_path / "ham").keys() == set(HAMForCausalLM.from_pretrained(tmp_path / "ham").state_dict())
+
+
+def test_comes_back_after_training_has_set_its_fields(source, convert, tensors_of, tmp_path, capsys):
+    """As `Trainer` does: no cache, the tokenizer's special tokens; and saved anew in other shards."""
+    folder = source(SOURCES["llama"])
+    assert convert(folder, tmp_path / "ham", "--no-verify") == 0
+    model = HAMForCausalLM.from_pretrained(tmp_path / "ham")
+    model.config.use_cache, model.config.pad_token_id, model.config.eos_token_id = False, 3, [0, 2]
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="60KB")
+    assert convert(tmp_path / "tuned", tmp_path / "back", "--back") == 2
+    assert "copy that file from the folder that it was loaded from" in capsys.readouterr().err
+    (tmp_path / "tuned/conversion.json").write_bytes((tmp_path / "ham/conversion.json").read_bytes())
+    assert convert(tmp_path / "tuned", tmp_path / "back", "--back") == 0
+    before, after = tensors_of(folder), tensors_of(tmp_path / "back")
+    assert {name for name in before | after if not torch.equal(before[name], after[name])} == {
+        "model.layers.0.mlp.up_proj.weight"
+    }
+
+
+def test_a_resized_vocabulary_has_no_way_back(source, convert, tmp_path, capsys):
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    model = HAMForCausalLM.from_pretrained(tmp_path / "ham")
+    model.resize_token_embeddings(4100)
+    model.save_pretrained(tmp_path / "changed")
+    (tmp_path / "changed/conversion.json").write_bytes((tmp_path / "ham/conversion.json").read_bytes())
+    assert convert(tmp_path / "changed", tmp_path / "back", "--back") == 2
+    assert "`vocab_size` must still be 4096, got 4100" in capsys.readouterr().err
+
+
+def test_the_card_does_not_tell_where_folders_lie(source, convert, tmp_path):
+    folder = source(SOURCES["llama"]).rename(tmp_path / "a `source` | x")
+    assert convert(folder, f"{tmp_path}/ham/", "--no-verify") == 0
+    card = (tmp_path / "ham/README.md").read_text()
+    assert str(tmp_path) not in card + (tmp_path / "ham/conversion.json").read_text()
+    assert "Converted from `a 'source' | x`" in card
+    command = card.split("```bash\n")[1].split("\n```")[0]
+    assert command.startswith("python conversion_scripts/convert_transformer_to_ham.py ")
+    assert command.endswith(" ham --no-verify")
 
 
 def test_qwen2_with_windows_is_refused(convert, tmp_path, capsys):

@@ -1,0 +1,48 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""What several sources of HAMs have in common: fields of their configurations, and features that no HAM has."""
+
+from typing import Any
+
+# Kinds of layers of hybrids of Gated DeltaNet and attention, and what they become.
+LAYER_TYPES = {"linear_attention": "linear_attention", "full_attention": "hybrid"}
+SAME_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "initializer_range",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+TRANSFORMER_FIELDS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+LINEAR_FIELDS = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+)  # fmt: skip
+
+
+def same_fields(config: Any, *others: str) -> dict[str, Any]:
+    """Fields of a source that a HAM's configuration has under the same names: those of any source, and `others`."""
+    fields = {name: getattr(config, name) for name in (*SAME_FIELDS, *others)}
+    # Old configurations say so that there is none.
+    if fields["pad_token_id"] == -1:
+        fields["pad_token_id"] = None
+    return fields
+
+
+def check_partial_rotation(config: Any) -> None:
+    """Refuses, with `ValueError`, heads of which only a part rotates, in sources that do so for some kinds of RoPE."""
+    factor = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise ValueError(
+            f"`partial_rotary_factor` must be 1.0, got {factor}: {config.model_type} reads it for some kinds only."
+        )
+
+
+def check_linear_hybrid(config: Any) -> None:
+    """Refuses, with `ValueError`, what a HAM lacks of hybrids of Gated DeltaNet and attention."""
+    for layer_type in config.layer_types:
+        if layer_type not in LAYER_TYPES:
+            raise ValueError(
+                f"`layer_types` must hold only {' and '.join(LAYER_TYPES)}, got {layer_type!r}: a HAM keeps or drops "
+                "tokens by their score, not by their distance."
+            )
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"`hidden_act` must be 'silu', got {config.hidden_act!r}: the source uses it in the convolution of linear "
+            "layers as well, where HAM has silu."
+        )

@@ -1,0 +1,63 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""A source on the Hub is read at the commit that was asked for, without its weights in other formats."""
+
+import json
+from pathlib import Path
+
+from tests.loopback_hub import LoopbackHub
+
+SCRIPT = Path(__file__).parents[2] / "conversion_scripts/convert_transformer_to_ham.py"
+
+# Two versions of a model, and a card whose licence only the second has.
+PUBLISH = """
+import json, pathlib, torch
+from huggingface_hub import HfApi
+from transformers import LlamaConfig, LlamaForCausalLM
+
+config = LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=None
+)
+api, folder = HfApi(), pathlib.Path("source")
+api.create_repo("someone/llama")
+commits = []
+for license in ("mit", "apache-2.0"):
+    torch.manual_seed(len(commits))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\\nlicense: {license}\\n---\\n")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights")
+    commits.append(api.upload_folder(repo_id="someone/llama", folder_path=folder).oid)
+api.create_tag("someone/llama", tag="v1", revision=commits[0])
+print(json.dumps(commits))
+"""
+CONVERT = """
+import json, runpy, sys
+
+script, calls = sys.argv[1:]
+codes = []
+for arguments in json.loads(calls):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        codes.append(stop.code)
+print(json.dumps(codes))
+"""
+
+
+def test_a_revision_of_a_source_on_the_hub(run_python, tmp_path):
+    with LoopbackHub().serving() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
+        first, second = run_python(tmp_path, PUBLISH, **environment)
+        hub.requests.clear()
+        calls = [["someone/llama", "old", "--revision", "v1"], ["someone/llama", "new"], ["someone/none", "none"]]
+        codes = run_python(tmp_path, CONVERT, SCRIPT, json.dumps(calls), package=True, **environment)
+        assert codes == [0, 0, 2]
+        assert hub.requests
+        assert "consolidated" not in str(hub.requests)
+    for folder, commit, license_name in (("old", first, "mit"), ("new", second, "apache-2.0")):
+        source = json.loads((tmp_path / folder / "conversion.json").read_text())["source"]
+        assert (source["name"], source["commit"]) == ("someone/llama", commit)
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"license: {license_name}" in card
+        assert "base_model: someone/llama" in card
+        assert f"commit `{commit}`" in card
