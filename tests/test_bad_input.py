@@ -430,7 +430,7 @@ SIZES = (
 )
 SWITCHES = (
     "use_cache tie_word_embeddings attention_bias mlp_bias attention_conv qk_norm rnn_output_norm kv_output_norm "
-    "output_gate allow_neg_eigval attention_post_norm"
+    "output_gate allow_neg_eigval attention_post_norm zero_centered_norms"
 )
 LINEAR_SHAPE = "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim"
 LINEAR = dict(zip(LINEAR_SHAPE.split(), (2, 4, 6, 5), strict=True))
