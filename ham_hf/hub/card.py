@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.checkpoint import Checkpoint
-from ham_hf.hub.sources import Sources
+from ham_hf.hub.sources import LICENCE_FIELDS, Sources
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card_template.md"
@@ -62,7 +62,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "conversion": quotable(checkpoint.conversion),
         "usage_table": usage_table(sources.usage),
         "evaluated_on": quotable(evaluation.get("dataset")),
-        "license": quotable(sources.metadata.get("license")),
+        "licence": [quotable(sources.metadata[name]) for name in LICENCE_FIELDS if name in sources.metadata],
         "not_stated": not_stated(checkpoint),
         "plot": None if sources.plot is None else sources.plot.name,
     }
@@ -128,6 +128,8 @@ def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardD
     return ModelCardData(
         language=metadata.get("language"),
         license=metadata.get("license"),
+        license_name=metadata.get("license_name"),
+        license_link=metadata.get("license_link"),
         library_name="transformers",
         pipeline_tag=checkpoint.task,
         tags=[*TAGS, *metadata.get("tags", [])],

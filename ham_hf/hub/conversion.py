@@ -33,11 +33,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ham_hf import HAMConfig, HAMForCausalLM, __version__
 from ham_hf.files import write_whole
+from ham_hf.modeling_ham import ROUTING_ARGUMENTS
 
 from .card import build_card, card_in
 from .checkpoint import read_checkpoint
 from .shards import Recipe, Weights, check_recipes, write_shards
-from .sources import read_conversion, read_json, read_sources
+from .sources import LICENCE_FIELDS, read_conversion, read_json, read_sources
 
 RECORD = "conversion.json"
 # Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
@@ -378,27 +379,32 @@ class Run:
             AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.partial)
             said.append("the tokenizer")
         if (self.source / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(self.source).save_pretrained(self.partial)
+            settings = GenerationConfig.from_pretrained(self.source)
+            if self.arguments.back:
+                # A HAM's own defaults mean nothing to its source.
+                for name in ROUTING_ARGUMENTS:
+                    vars(settings).pop(name, None)
+            settings.save_pretrained(self.partial)
             said.append("the generation settings")
         for path in self.source.glob("LICENSE*"):
             if path.is_file():
                 shutil.copyfile(path, self.partial / path.name)
                 said.append(path.name)
-        license_name = self._license()
-        if license_name:
-            write_whole(self.partial / "card.json", json.dumps({"license": license_name}) + "\n")
-            said.append(f"the licence that its card states ({license_name})")
+        licence = {} if self.arguments.back else self._licence()
+        if "license" in licence:
+            write_whole(self.partial / "card.json", json.dumps(licence) + "\n")
+            said.append(f"the licence that its card states ({licence.get('license_name', licence['license'])})")
         print(f"Copied {', '.join(said)}" if said else "Found no tokenizer to copy")
 
-    def _license(self) -> str | None:
-        """The licence that the source's card states, if it can be read."""
+    def _licence(self) -> dict[str, str]:
+        """What the source's card states of its licence, if it can be read."""
         try:
             card = card_in(self.source)
         except ValueError as error:
             print(f"Takes no licence from the source's card: {error}")
-            return None
-        license_name = None if card is None else card.data.get("license")
-        return license_name if isinstance(license_name, str) else None
+            return {}
+        stated = {} if card is None else {name: card.data.get(name) for name in LICENCE_FIELDS}
+        return {name: value for name, value in stated.items() if isinstance(value, str)}
 
     def _verify(self, source: Path, ham: Path, config: PreTrainedConfig) -> dict[str, Any] | None:
         """Compares the logits of both checkpoints on random tokens; one model at a time is in memory."""

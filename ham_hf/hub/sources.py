@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 SECTIONS = ("summary", "data", "recipe", "results", "limits")
 # What a field of a JSON file holds: a type, a list of one kind, or an object with fields of its own.
 NUMBER = int | float
+# What the Hub's metadata has of a licence: of one that it does not know, "other", also a name and where to read it.
+LICENCE_FIELDS = ("license", "license_name", "license_link")
 METADATA_FIELDS = {
     "name": str,
     "language": [str],
-    "license": str,
+    **dict.fromkeys(LICENCE_FIELDS, str),
     "datasets": [str],
     "tags": [str],
     "evaluation": {"dataset": str, "type": str, "split": str},

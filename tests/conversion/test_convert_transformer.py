@@ -151,10 +151,13 @@ def test_generates_the_source_s_text(source, convert, tmp_path):
 
 def test_the_card_says_where_it_comes_from(source, convert, tmp_path):
     folder = source(SOURCES["llama"])
-    (folder / "README.md").write_text("---\nlicense: llama3.2\n---\n# A model\n")
+    licence = {"license": "other", "license_name": "so-and-so", "license_link": "https://example.org/licence"}
+    stated = "\n".join(f"{name}: {value}" for name, value in licence.items())
+    (folder / "README.md").write_text(f"---\n{stated}\n---\n# A model\n")
     assert convert(folder, tmp_path / "ham", "--name", "somebody/a-model") == 0
     card = ModelCard.load(tmp_path / "ham/README.md")
-    assert card.data.license == "llama3.2"
+    assert licence.items() <= card.data.to_dict().items()
+    assert "other, so-and-so, https://example.org/licence" in card.text
     assert card.data.base_model == "somebody/a-model"
     verification = json.loads((tmp_path / "ham/conversion.json").read_text())["verification"]
     assert f"| largest difference of a logit | {verification['max_abs_logit_error']:.1e} |" in card.text
@@ -521,6 +524,17 @@ def test_an_output_that_exists_is_left_alone(source, convert, tmp_path, capsys):
     assert convert(source(SOURCES["llama"]), tmp_path / "ham") == 2
     assert "`output` must not exist yet" in capsys.readouterr().err
     assert not list((tmp_path / "ham").iterdir())
+
+
+def test_thresholds_of_a_ham_do_not_go_back(source, convert, tmp_path):
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    path = tmp_path / "ham/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": 0.0, "top_k": 7}))
+    assert convert(tmp_path / "ham", tmp_path / "back", "--back") == 0
+    settings = json.loads((tmp_path / "back/generation_config.json").read_text())
+    assert settings["top_k"] == 7
+    assert "threshold" not in settings
+    assert not (tmp_path / "back/card.json").exists()
 
 
 def test_a_folder_of_somebody_else_s_is_left_alone(source, convert, tmp_path, capsys):
