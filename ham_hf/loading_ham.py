@@ -13,8 +13,9 @@ HOW_TO_CONVERT = (
     "weights_only=True), 'model.safetensors', metadata={'format': 'pt'})`"
 )
 # How many times the parameters in its files a model may have: quantisation packs several into one number, and those of
-# a new head are missing.
+# a new head are missing. A model of few needs no files at all.
 MOST_PARAMETERS = 16
+FEW_PARAMETERS = 2**22
 
 
 def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> None:
@@ -35,7 +36,7 @@ def check_size(model: nn.Module, files: list[str]) -> None:
         with safe_open(file, framework="pt") as weights:
             held += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     wanted = sum(x.numel() for x in model.parameters())
-    if wanted > MOST_PARAMETERS * held:
+    if wanted > max(MOST_PARAMETERS * held, FEW_PARAMETERS):
         raise ValueError(
             f"The configuration asks for {wanted} parameters, the files hold {held}, less than one in "
             f"{MOST_PARAMETERS}: the checkpoint is damaged, or of another model."
