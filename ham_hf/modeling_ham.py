@@ -101,7 +101,7 @@ class HAMCausalLMOutputWithPast(ModelOutput):
 def attention_weights(
     q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
 ) -> torch.Tensor:
-    """The dense weights `[B, H, T, S]` that `HAMMixer` never forms: over all tokens seen, zero where one was not kept.
+    """Dense weights `[B, H, T, S]`, formed when asked for: over all tokens seen, zero where one was not kept.
 
     Args:
         q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
@@ -124,11 +124,9 @@ def attention_weights(
     return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
 
 
-def attend_densely(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout
-) -> torch.Tensor:
-    """What `attend_new` gives, `[B, T, H, V]`, in operations whose shapes do not depend on what is kept."""
-    weights = attention_weights(q, k, keep, tokens, None).unflatten(1, (k.shape[2], -1))
+def weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The values `[B, S, Hk, V]` that dense weights `[B, H, T, S]` select: `[B, T, H, V]`, as `attend_new` gives."""
+    weights = weights.unflatten(1, (v.shape[2], -1))
     return (weights @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
@@ -354,11 +352,12 @@ class HAMMixer(nn.Module):
             q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
             routed, keep = self._route(scores, k, threshold, tokens)
             step.keys, step.values, step.scores, step.keep = k, v, routed, keep
-            if output_attentions:
+            if output_attentions or exporting():
                 weights = attention_weights(q, k, keep, tokens, cache)
-            if exporting():
-                # How many tokens are kept is data, on which the shapes of an exported program must not depend.
-                o_kv = attend_densely(q, k, v, keep, tokens)
+            # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read
+            # as they lie; and on how many tokens are kept the shapes of an exported program must not depend.
+            if weights is not None and (cache is None or not cache.seen_tokens):
+                o_kv = weighted_sum(weights, v)
             else:
                 o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
         if cache is not None:
@@ -368,7 +367,7 @@ class HAMMixer(nn.Module):
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
             control = self._control(keep, tokens)
-        return self._mix(hidden_states, o_rnn, o_kv), weights, scores, control
+        return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
 
     def _decoding_kernels(
         self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer, appends: bool

@@ -436,6 +436,23 @@ class TestOutputs:
             visible = (visible & torch.ones(12, 12).tril().bool()) | torch.eye(12).bool()
             assert torch.equal(weights > 0, visible.repeat_interleave(2, dim=1))
 
+    def test_weights_that_are_returned_carry_the_gradient(self, model):
+        """The output is made of them: so are its gradients, which are those of a call that does not form them."""
+        input_ids = tokens(2, 12)
+        mask = torch.ones_like(input_ids)
+        mask[0, :4] = 0
+        gradients = []
+        for wanted in (True, False):
+            out = model(input_ids, attention_mask=mask, output_attentions=wanted)
+            for weights in out.attentions or ():
+                weights.retain_grad()
+            model.zero_grad()
+            out.logits.square().mean().backward()
+            assert all(weights.grad.abs().max() > 0 for weights in out.attentions or ())
+            gradients.append([out.logits] + [x.grad.clone() for x in model.parameters() if x.grad is not None])
+        for formed, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(formed, plain, atol=1e-6, rtol=1e-4)
+
     def test_logits_to_keep(self, model):
         input_ids = tokens(2, 9)
         full = model(input_ids).logits
