@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -548,6 +549,65 @@ def test_a_folder_of_somebody_else_s_is_left_alone(source, convert, tmp_path, ca
 def test_back_needs_a_conversion(source, convert, tmp_path, capsys):
     assert convert(source(SOURCES["llama"]), tmp_path / "back", "--back") == 2
     assert "without conversion.json" in capsys.readouterr().err
+
+
+# What the configurations of released models say, in the form of their day.
+RELEASED = {
+    "Llama 2 7B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "vocab_size": 32000,
+    },
+    "Llama 3.2 1B": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+        "rope_theta": 500000.0,
+        "eos_token_id": [128001, 128008, 128009],
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+    "Qwen2.5 7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "sliding_window": 131072,
+        "use_sliding_window": False,
+        "rope_theta": 1000000.0,
+        "vocab_size": 152064,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Llama 2 7B", 6.74), ("Llama 3.2 1B", 1.24), ("Qwen2.5 7B", 7.62)])
+def test_shapes_of_released_models(name, billions, module):
+    """Every tensor of both sides has its recipe, without any weight; the source has as many as its name says."""
+    source = AutoConfig.for_model(**RELEASED[name])
+    config = module.ham_config(source)
+    ham, back = module.to_ham(source, config), module.from_ham(source, config)
+    shapes = conversion.shapes_of(conversion.transformers_model, source)
+    assert {recipe.name for recipe in ham} == conversion.shapes_of(HAMForCausalLM, config).keys()
+    assert {recipe.name for recipe in back} == shapes.keys()
+    assert round(sum(shape.numel() for shape in shapes.values()) / 1e9, 2) == billions
 
 
 def test_help(module, capsys):
