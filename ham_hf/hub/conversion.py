@@ -270,12 +270,12 @@ class Run:
         conversion = self.conversion
         config_json = read_json(self.source / "config.json")
         # Before Transformers reads it, which would ask whether to run the code of a type that it does not know.
-        if config_json.get("model_type") not in conversion.model_types:
+        model_type = config_json.get("model_type")
+        if model_type not in conversion.model_types:
+            hint = " For the way back add --back." if model_type == HAMConfig.model_type else ""
             raise ValueError(
                 f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
-                f"{config_json.get('model_type')!r}."
-                + " For the way back add --back."
-                * (config_json.get("model_type") == "ham")
+                f"{model_type!r}.{hint}"
             )
         config = AutoConfig.from_pretrained(self.source)
         if getattr(config, "quantization_config", None):

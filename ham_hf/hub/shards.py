@@ -96,7 +96,9 @@ class Weights:
         return set(self.stored)
 
     def get(self, name: str) -> torch.Tensor:
-        """Reads a tensor."""
+        """Reads a tensor; `ValueError` if there is none of this name."""
+        if name not in self.stored:
+            raise ValueError(f"`source` lacks the tensor {name}, which its configuration implies.")
         shard, stored_name = self.stored[name]
         return self.files[shard].get_tensor(stored_name)
 

@@ -527,6 +527,15 @@ def test_an_output_that_exists_is_left_alone(source, convert, tmp_path, capsys):
     assert not list((tmp_path / "ham").iterdir())
 
 
+def test_back_names_a_tensor_that_is_missing(source, convert, tensors_of, tmp_path, capsys):
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+    tensors = tensors_of(tmp_path / "ham")
+    del tensors["model.layers.1.mixer.threshold"]
+    save_file(tensors, tmp_path / "ham/model.safetensors", {"format": "pt"})
+    assert convert(tmp_path / "ham", tmp_path / "back", "--back") == 2
+    assert "lacks the tensor model.layers.1.mixer.threshold" in capsys.readouterr().err
+
+
 def test_thresholds_of_a_ham_do_not_go_back(source, convert, tmp_path):
     assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
     path = tmp_path / "ham/generation_config.json"
