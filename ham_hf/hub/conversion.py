@@ -26,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -379,12 +378,11 @@ class Run:
             AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.partial)
             said.append("the tokenizer")
         if (self.source / "generation_config.json").is_file():
-            settings = GenerationConfig.from_pretrained(self.source)
-            if self.arguments.back:
-                # A HAM's own defaults mean nothing to its source.
-                for name in ROUTING_ARGUMENTS:
-                    vars(settings).pop(name, None)
-            settings.save_pretrained(self.partial)
+            # As they are: Transformers refuses to save some that it loads, and reads no HAM's own where they are marked.
+            settings = read_json(self.source / "generation_config.json")
+            dropped = {"_from_model_config", *(ROUTING_ARGUMENTS if self.arguments.back else ())}
+            settings = {name: value for name, value in settings.items() if name not in dropped}
+            write_whole(self.partial / "generation_config.json", json.dumps(settings, indent=2) + "\n")
             said.append("the generation settings")
         for path in self.source.glob("LICENSE*"):
             if path.is_file():

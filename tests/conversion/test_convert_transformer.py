@@ -536,10 +536,16 @@ def test_back_names_a_tensor_that_is_missing(source, convert, tensors_of, tmp_pa
     assert "lacks the tensor model.layers.1.mixer.threshold" in capsys.readouterr().err
 
 
-def test_thresholds_of_a_ham_do_not_go_back(source, convert, tmp_path):
-    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
+def test_generation_settings_come_along(source, convert, tmp_path):
+    """Also those that Transformers would not save; a HAM's own do not go back to its source."""
+    folder = source(SOURCES["llama"])
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 7, "do_sample": False}))
+    assert convert(folder, tmp_path / "ham", "--no-verify") == 0
     path = tmp_path / "ham/generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": 0.0, "top_k": 7}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": 0.0}))
+    settings = HAMForCausalLM.from_pretrained(tmp_path / "ham").generation_config
+    assert (settings.top_k, settings.threshold) == (7, 0.0)
     assert convert(tmp_path / "ham", tmp_path / "back", "--back") == 0
     settings = json.loads((tmp_path / "back/generation_config.json").read_text())
     assert settings["top_k"] == 7
