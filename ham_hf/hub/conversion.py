@@ -378,7 +378,7 @@ class Run:
             AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.partial)
             said.append("the tokenizer")
         if (self.source / "generation_config.json").is_file():
-            # As they are: Transformers refuses to save some that it loads, and reads no HAM's own where they are marked.
+            # As they are: Transformers does not save all that it loads, and reads no HAM's own from a marked file.
             settings = read_json(self.source / "generation_config.json")
             dropped = {"_from_model_config", *(ROUTING_ARGUMENTS if self.arguments.back else ())}
             settings = {name: value for name, value in settings.items() if name not in dropped}
