@@ -999,16 +999,17 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """Lets generation configurations set `threshold` (or `kv_usage`) and `kv_budget`, which Transformers drops.
 
-        An argument of `generate` comes before the configuration given to it, and that before the model's own. `None`
-        sets nothing. `threshold` and `kv_usage` decide the same, so the one that comes first hides the other, too.
+        An argument of `generate` comes before the configuration given to it, that before `config.threshold`, and that
+        before the model's own generation configuration. `None` sets nothing. `threshold` and `kv_usage` decide the
+        same, so the one that comes first hides the other, too.
         """
         given = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
         routing: dict[str, Any] = {}
-        for source in (
-            given,
-            {} if generation_config is None else vars(generation_config),
-            vars(self.generation_config),
-        ):
+        own = vars(self.generation_config)
+        if self.config.threshold is not None:
+            # Else `from_pretrained(path, threshold=...)` would be lost on a checkpoint with a default of its own here.
+            own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
+        for source in (given, {} if generation_config is None else vars(generation_config), own):
             found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
             if "threshold" in routing or "kv_usage" in routing:
                 found = {name: value for name, value in found.items() if name == "kv_budget"}

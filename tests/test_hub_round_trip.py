@@ -36,6 +36,11 @@ def fingerprint(model, tokenizer):
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False, threshold=0.4)
     return [digest.hexdigest(), tokenizer.decode(output[0])]
 
+def kept(model, tokenizer, **options):
+    inputs = tokenizer("The captain looked at the sea, and", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **options)
+    return output.past_key_values.kept_tokens().tolist()
+
 def change(model):
     with torch.no_grad():
         model.model.layers[-1].mixer.o_proj.weight.neg_()
@@ -79,9 +84,11 @@ for options in map(json.loads, sys.argv[1:]):
     options.pop("code_revision", None)
     tokenizer = AutoTokenizer.from_pretrained("someone/ham", **options)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Ahoy"}], tokenize=False)
+    default = kept(model, tokenizer) == kept(model, tokenizer, threshold=0.4)
     module = sys.modules[type(model).__module__]
     edition = getattr(module, "EDITION", 1)
-    loads.append({"seen": fingerprint(model, tokenizer), "chat": chat, "module": module.__name__, "edition": edition})
+    loads.append({"seen": fingerprint(model, tokenizer), "chat": chat, "default": default})
+    loads[-1] |= {"module": module.__name__, "edition": edition}
 print(json.dumps(loads))
 """
 )
@@ -126,6 +133,7 @@ def test_it_comes_back_as_it_was_by_branch_tag_and_commit(published, run_python,
     loads = run_python(tmp_path, program, *map(json.dumps, options), package=True, **client(published.hub))
     for load, version in zip(loads, ("second", "second", "first", "first"), strict=True):
         assert load["seen"] == published.seen[version]
+        assert load["default"] == (version == "first"), "the threshold in its generation configuration"
         assert load["module"] == "ham_hf.modeling_ham"
         assert load["chat"] == "Ahoy"
 

@@ -453,6 +453,23 @@ class TestOutputs:
         for formed, plain in zip(*gradients, strict=True):
             torch.testing.assert_close(formed, plain, atol=1e-6, rtol=1e-4)
 
+    def test_weights_change_no_row(self, model):
+        """Rows at thresholds of their own, padded, or packed: with the weights as without them."""
+        input_ids = tokens(2, 12)
+        mask = torch.ones_like(input_ids)
+        mask[0, :4] = 0
+        documents = torch.tensor([[0] * 5 + [1] * 7])
+        for arguments in (
+            {"input_ids": input_ids, "attention_mask": mask, "threshold": torch.tensor([0.0, 0.55])},
+            {"input_ids": input_ids, "attention_mask": mask.flip(1), "threshold": torch.tensor([0.45, 2.0])},
+            {"input_ids": input_ids[:1], "seq_idx": documents},
+        ):
+            found, expected = model(**arguments, output_attentions=True), model(**arguments)
+            real = arguments.get("attention_mask", torch.ones(1, 12)).bool()
+            torch.testing.assert_close(found.logits[real], expected.logits[real], atol=1e-6, rtol=1e-5)
+            if expected.past_key_values is not None:
+                assert torch.equal(found.past_key_values.kept_tokens(), expected.past_key_values.kept_tokens())
+
     def test_logits_to_keep(self, model):
         input_ids = tokens(2, 9)
         full = model(input_ids).logits
@@ -770,12 +787,28 @@ class TestGenerationConfiguration:
         assert HAMForCausalLM.from_pretrained(tmp_path).generation_config.threshold == 0.3
 
     def test_the_model_s_configuration_is_another_default(self, tiny_config):
-        """One that holds for calls of the model as well, and that an entry here goes before."""
+        """One that holds for calls of the model as well, and that a configuration given to `generate` goes before."""
         model = HAMForCausalLM(tiny_config(threshold=2.0)).eval()
         assert not hasattr(model.generation_config, "threshold")
         assert (generate(model, tokens(1, 7)).past_key_values.kept_tokens() == 0).all()
-        model.generation_config.threshold = 0.0
-        assert (generate(model, tokens(1, 7)).past_key_values.kv_usage() == 1).all()
+        given = GenerationConfig(max_new_tokens=3, threshold=0.0, return_dict_in_generate=True)
+        assert (model.generate(tokens(1, 7), generation_config=given).past_key_values.kv_usage() == 1).all()
+        assert (generate(model, tokens(1, 7), threshold=0.0).past_key_values.kv_usage() == 1).all()
+
+    @pytest.mark.parametrize(
+        "own", [{"threshold": 0.0}, {"kv_usage": 1.0}, {"threshold": 0.0, "kv_budget": 3}], ids=str
+    )
+    def test_what_loading_asks_for_goes_before_what_the_checkpoint_says(self, tiny_config, tmp_path, own):
+        """`from_pretrained(path, threshold=...)` is all that some tools can say: it must not be lost."""
+        model = HAMForCausalLM(tiny_config()).eval()
+        for name, value in own.items():
+            setattr(model.generation_config, name, value)
+        model.save_pretrained(tmp_path)
+        for loader in (HAMForCausalLM, AutoModelForCausalLM):
+            loaded = loader.from_pretrained(tmp_path, threshold=2.0)
+            assert (generate(loaded, tokens(1, 7)).past_key_values.kept_tokens() == 0).all()
+            cache = generate(loaded, tokens(1, 7), threshold=0.0).past_key_values
+            assert (cache.kept_tokens() == own.get("kv_budget", cache.get_seq_length())).all()
 
     @pytest.mark.parametrize(
         ("entries", "error", "message"),
