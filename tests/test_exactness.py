@@ -540,6 +540,20 @@ MIXES = [
     ["hybrid", "hybrid", "full_attention"],
     ["full_attention", "linear_attention"],
 ]
+# Parts of layers that other families have; heads of linear layers must fit those of no other layer.
+BORROWED = {
+    "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "shapes": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+        "linear_output_gate": "silu",
+    },
+    "eigenvalues": {"allow_neg_eigval": True},
+    "gates": {"output_gate": "sigmoid", "output_norm_eps": 5e-2},
+    "norms": {"qk_norm": "projection", "zero_centered_norms": True, "attention_post_norm": True},
+}
 # Drawn from lists rather than ranges: Hypothesis would try the ends of a range, one token, most of the time.
 LENGTHS = [1, 2, 3, 5, 8, 13, 17, 21, 30]
 THRESHOLD_FORMS = ("number", "list", "rows", "everything", "learned")
@@ -550,23 +564,26 @@ def cases(draw, min_rows=1, max_rows=3, forms=THRESHOLD_FORMS):
     layers = draw(st.sampled_from(MIXES))
     kv_heads, groups = draw(st.sampled_from([(2, 2), (1, 1), (2, 1), (1, 3)]))
     switches = ("attention_conv", "qk_norm", "kv_output_norm", "output_gate")
-    config = HAMConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=len(layers),
-        num_attention_heads=kv_heads * groups,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        value_head_dim=draw(st.sampled_from([8, 5])),
-        layer_types=layers,
-        router=draw(st.sampled_from(ROUTERS)),
-        conv_kernel_size=draw(st.sampled_from([4, 1, 2])),
-        rope_parameters=draw(st.sampled_from([{"rope_type": "default", "rope_theta": 100.0}, None])),
-        pad_token_id=0,
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": kv_heads * groups,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 8,
+        "value_head_dim": draw(st.sampled_from([8, 5])),
+        "layer_types": layers,
+        "router": draw(st.sampled_from(ROUTERS)),
+        "conv_kernel_size": draw(st.sampled_from([4, 1, 2])),
+        "rope_parameters": draw(st.sampled_from([{"rope_type": "default", "rope_theta": 100.0}, None])),
+        "pad_token_id": 0,
         **dict.fromkeys(draw(st.lists(st.sampled_from(switches), max_size=2)), False),
         **WIDE,
-    )
+    }
+    for part in draw(st.lists(st.sampled_from(sorted(BORROWED)), max_size=2)):
+        settings |= BORROWED[part]
+    config = HAMConfig(**settings)
     model = make_model(config, seed=draw(st.integers(0, 1000)))
     seed = draw(st.integers(0, 1000))
     lengths = draw(st.lists(st.sampled_from(LENGTHS), min_size=min_rows, max_size=max_rows))
@@ -715,6 +732,16 @@ def assert_as_alone(case, plan, give_positions, **arguments):
     return cache
 
 
+def borrowed(config):
+    """Which of `BORROWED` a configuration has, where a layer has a use for it."""
+    return {
+        part
+        for part, settings in BORROWED.items()
+        if all(getattr(config, name) == value for name, value in settings.items())
+        and (part != "shapes" or "linear_attention" in config.layer_types)
+    }
+
+
 def test_rows_do_not_depend_on_their_batch_padding_thresholds_or_cuts():
     taken = Counter()
 
@@ -738,13 +765,14 @@ def test_rows_do_not_depend_on_their_batch_padding_thresholds_or_cuts():
         taken["several rows"] += len(case.rows) > 1
         taken["several chunks"] += max(call.real.shape[1] for call in plan) > 64
         taken[f"{type(case.argument).__name__} threshold"] += 1
+        taken.update(borrowed(case.model.config))
         usage = cache.kv_usage()[case.hybrid]
         taken["some kept"] += bool(((usage > 0) & (usage < 1)).any())
 
     check()
     wanted = {*ROUTERS, *LAYER_TYPES, "step", "step of a padded row", "chunk onto a cache", "padding inside"}
     wanted |= {"padding outside", "no padding", "no positions", "several rows", "several chunks"}
-    wanted |= {f"{x} threshold" for x in ("float", "list", "Tensor", "NoneType")}
+    wanted |= {f"{x} threshold" for x in ("float", "list", "Tensor", "NoneType")} | BORROWED.keys()
     assert all(taken[x] >= 3 for x in wanted), taken
     assert taken["some kept"] >= 60, taken
 
