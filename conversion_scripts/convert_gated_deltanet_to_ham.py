@@ -4,8 +4,8 @@
 
 Every layer becomes a HAM layer whose RNN is the source's; the attention beside it is new, keeps no token and is shut.
 The gate is shut too far for training to find it: to use the attention, raise `kv_gate_proj.bias` of every layer, from
--20 to -4 for instance, set `target_kv_usage`, 0 at first, and train. Thresholds begin at 1.01, above every score: with
-Adam and a rate of 0.01 they reached a target of 0.25 in 100 steps, with 0.002 less than half of it in 300.
+-20 to -4 for instance, set `target_kv_usage`, 0 at first, and train. Thresholds begin at 1.01, above every score: give
+them a learning rate of 0.01, lest they take long to come down.
 
 Needs flash-linear-attention (tested with 0.6.0). Without a GPU its kernels run under Triton's interpreter, which suits
 small models: compare fewer tokens of a large one (`--verify-tokens 4`), or none (`--no-verify`).
@@ -152,7 +152,7 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
     first = partial(first_of, heads=heads, times=config.num_attention_heads // heads)
 
     def convolution(n: int, weight: torch.Tensor) -> torch.Tensor:
-        rows = weight.split(convolution_sizes(config))[n].unsqueeze(1)
+        rows = weight.split(config.layer_shape("hybrid").channels)[n].unsqueeze(1)
         return rows if n == 2 else first(rows)
 
     for name, source_name in shared_names(config):
@@ -166,12 +166,6 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
         yield halved(f"{rnn}.o_proj.weight", f"{mixer}.o_proj.weight")
 
 
-def convolution_sizes(config: HAMConfig) -> list[int]:
-    """Channels of q, k and v in a HAM's convolution."""
-    keys = config.num_attention_heads * config.head_dim
-    return [keys, keys, config.num_attention_heads * config.value_head_dim]
-
-
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
     """What must hold of a HAM for the way back."""
     heads, times = source.num_heads, config.num_attention_heads // source.num_heads
@@ -180,7 +174,7 @@ def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
         return torch.equal(repeated(first_of(rows, heads, times), heads, times), rows)
 
     def convolution_equal(weight: torch.Tensor) -> bool:
-        q, k, _ = weight.split(convolution_sizes(config))
+        q, k, _ = weight.split(config.layer_shape("hybrid").channels)
         return rows_equal(q) and rows_equal(k)
 
     differs = f"no longer has equal rows for the {times} heads of values that share a key in the source"

@@ -117,12 +117,6 @@ def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
                 yield f"{mixer}.{x}_proj.bias", f"{source_mixer}.{x}_proj.bias"
 
 
-def channels(config: HAMConfig) -> dict[str, int]:
-    """How many channels the q, k and v of a linear layer have."""
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    return {"q": keys, "k": keys, "v": config.linear_num_value_heads * config.linear_value_head_dim}
-
-
 def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
     """Recipes for every tensor of the HAM."""
     for name, source_name in shared_names(config):
@@ -136,8 +130,8 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
         parts = tuple(f"{source_mixer}.{x}_conv1d.weight" for x in "qkv")
         yield Recipe(f"{mixer}.conv.weight", parts, lambda *x: torch.cat(x).squeeze(1))
         if config.attention_bias:
-            sizes = {**channels(config), "o": config.hidden_size}
-            for x, size in sizes.items():
+            sizes = [*config.layer_shape(layer_type).channels, config.hidden_size]
+            for x, size in zip("qkvo", sizes, strict=True):
                 yield Recipe(f"{mixer}.{x}_proj.bias", (), partial(torch.zeros, size))
 
 
@@ -145,17 +139,17 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
     """Recipes for every tensor of the source."""
     for name, source_name in shared_names(config):
         yield copied(source_name, name)
-    sizes = channels(config)
+    sizes = config.layer_shape("linear_attention").channels
+
+    def part(i: int, weight: torch.Tensor) -> torch.Tensor:
+        return weight.split(sizes)[i].unsqueeze(1)
+
     for layer_type, mixer, source_mixer in layers(config):
         if layer_type == "hybrid":
             yield halved(f"{source_mixer}.o_proj.weight", f"{mixer}.o_proj.weight")
             continue
-        for i, x in enumerate(sizes):
-
-            def part(weight: torch.Tensor, i: int = i) -> torch.Tensor:
-                return weight.split([*sizes.values()])[i].unsqueeze(1)
-
-            yield Recipe(f"{source_mixer}.{x}_conv1d.weight", (f"{mixer}.conv.weight",), part)
+        for i, x in enumerate("qkv"):
+            yield Recipe(f"{source_mixer}.{x}_conv1d.weight", (f"{mixer}.conv.weight",), partial(part, i))
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:

@@ -1079,7 +1079,8 @@ def check_saved_layer(
     Raises:
         ValueError: `where`, and which tensor is missing, too many, of another shape or dtype, or contradicts others.
     """
-    query_heads, key_heads, heads, key_dim, value_dim = config.layer_shape(layer_type)
+    layer_shape = config.layer_shape(layer_type)
+    heads, key_dim, value_dim = layer_shape.value_heads, layer_shape.key_dim, layer_shape.value_dim
     batch = len(state["real_tokens"]) if "real_tokens" in state and state["real_tokens"].ndim else 0
     kept = len(state["streams"]) if "streams" in state and state["streams"].ndim else 0
     integer, floating = (torch.int64,), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -1087,8 +1088,7 @@ def check_saved_layer(
     if layer_type != "full_attention":
         expected["recurrent_state"] = (batch, heads, key_dim, value_dim), floating
     if layer_type != "full_attention" or config.attention_conv:
-        channels = (query_heads + key_heads) * key_dim + heads * value_dim
-        expected["conv_state"] = (batch, config.conv_kernel_size - 1, channels), floating
+        expected["conv_state"] = (batch, config.conv_kernel_size - 1, sum(layer_shape.channels)), floating
     if layer_type != "linear_attention":
         expected |= {
             "counts": ((batch * heads,), integer),

@@ -103,13 +103,23 @@ else:
 
 
 class LayerShape(NamedTuple):
-    """Heads of a layer's queries, keys and values, and their sizes; of query and value heads the more have outputs."""
+    """Heads of a layer's queries, keys and values, and their sizes."""
 
     query_heads: int
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
+
+    @property
+    def channels(self) -> list[int]:
+        """Of queries, keys and values, in the order in which the convolution has them."""
+        return [self.query_heads * self.key_dim, self.key_heads * self.key_dim, self.value_heads * self.value_dim]
+
+    @property
+    def out_channels(self) -> int:
+        """Of the mixed output: each query head has its own, or each value head where several share a key."""
+        return max(self.query_heads, self.value_heads) * self.value_dim
 
 
 @strict

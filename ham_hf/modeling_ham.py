@@ -247,19 +247,18 @@ class HAMMixer(nn.Module):
         self.output_gate = "silu" if gate is True else gate or None
         hidden, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
         out_norm_eps = eps if config.output_norm_eps is None else config.output_norm_eps
-        heads, key_heads, value_heads, key_dim, value_dim = self.shape = config.layer_shape(self.layer_type)
-        # A head of the output for each query head, or for each value head where a key serves several.
-        out_channels = max(heads, value_heads) * value_dim
+        self.shape = config.layer_shape(self.layer_type)
+        self.sizes = self.shape.channels
+        heads, key_heads, value_heads, key_dim, value_dim = self.shape
 
-        self.q_proj = nn.Linear(hidden, heads * key_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_heads * key_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, value_heads * value_dim, bias=bias)
-        self.o_proj = nn.Linear(out_channels, hidden, bias=bias)
-        self.sizes = [heads * key_dim, key_heads * key_dim, value_heads * value_dim]
+        self.q_proj = nn.Linear(hidden, self.sizes[0], bias=bias)
+        self.k_proj = nn.Linear(hidden, self.sizes[1], bias=bias)
+        self.v_proj = nn.Linear(hidden, self.sizes[2], bias=bias)
+        self.o_proj = nn.Linear(self.shape.out_channels, hidden, bias=bias)
         if self.has_conv:
             self.conv = HAMShortConvolution(sum(self.sizes), config.conv_kernel_size)
         if self.output_gate is not None:
-            self.z_proj = nn.Linear(hidden, out_channels, bias=False)
+            self.z_proj = nn.Linear(hidden, self.shape.out_channels, bias=False)
         if self.has_rnn:
             self.a_proj = nn.Linear(hidden, value_heads, bias=False)
             self.b_proj = nn.Linear(hidden, value_heads, bias=False)
@@ -267,7 +266,7 @@ class HAMMixer(nn.Module):
             self.dt_bias = nn.Parameter(torch.empty(value_heads))
             self.rnn_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.rnn_output_norm else nn.Identity()
         if self.has_attention:
-            normed = (heads * key_dim, key_heads * key_dim) if config.qk_norm == "projection" else (key_dim, key_dim)
+            normed = self.sizes if config.qk_norm == "projection" else [key_dim, key_dim]
             centered = config.zero_centered_norms
             self.q_norm = HAMRMSNorm(normed[0], eps, centered) if config.qk_norm else nn.Identity()
             self.k_norm = HAMRMSNorm(normed[1], eps, centered) if config.qk_norm else nn.Identity()

@@ -35,11 +35,10 @@ def new_rnn(prefix: str, config: HAMConfig) -> Iterator[Recipe]:
         prefix: of the layer's tensors, such as `"model.layers.0.mixer"`.
         config: the HAM's configuration.
     """
-    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    channels = (heads + kv_heads) * config.head_dim + kv_heads * config.value_head_dim
+    hidden, kv_heads = config.hidden_size, config.num_key_value_heads
     spread = (torch.arange(kv_heads) + 0.5) / kv_heads
     dt = torch.exp(math.log(1e-3) + spread.flip(0) * math.log(1e2))
-    passing = torch.zeros(channels, config.conv_kernel_size)
+    passing = torch.zeros(sum(config.layer_shape("hybrid").channels), config.conv_kernel_size)
     passing[:, -1] = 1
     yield _new(f"{prefix}.conv.weight", passing)
     yield _new(f"{prefix}.a_proj.weight", torch.zeros(kv_heads, hidden))
