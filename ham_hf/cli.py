@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -114,49 +115,41 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         metavar="generate|demo|card|push|run", title="commands", dest="command", required=True
     )
-    generate = commands.add_parser(
+    add_command = partial(commands.add_parser, formatter_class=raw, allow_abbrev=False)
+    generate = add_command(
         "generate",
         help="continue a prompt, once for each threshold",
         description="Continues a prompt, once for each threshold, and compares what the cache kept.",
         epilog=GENERATE_EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
     )
     add_generate_arguments(generate)
-    demo = commands.add_parser(
+    demo = add_command(
         "demo",
         help="continue a built-in story while the cache shrinks",
         description="Continues a built-in story at five cache sizes, from every token kept to none.",
-        allow_abbrev=False,
     )
     add_model_arguments(demo, max_new_tokens=40)
     # So small a model repeats itself when it always takes the likeliest token.
     demo.set_defaults(execute=demo_command, temperature=0.7)
-    card = commands.add_parser(
+    card = add_command(
         "card",
         help="write the model card of a checkpoint",
         description="Writes the model card of a checkpoint from its files and what was measured of it.",
         epilog=CARD_EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
     )
     add_card_arguments(card)
-    push = commands.add_parser(
+    push = add_command(
         "push",
         help="upload a checkpoint with its card and code to the Hub",
         description="Uploads a checkpoint, its card, and the code that loads it without this package, in one commit.",
         epilog=PUSH_EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
     )
     add_push_arguments(push)
-    run = commands.add_parser(
+    run = add_command(
         "run",
         help="run another package's command with HAM known to Transformers",
         description="Runs the command of another installed package in a process whose Auto classes know HAM.",
         epilog=RUN_EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
     )
     run.add_argument("tool", metavar="TOOL", help="name of the command, such as lm_eval or transformers")
     run.add_argument("tool_arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
@@ -285,6 +278,8 @@ def demo_command(arguments: argparse.Namespace) -> None:
 
 def card_command(arguments: argparse.Namespace) -> None:
     """`ham-hf card`."""
+    from huggingface_hub.constants import REPOCARD_NAME
+
     from ham_hf.files import copy_whole, write_whole
     from ham_hf.hub.card import MARKER, build_card, missing_from
     from ham_hf.hub.checkpoint import read_checkpoint
@@ -298,7 +293,7 @@ def card_command(arguments: argparse.Namespace) -> None:
     if arguments.repo_id is not None:
         with failing_as("argument --repo-id"):
             check_repo_id(arguments.repo_id)
-    output = arguments.output or arguments.checkpoint / "README.md"
+    output = arguments.output or arguments.checkpoint / REPOCARD_NAME
     with failing_as(f"argument --output: cannot write {output}"):
         if output.is_file() and MARKER not in output.read_text(encoding="utf-8") and not arguments.force:
             raise CommandError(

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.checkpoint import Checkpoint
+from ham_hf.hub.shards import DTYPES
 from ham_hf.hub.sources import LICENCE_FIELDS, Sources
 
-CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Tells a card that may be written anew from one that someone wrote.
 MARKER = "<!-- Written by `ham-hf card`, which writes it anew: change the files that it is made of instead. -->"
 TAGS = ("ham", "hybrid-associative-memory", "gated-deltanet", "kv-cache")
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LAYERS = {
     "hybrid": "hybrid",
     "linear_attention": "Gated DeltaNet only (`linear_attention`)",
@@ -91,7 +91,7 @@ def placeholder(name: str) -> str:
 
 def card_in(folder: Path) -> ModelCard | None:
     """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
-    path = folder / CARD_NAME
+    path = folder / REPOCARD_NAME
     if not path.is_file():
         return None
     try:
@@ -193,7 +193,7 @@ def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     shape = config.layer_shape("linear_attention")
     linear = f"{shape.key_heads} key heads, {shape.value_heads} value heads, keys of {shape.key_dim} and values of "
     linear_rows = [("heads of linear layers", f"{linear}{shape.value_dim}")] if config.linear_num_key_heads else []
-    dtypes = [f"{n:,} in {DTYPES.get(kind, kind)}" for kind, n in checkpoint.parameters.most_common()]
+    dtypes = [f"{n:,} in {dtype_name(kind)}" for kind, n in checkpoint.parameters.most_common()]
     return [
         ("layers", ", ".join(kinds)),
         ("width", f"{config.hidden_size:,}"),
@@ -207,6 +207,11 @@ def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("longest sequence", f"{config.max_position_embeddings:,} tokens (`max_position_embeddings`)"),
         ("quantized weights, as stored" if is_quantized(config) else "parameters", ", ".join(dtypes)),
     ]
+
+
+def dtype_name(kind: str) -> str:
+    """PyTorch's name of a dtype of safetensors, which other dtypes than those of plain weights keep."""
+    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
 
 
 def is_quantized(config: HAMConfig) -> bool:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ham_hf import HAMConfig, HAMForCausalLM, __version__
 from ham_hf.files import write_whole
@@ -37,9 +38,8 @@ from ham_hf.modeling_ham import ROUTING_ARGUMENTS
 from .card import build_card, card_in
 from .checkpoint import read_checkpoint
 from .shards import Recipe, Weights, check_recipes, write_shards
-from .sources import LICENCE_FIELDS, read_conversion, read_json, read_sources
+from .sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
 
-RECORD = "conversion.json"
 # Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
 TOLERANCE = 1e-4
 VERIFIED_ROWS = 2
@@ -193,18 +193,15 @@ class Run:
             if revision:
                 raise ValueError(f"`--revision` belongs to a repository on the Hub, got the folder {source}.")
             return Path(source)
-        try:
-            validate_repo_id(source)
-        except HFValidationError as error:
-            raise ValueError(f"`source` must be a folder, or OWNER/NAME on the Hub, got {source!r}.") from error
         print(f"{source} is no folder here: fetches it from the Hub", flush=True)
         try:
             return Path(
                 snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=SECOND_COPIES)
             )
-        except RepositoryNotFoundError as error:
+        except (HFValidationError, RepositoryNotFoundError) as error:
             raise ValueError(
-                f"`source` must be a folder or a repository on the Hub that your token may read, got {source!r}."
+                f"`source` must be a folder, or OWNER/NAME on the Hub, got {source!r}: your token may read no "
+                "repository of that name."
             ) from error
 
     def _source_name(self) -> str:
@@ -236,7 +233,7 @@ class Run:
         self._write(old, recipes, shapes)
         self._record(config, config_json, left_out - {"lm_head.weight"})
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
-        write_whole(self.partial / "README.md", str(card))
+        write_whole(self.partial / REPOCARD_NAME, str(card))
         self._finish()
         print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output}")
 
@@ -267,7 +264,7 @@ class Run:
     def _source_config(self) -> tuple[Any, dict[str, Any]]:
         """The configuration of the source's language model, and what a config.json of that model alone holds."""
         conversion = self.conversion
-        config_json = read_json(self.source / "config.json")
+        config_json = read_json(self.source / CONFIG_NAME)
         # Before Transformers reads it, which would ask whether to run the code of a type that it does not know.
         model_type = config_json.get("model_type")
         if model_type not in conversion.model_types:
@@ -315,7 +312,7 @@ class Run:
         shapes = shapes_of(conversion.empty_source, config)
         check_recipes(recipes, shapes, implied, old)
         self._resume_or_begin(old)
-        write_whole(self.partial / "config.json", text)
+        write_whole(self.partial / CONFIG_NAME, text)
         self._copy_companions()
         self._write(old, recipes, shapes)
         self._verify(self.partial, self.source, config)
@@ -377,12 +374,12 @@ class Run:
         if any((self.source / name).is_file() for name in TOKENIZER_FILES):
             AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.partial)
             said.append("the tokenizer")
-        if (self.source / "generation_config.json").is_file():
+        if (self.source / GENERATION_CONFIG_NAME).is_file():
             # As they are: Transformers does not save all that it loads, and reads no HAM's own from a marked file.
-            settings = read_json(self.source / "generation_config.json")
+            settings = read_json(self.source / GENERATION_CONFIG_NAME)
             dropped = {"_from_model_config", *(ROUTING_ARGUMENTS if self.arguments.back else ())}
             settings = {name: value for name, value in settings.items() if name not in dropped}
-            write_whole(self.partial / "generation_config.json", json.dumps(settings, indent=2) + "\n")
+            write_whole(self.partial / GENERATION_CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
             said.append("the generation settings")
         for path in self.source.glob("LICENSE*"):
             if path.is_file():

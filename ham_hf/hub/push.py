@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from ham_hf.hub.card import CARD_NAME, build_card, card_in
+from ham_hf.hub.card import build_card, card_in
 from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
 from ham_hf.hub.sources import read_sources
 
@@ -108,7 +109,7 @@ def push_folder(
     check_repo_id(repo_id)
     checkpoint, sources = read_checkpoint(folder), read_sources(folder)
     # As it is, not as it would be written again.
-    card = None if card_in(folder) is None else (folder / CARD_NAME).read_bytes()
+    card = None if card_in(folder) is None else (folder / REPOCARD_NAME).read_bytes()
     origin = "the folder's"
     api = HfApi(token=token)
     repo_id = open_repository(api, repo_id, private, revision)
@@ -117,7 +118,7 @@ def push_folder(
         found, origin = card_on_hub(api, repo_id, revision, made)
         card = str(found).encode()
     files = files_of(checkpoint)
-    kept_back = {path.name for path in folder.iterdir()} - {name.partition("/")[0] for name in files} - {CARD_NAME}
+    kept_back = {path.name for path in folder.iterdir()} - {name.partition("/")[0] for name in files} - {REPOCARD_NAME}
     with tempfile.TemporaryDirectory() as temporary:
         code = [] if checkpoint.has_code else add_code(checkpoint, Path(temporary), files)
         size = sum(path.stat().st_size for path in files.values())
@@ -127,7 +128,7 @@ def push_folder(
             commit_message=commit_message or f"Upload {checkpoint.architecture}",
             revision=revision,
         )
-    return Pushed(repo_id, commit, sorted({*files, CARD_NAME}), size, origin, code, sorted(kept_back))
+    return Pushed(repo_id, commit, sorted({*files, REPOCARD_NAME}), size, origin, code, sorted(kept_back))
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -157,9 +158,9 @@ def open_repository(
 
 def card_on_hub(api: HfApi, repo_id: str, revision: str | None, made: ModelCard) -> tuple[ModelCard, str]:
     """The repository's card, its missing metadata taken from the one `made` here, or that one; and which it is."""
-    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+    if not api.file_exists(repo_id, REPOCARD_NAME, revision=revision):
         return made, "made of the checkpoint"
-    card = ModelCard.load(api.hf_hub_download(repo_id, CARD_NAME, revision=revision))
+    card = ModelCard.load(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision))
     for name, value in vars(made.data).items():
         if value is not None and card.data.get(name) is None:
             card.data[name] = value
@@ -185,6 +186,6 @@ def add_code(checkpoint: Checkpoint, folder: Path, files: dict[str, Path]) -> li
 
 def operations(files: dict[str, Path], card: bytes) -> list[CommitOperationAdd]:
     """What a commit of these files and this card does."""
-    cardless = {name: path for name, path in files.items() if name != CARD_NAME}
+    cardless = {name: path for name, path in files.items() if name != REPOCARD_NAME}
     added = [CommitOperationAdd(name, path) for name, path in sorted(cardless.items())]
-    return [CommitOperationAdd(CARD_NAME, card), *added]
+    return [CommitOperationAdd(REPOCARD_NAME, card), *added]

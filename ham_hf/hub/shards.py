@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ham_hf.files import write_whole
 
@@ -112,7 +112,7 @@ class Weights:
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of configuration and shards: what a run that goes on must find unchanged."""
-        stats = {name: (self.folder / name).stat() for name in ("config.json", *self.files)}
+        stats = {name: (self.folder / name).stat() for name in (CONFIG_NAME, *self.files)}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def _slice(self, name: str) -> Any:
@@ -133,7 +133,7 @@ def check_recipes(
     if missing:
         raise ValueError(f"`source` lacks {len(missing)} tensors that its configuration implies: {missing[:5]}.")
     if unread:
-        raise ValueError(f"`source` holds {len(unread)} tensors that HAM has no place for: {unread[:5]}.")
+        raise ValueError(f"`source` holds {len(unread)} tensors that the new model has no place for: {unread[:5]}.")
 
 
 def write_shards(

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# What a conversion writes down of itself.
+RECORD = "conversion.json"
 # Prose that no measurement supplies, one Markdown file each.
 SECTIONS = ("summary", "data", "recipe", "results", "limits")
 # What a field of a JSON file holds: a type, a list of one kind, or an object with fields of its own.
@@ -142,7 +144,7 @@ def read_usage(path: Path) -> dict[str, Any]:
 
 def read_conversion(folder: Path) -> dict[str, Any] | None:
     """What a conversion noted in conversion.json, or `None`; `ValueError` if it is something else."""
-    path = folder / "conversion.json"
+    path = folder / RECORD
     if not path.is_file():
         return None
     conversion = read_json(path)

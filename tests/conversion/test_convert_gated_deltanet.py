@@ -246,7 +246,7 @@ def edit_config(folder, **changes):
         ({"num_v_heads": 3}, "`num_v_heads` must be a multiple of `num_heads` (2), got 3"),
         ({"num_v_heads": 1}, "`num_v_heads` must be a multiple of `num_heads` (2), got 1"),
         ({"num_heads": 3}, "configuration and weights disagree"),
-        ({"use_gate": False}, "that HAM has no place for: ['model.layers.0.attn.g_proj.weight'"),
+        ({"use_gate": False}, "that the new model has no place for: ['model.layers.0.attn.g_proj.weight'"),
         ({"model_type": "delta_net"}, "must be of a model type in ('gated_deltanet',)"),
     ],
 )

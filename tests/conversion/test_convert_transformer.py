@@ -324,7 +324,7 @@ def edit_config(folder, **changes):
         (lambda f: edit_config(f, model_type="gemma"), "got 'gemma'"),
         (lambda f: edit_config(f, attention_bias=True), "lacks 8 tensors"),
         (lambda f: edit_config(f, intermediate_size=81), "must have the shape"),
-        (lambda f: edit_config(f, num_hidden_layers=1), "that HAM has no place for"),
+        (lambda f: edit_config(f, num_hidden_layers=1), "that the new model has no place for"),
         (
             lambda f: [path.unlink() for path in f.glob("*.safetensors*")],
             "without model.safetensors.",
