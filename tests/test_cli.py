@@ -143,14 +143,18 @@ def test_run_hands_its_arguments_to_another_command(capsys, monkeypatch):
     assert "'no-such-tool'" in refusal(capsys, "run", "no-such-tool", "--help")
 
 
+# Where torchao is installed Transformers imports it, and it writes to stderr: what is ours is looked at without it.
+WITHOUT_TORCHAO = (
+    "import runpy, sys; sys.modules['torchao'] = None; runpy.run_module('ham_hf.cli', run_name='__main__')"
+)
+
+
 def test_pipe_gets_the_whole_text_without_escape_codes(checkpoint):
-    command = [sys.executable, "-m", "ham_hf.cli", "generate", PROMPT, "--model", checkpoint, "--max-new-tokens", "4"]
+    command = [sys.executable, "-c", WITHOUT_TORCHAO, "generate", PROMPT, "--model", checkpoint]
+    command += ["--max-new-tokens", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
-    assert done.returncode == 0
-    # Packages that Transformers looks for, such as torchao, may have something to say.
-    assert b"\x1b" not in done.stderr
-    assert b"ham" not in done.stderr.lower()
+    assert (done.returncode, done.stderr) == (0, b"")
     output = done.stdout.decode()
     assert PROMPT in output
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", output)
