@@ -80,6 +80,7 @@ TRAINER_DEFAULTS = {
     "save_total_limit": 2,
     "report_to": "none",
     "dataloader_pin_memory": False,
+    "ddp_find_unused_parameters": False,
 }
 
 
