@@ -61,6 +61,17 @@ examples:
 
 Run it again to go on where it was interrupted. A recipe to start from: ham_hf/training/examples/small.yaml
 """
+STUDY_EXAMPLES = """\
+examples:
+  ham-hf study cpu --output my-study --parts recall gradients
+  ham-hf study cpu --output my-study --corpus CORPUS --tokenizer TOKENIZER
+  ham-hf study my-study.yaml --output my-study --device cuda
+  ham-hf study cpu --output model_cards/study --report
+
+STUDY is cpu, gpu or a YAML file like theirs. Every model's result is stored in OUTPUT when it is done, so the same
+command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
+python -m ham_hf.training.corpus and python -m ham_hf.training.tokenizer.
+"""
 MAIN_DESCRIPTION = """\
 Hybrid Associative Memories: language models whose KV cache
 keeps only the tokens that their RNN predicts badly.
@@ -122,7 +133,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     commands = parser.add_subparsers(
-        metavar="generate|demo|train|card|push|run", title="commands", dest="command", required=True
+        metavar="generate|demo|train|study|card|push|run", title="commands", dest="command", required=True
     )
     add_command = partial(commands.add_parser, formatter_class=raw, allow_abbrev=False)
     generate = add_command(
@@ -162,6 +173,13 @@ def build_parser() -> Parser:
         epilog=PUSH_EXAMPLES,
     )
     add_push_arguments(push)
+    study = add_command(
+        "study",
+        help="train small models of every kind and compare what they recall and keep",
+        description="Trains small models of every kind, and tells and draws what they recall, keep and predict.",
+        epilog=STUDY_EXAMPLES,
+    )
+    add_study_arguments(study)
     run = add_command(
         "run",
         help="run another package's command with HAM known to Transformers",
@@ -239,6 +257,20 @@ def add_push_arguments(parser: Parser) -> None:
     parser.add_argument("--private", action="store_true", default=None, help=help_text)
     parser.add_argument("--message", metavar="TEXT", help="first line of the commit")
     parser.set_defaults(execute=push_command)
+
+
+def add_study_arguments(parser: Parser) -> None:
+    """Adds the arguments of `study`."""
+    whole = number("a whole number from 1", 1, 2**31, int)
+    parser.add_argument("study", metavar="STUDY", help="cpu, gpu or a YAML file")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where results and plots go")
+    parser.add_argument("--parts", metavar="PART", nargs="+", help="of the study (default: all)")
+    parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, for language")
+    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)")
+    parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--report", action="store_true", help="train nothing: tell and draw what is stored")
+    parser.set_defaults(execute=study_command)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -386,6 +418,40 @@ def push_command(arguments: argparse.Namespace) -> None:
         print("The folder holds no tokenizer")
     if pushed.left_out:
         print(f"Left out: {', '.join(pushed.left_out)}")
+
+
+def study_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf study`."""
+    import torch
+
+    from ham_hf.evaluation.study.language import Texts
+    from ham_hf.evaluation.study.report import write_report
+    from ham_hf.evaluation.study.study import PARTS, check_results, jobs_of, read_results, read_study, run_study
+
+    with failing_as("argument STUDY"):
+        study = read_study(arguments.study)
+    parts = arguments.parts or [part for part in PARTS if part in study]
+    for part in parts:
+        if part not in study:
+            raise CommandError(f"argument --parts: got {part!r}, takes some of {', '.join(study.keys() - {'arms'})}")
+    texts = None
+    if "language" in parts and not arguments.report:
+        if arguments.corpus is None or arguments.tokenizer is None:
+            raise CommandError("argument --corpus: language needs it and --tokenizer; or leave language out of --parts")
+        with failing_as("argument --corpus"):
+            texts = Texts(arguments.corpus, arguments.tokenizer)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with failing_as("argument STUDY"):
+        jobs = list(jobs_of(study, parts))
+    if not arguments.report:
+        with failing_as("argument --output"):
+            check_results(jobs, arguments.output)
+        run_study(jobs, arguments.output, texts, str(pick_device(arguments.device)))
+    with failing_as("argument --output"):
+        written = write_report(read_results(arguments.output), arguments.output)
+    print((arguments.output / "study.md").read_text())
+    print(f"Wrote {', '.join(map(str, written))}")
 
 
 def run_command(arguments: argparse.Namespace) -> None:

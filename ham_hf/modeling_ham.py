@@ -345,7 +345,7 @@ class HAMMixer(nn.Module):
         if self.has_attention:
             q, k, v = self._heads(convolved if self.config.attention_conv else raw)
             if scores is not None and self.config.router in LEARNED_ROUTERS:
-                v = v * scores[..., None].to(v.dtype)
+                v = self._scale_values(v, scores)
             # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
             q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
             routed, keep = self._route(scores, k, threshold, tokens)
@@ -526,6 +526,10 @@ class HAMMixer(nn.Module):
             q, k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score, predict=bool(score)
         )
         return o_rnn.to(hidden_states.dtype), errors
+
+    def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The values `[B, T, Hk, V]` that attention reads and a cache holds, from which a learned score has its gradient."""
+        return v * scores[..., None].to(v.dtype)
 
     def _attention_view(
         self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None

@@ -2,6 +2,7 @@
 """The recipe of ham-tiny resumes exactly, and the embedded checkpoint is what its card says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,23 @@ def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeyp
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1]
     assert len(losses[0]) == recipe.steps
+
+
+@needs_muon
+def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
+    """It starts with its weights, not with copying layers, and tells both recipes."""
+    monkeypatch.setattr(ham_tiny, "Recipe", lambda: recipe)
+    monkeypatch.setattr(ham_tiny, "CONTINUED", replace(recipe, steps=2, matrix_lr=0.0, other_lr=0.0, threshold_lr=0.0))
+    arguments = ["x", "--corpus", str(sources), "--tokenizer", str(sources / "tokenizer"), "--output"]
+    monkeypatch.setattr("sys.argv", [*arguments, str(sources / "first")])
+    ham_tiny.main()
+    first = sources / "first" / "ham-tiny"
+    monkeypatch.setattr("sys.argv", [*arguments, str(sources / "second"), "--start", str(first)])
+    ham_tiny.main()
+    states = [AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (first, sources / "second" / "ham-tiny")]
+    assert all(torch.equal(states[0][name], x) for name, x in states[1].items() if "quantiles" not in name)
+    recipes = json.loads((sources / "second" / "ham-tiny" / "recipe.json").read_text())
+    assert [x["steps"] for x in recipes] == [9, 2]
 
 
 def test_usage_of_a_step_is_drawn_as_the_recipe_says():

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,12 @@ class Recipe:
             return None
         highest = self.late_usage if step >= self.late_from else 1.0
         return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
+
+
+# What goes on from a finished checkpoint: long windows only, and all of the run is its decay.
+CONTINUED = Recipe(
+    seed=1, steps=1600, decay_from=50, repeat_until=0, late_from=0, matrix_lr=0.006, other_lr=2e-3, threshold_lr=2e-3
+)
 
 
 def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
@@ -174,8 +180,9 @@ def initialize_recall(model: HAMForCausalLM) -> None:
         keys[:, -2] += 1
         values[:, -1] += 1
         # Sharp enough to single out one token among hundreds.
-        mixer.q_norm.weight.fill_(2)
-        mixer.k_norm.weight.fill_(2)
+        if mixer.has_attention:
+            mixer.q_norm.weight.fill_(2)
+            mixer.k_norm.weight.fill_(2)
 
 
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -274,16 +281,22 @@ def read_log(path: Path, before: int) -> list[dict]:
     return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["step"] < before]
 
 
-def train(corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe) -> HAMForCausalLM:
-    """Trains from scratch or from the last saved step in `output`, and returns the calibrated model."""
+def train(
+    corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe, start: Path | None = None
+) -> HAMForCausalLM:
+    """Trains from scratch, from the checkpoint `start` or from the last saved step in `output`; returns it calibrated."""
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     sampler = TokenSampler(corpus, "train", tokenizer, recipe.book_weight)
     held_out = TokenSampler(corpus, "held_out", tokenizer)
     evaluation = [held_out.batch(i, 4, recipe.late_context) for i in range(4)]
     torch.manual_seed(recipe.seed)
-    model = HAMForCausalLM(ham_tiny_config(tokenizer)).train()
-    initialize_recall(model)
+    if start is None:
+        model = HAMForCausalLM(ham_tiny_config(tokenizer))
+        initialize_recall(model)
+    else:
+        model = HAMForCausalLM.from_pretrained(start, dtype=torch.float32)
+    model.train()
     optimizers = build_optimizers(model, recipe)
 
     state, log_path, first = output / "state.safetensors", output / "log.jsonl", 0
@@ -318,22 +331,29 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by ham_hf.training.tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="where state, log and the checkpoint go")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="updates in all (default %(default)s)")
+    parser.add_argument("--start", type=Path, help="finished checkpoint to go on from, with a recipe of its own")
+    parser.add_argument("--steps", type=int, help="updates in all (default: the recipe's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     arguments = parser.parse_args()
-    if arguments.steps < 1:
+    if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    recipe = Recipe(steps=arguments.steps)
-    model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe)
+    recipe = Recipe() if arguments.start is None else CONTINUED
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe, arguments.start)
     checkpoint = arguments.output / "ham-tiny"
     model.save_pretrained(arguments.output / "float32")
     # Loading in bfloat16, unlike casting, leaves thresholds, quantiles and decays in float32.
     half = HAMForCausalLM.from_pretrained(arguments.output / "float32", dtype=torch.bfloat16)
     half.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(checkpoint)
-    write_whole(checkpoint / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
+    recipes = [asdict(recipe)]
+    if arguments.start is not None and (arguments.start / "recipe.json").exists():
+        # What a checkpoint went through, one recipe after the other.
+        before = json.loads((arguments.start / "recipe.json").read_text())
+        recipes = (before if isinstance(before, list) else [before]) + recipes
+    write_whole(checkpoint / "recipe.json", json.dumps(recipes, indent=2) + "\n")
     print(f"Wrote {checkpoint}")
 
 

@@ -1,0 +1,43 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The ways to give a learned router a gradient that were compared with the one HAM has; not for use elsewhere."""
+
+from typing import Any
+
+import torch
+
+from ...modeling_ham import HAMForCausalLM, HAMMixer
+
+
+class LogBiasMixer(HAMMixer):
+    """Adds the logarithm of a token's score to the logits of those who read it.
+
+    Weights are then `e_j exp(l_j)` over their sum: attention over scaled values, divided by attention over scores.
+    """
+
+    def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores[..., None].to(v.dtype)
+        return torch.cat([v * scores, scores], dim=-1)
+
+    def _attend(self, *arguments: Any) -> torch.Tensor:
+        out = super()._attend(*arguments)
+        return out[..., :-1] / out[..., -1:].clamp(min=1e-6)
+
+
+class StraightThroughMixer(HAMMixer):
+    """Leaves the values as they are, and gives the score the gradient that scaling them would have given it."""
+
+    def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return v * (1 + scores - scores.detach())[..., None].to(v.dtype)
+
+
+GRADIENTS: dict[str, type[HAMMixer]] = {
+    "scaled_values": HAMMixer,
+    "log_bias": LogBiasMixer,
+    "straight_through": StraightThroughMixer,
+}
+
+
+def use_gradient(model: HAMForCausalLM, gradient: str) -> None:
+    """Makes the learned routers of a model learn by one of `GRADIENTS`."""
+    for layer in model.model.layers:
+        layer.mixer.__class__ = GRADIENTS[gradient]

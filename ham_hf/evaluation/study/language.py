@@ -1,0 +1,175 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Language modelling and needles for one model of the study: loss against usage, recall against distance, scores."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+from ...modeling_ham import HAMForCausalLM
+from ...training.ham_tiny import TokenSampler
+from ..calibration import calibrate
+from ..usage import held_out_windows
+from .fitting import Training, build_model, fit
+
+# Batches for calibration and needles are drawn from here on, where no training batch is.
+EVALUATION_SEED = 10**9
+CALIBRATION_BATCHES = 16
+# Random tokens of a needle; the first of them are the question, the others the answer.
+NEEDLE, QUESTION = 10, 2
+NEEDLES = 24
+# Fractions of the text before the question at which needles lie.
+DEPTHS = (0.1, 0.5, 0.9)
+
+
+class Texts:
+    """The text of a corpus in tokens.
+
+    Args:
+        corpus: folder written by `ham_hf.training.corpus`.
+        tokenizer: folder of a tokenizer.
+    """
+
+    def __init__(self, corpus: Path, tokenizer: Path):
+        self.corpus = corpus
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.training = TokenSampler(corpus, "train", self.tokenizer)
+
+    def held_out(self, context: int, per_document: int) -> list[torch.Tensor]:
+        """`[1, context]` windows of held-out works."""
+        return held_out_windows(self.corpus, self.tokenizer, context, per_document)
+
+
+def run_language(
+    settings: dict[str, Any],
+    parameters: int,
+    texts: Texts,
+    task: dict[str, Any],
+    training: Training,
+    usages: list[float],
+    seed: int,
+    name: str,
+    device: str,
+) -> dict[str, Any]:
+    """Trains one model on text and measures it.
+
+    Args:
+        settings: fields of its HAMConfig.
+        parameters: how many parameters it is to have, about.
+        texts: what it reads.
+        task: `context`, tokens of a row; `repeats`, the fractions of rows that repeat text and random tokens;
+            `windows`, how many held-out windows of each work are read; `distances`, tokens before a question.
+        training: how.
+        usages: fractions to keep when it is measured.
+        seed: of weights and batches.
+        name: shown beside the progress.
+        device: where.
+
+    Returns:
+        `parameters`, `losses` of training (means of 50 steps); `held_out`, by usage, the loss (nats per token) of every
+        window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's tokens
+        that are foreseen; `traces` of hybrid models, see `_traces`.
+    """
+    sampler = texts.training
+    model = build_model(settings | {"vocab_size": sampler.vocab_size}, parameters, seed).to(device)
+
+    def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = sampler.batch(seed * 1_000_003 + step, training.rows, task["context"], tuple(task["repeats"]))
+        return ids, ids
+
+    losses = fit(model, batch_at, training, name)
+    asked: list[float | None] = [None]
+    if model.config.num_hybrid_layers:
+        calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task["context"]) for i in range(CALIBRATION_BATCHES)))
+        asked += usages
+    windows = texts.held_out(task["context"], task["windows"])
+    held_out, usage, needle = {}, {}, {}
+    for kv_usage in asked:
+        key = "learned" if kv_usage is None else str(kv_usage)
+        held_out[key], usage[key] = _held_out(model, windows, kv_usage)
+        needle[key] = {x: _needle(model, windows, x, kv_usage) for x in task["distances"]}
+    result = {
+        "parameters": model.num_parameters(),
+        "losses": [sum(losses[i : i + 50]) / 50 for i in range(0, len(losses), 50)],
+        "held_out": held_out,
+        "usage": usage,
+        "needle": needle,
+    }
+    return result | ({"traces": _traces(model, windows)} if model.config.num_hybrid_layers else {})
+
+
+@torch.no_grad()
+def _held_out(
+    model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None
+) -> tuple[list[float], float]:
+    losses, kept = [], []
+    for ids in windows:
+        ids = ids.to(model.device)
+        outputs = model(input_ids=ids, labels=ids, use_cache=True, kv_usage=kv_usage)
+        losses.append(outputs.loss.item())
+        kept.append(outputs.past_key_values.kv_usage().mean().item())
+    return losses, sum(kept) / len(kept)
+
+
+def _with_needle(window: torch.Tensor, distance: int, index: int, vocab_size: int) -> tuple[torch.Tensor, int]:
+    """Text `[1, distance + NEEDLE]` that holds a needle, and again at its end; and where it lies."""
+    random = np.random.default_rng([EVALUATION_SEED, index])
+    needle = torch.from_numpy(random.integers(vocab_size, size=NEEDLE))[None]
+    place = int(DEPTHS[index % len(DEPTHS)] * (distance - NEEDLE))
+    text = window[:, : distance - NEEDLE]
+    return torch.cat([text[:, :place], needle, text[:, place:], needle], dim=1), place
+
+
+@torch.no_grad()
+def _needle(model: HAMForCausalLM, windows: list[torch.Tensor], distance: int, kv_usage: float | None) -> float:
+    """The fraction of the answers' tokens that are the likeliest, over needles at several depths."""
+    right = []
+    for index in range(NEEDLES):
+        # Longer texts than a window are several of them.
+        text = torch.cat([windows[(index + i) % len(windows)] for i in range(distance // windows[0].shape[1] + 1)], 1)
+        ids = _with_needle(text, distance, index, model.config.vocab_size)[0].to(model.device)
+        logits = model(input_ids=ids, use_cache=False, kv_usage=kv_usage, logits_to_keep=NEEDLE).logits[0]
+        answer = ids[0, QUESTION - NEEDLE :]
+        right.append((logits[QUESTION - 1 : -1].argmax(-1) == answer).float().mean().item())
+    return sum(right) / len(right)
+
+
+@torch.no_grad()
+def _traces(model: HAMForCausalLM, windows: list[torch.Tensor]) -> dict[str, Any]:
+    """What plots of scores need, means over heads.
+
+    Returns:
+        `scores` and `decay` `[L, T]` along one window with a needle at `needle` (decay is `exp(g)`); `by_position`
+        `[L, T]`, mean scores over all windows.
+    """
+    ids, place = _with_needle(windows[0], windows[0].shape[1] - NEEDLE, 1, model.config.vocab_size)
+    ids = ids.to(model.device)
+    hybrid = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
+    decays: list[torch.Tensor] = []
+    # Calls of a layer's projection come in the order of the layers.
+    handles = [
+        mixer.a_proj.register_forward_hook(
+            lambda _, __, out, mixer=mixer: decays.append(
+                (-mixer.A_log.float().exp() * F.softplus(out.float() + mixer.dt_bias.float())).exp()
+            )
+        )
+        for mixer in hybrid
+    ]
+    try:
+        scores = model(input_ids=ids, use_cache=False, output_routing_scores=True).routing_scores
+    finally:
+        for handle in handles:
+            handle.remove()
+    everywhere = [
+        torch.stack(model(input_ids=x.to(model.device), use_cache=False, output_routing_scores=True).routing_scores)
+        for x in windows
+    ]
+    return {
+        "needle": [place, place + NEEDLE],
+        "scores": torch.stack(scores)[:, 0].mean(-1).tolist(),
+        "decay": torch.stack(decays)[:, 0].mean(-1).tolist(),
+        "by_position": torch.stack(everywhere).mean((0, 2, 4)).tolist(),
+    }

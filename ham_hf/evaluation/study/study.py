@@ -1,0 +1,176 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Runs the jobs of a study file, each a model, a task and a seed, and stores each result in a file of its own."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from ...configuration_ham import HAMConfig
+from ...files import write_whole
+from ...modeling_ham import HAMForCausalLM
+from .fitting import Training
+from .gradients import GRADIENTS
+from .language import Texts, run_language
+from .recall import RecallTask
+from .recall_study import run_recall
+
+STUDIES = Path(__file__).parent
+PARTS = ("recall", "gradients", "language")
+PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train and measure.
+
+    Attributes:
+        part: one of `PARTS`.
+        task: its name in the study file.
+        arm: the model's name there.
+        seed: of weights and data.
+        settings: all else that decides the result: `model` (fields of its HAMConfig), `equal_to` (those of the model
+            whose number of parameters it is to have), `task`, `training`, `gradient`, `usages` and `pairs`.
+    """
+
+    part: str
+    task: str
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Unique in a study."""
+        return f"{self.part}.{self.task}.{self.arm}.{self.seed}"
+
+
+def read_study(name: str) -> dict[str, Any]:
+    """The study in a YAML file, or in the file of that name which comes with this package.
+
+    Raises:
+        ValueError: if it is no study.
+    """
+    path = STUDIES / f"{name}.yaml"
+    if not path.exists():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(x.stem for x in STUDIES.glob("*.yaml")))
+        raise ValueError(f"no file {name!r}, takes a YAML file or one of {known}")
+    try:
+        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not YAML: {error}") from error
+    if not isinstance(study, dict) or not isinstance(study.get("arms"), dict):
+        raise ValueError(f"{name} must hold a mapping with `arms` and some of {', '.join(PARTS)}.")
+    unknown = sorted(set(study) - {*PARTS, "arms"})
+    if unknown:
+        raise ValueError(f"{name} has unknown keys {unknown}; takes arms, {', '.join(PARTS)}.")
+    for part in set(PARTS) & set(study):
+        _check_plan(part, study[part], study["arms"])
+    return study
+
+
+def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
+    """Refuses a part with missing or unknown keys, or with arms that the study does not define."""
+    wanted = PLAN_KEYS if part == "language" else PLAN_KEYS | {"pairs"}
+    if not isinstance(plan, dict) or set(plan) != wanted:
+        found = sorted(plan) if isinstance(plan, dict) else plan
+        raise ValueError(f"`{part}` must have the keys {sorted(wanted)}, got {found}.")
+    unknown = [arm for arm in plan["arms"] if arm not in arms]
+    if unknown:
+        raise ValueError(f"`{part}.arms` names {unknown}, which `arms` does not define.")
+    for arm in plan["arms"]:
+        gradient = arms[arm].get("gradient")
+        if gradient is not None and gradient not in GRADIENTS:
+            raise ValueError(f"`arms.{arm}.gradient` must be one of {sorted(GRADIENTS)}, got {gradient!r}.")
+
+
+def jobs_of(study: dict[str, Any], parts: list[str]) -> Iterator[Job]:
+    """All jobs of some parts, seed by seed, so that an interrupted study has the same seeds of all models."""
+    for part in parts:
+        plan = study[part]
+        for seed in range(plan["seeds"]):
+            for task in plan["tasks"]:
+                for arm in plan["arms"]:
+                    yield Job(part, task, arm, seed, _settings(plan, task, dict(study["arms"][arm])))
+
+
+def _settings(plan: dict[str, Any], task: str, arm: dict[str, Any]) -> dict[str, Any]:
+    training = plan["training"] | arm.pop("training", {})
+    gradient = arm.pop("gradient", "scaled_values")
+    model = plan["model"] | arm
+    if "layer_types" in model:
+        # Said once, for models of any depth: one kind of layer, or several in turn.
+        kinds = model["layer_types"] if isinstance(model["layer_types"], list) else [model["layer_types"]]
+        model["layer_types"] = [kinds[i % len(kinds)] for i in range(model["num_hidden_layers"])]
+    return {
+        "model": model,
+        "equal_to": plan["model"],
+        "task": plan["tasks"][task],
+        "training": training,
+        "gradient": gradient,
+        "usages": plan["usages"],
+        "pairs": plan.get("pairs"),
+    }
+
+
+def run_job(job: Job, texts: Texts | None, device: str) -> dict[str, Any]:
+    """Trains the model of a job and measures it; `texts` are for language."""
+    settings = job.settings
+    with torch.device("meta"):
+        parameters = HAMForCausalLM(HAMConfig(**settings["equal_to"])).num_parameters()
+    training = Training(**settings["training"])
+    if job.part == "language":
+        assert texts is not None
+        return run_language(
+            settings["model"],
+            parameters,
+            texts,
+            settings["task"],
+            training,
+            settings["usages"],
+            job.seed,
+            job.name,
+            device,
+        )
+    return run_recall(
+        settings["model"],
+        parameters,
+        RecallTask(**settings["task"]),
+        training,
+        settings["usages"],
+        settings["pairs"],
+        job.seed,
+        job.name,
+        settings["gradient"],
+        device,
+    )
+
+
+def check_results(jobs: list[Job], output: Path) -> None:
+    """Refuses, with `ValueError`, a folder with a result of one of these jobs that other settings led to."""
+    for job in jobs:
+        path = output / f"{job.name}.json"
+        if path.exists() and json.loads(path.read_text())["settings"] != job.settings:
+            raise ValueError(f"{path} holds a result of other settings: give another folder, or remove it.")
+
+
+def run_study(jobs: list[Job], output: Path, texts: Texts | None, device: str) -> None:
+    """Runs every job whose result is not in `output` yet; `check_results` tells whether those there are of these jobs."""
+    output.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not (output / f"{job.name}.json").exists()]
+    for job in tqdm(missing, initial=len(jobs) - len(missing), total=len(jobs), unit="model", desc="study"):
+        result = {"part": job.part, "task": job.task, "arm": job.arm, "seed": job.seed, "settings": job.settings}
+        result |= run_job(job, texts, device)
+        write_whole(output / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.*.*.*.json"))]

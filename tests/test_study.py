@@ -1,0 +1,312 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The studies: their tasks, the gradients they compare, equal parameters, resuming, and reports from stored results."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ham_hf import HAMForCausalLM, cli
+from ham_hf.evaluation.study import language, report, study
+from ham_hf.evaluation.study.fitting import Training, build_model, fit
+from ham_hf.evaluation.study.gradients import GRADIENTS, use_gradient
+from ham_hf.evaluation.study.recall import IGNORED, RecallTask
+from ham_hf.reference_ham import naive_sparse_attention
+
+SMALL = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "rope_parameters": None,
+    "target_kv_usage": 0.25,
+}
+STUDY = """
+arms:
+  gdn: {layer_types: linear_attention}
+  cosine: {router: cosine}
+  learned: {router: learned}
+  log-bias: {router: learned, gradient: log_bias}
+recall:
+  seeds: 2
+  arms: [gdn, cosine, learned]
+  tasks: {pattern: {filler: pattern, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
+  model: &model
+    {vocab_size: 24, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
+     rope_parameters: null, target_kv_usage: 0.25}
+  training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10}
+  usages: [0.1, 0.5]
+  pairs: [2, 4, 8]
+gradients:
+  seeds: 1
+  arms: [log-bias]
+  tasks: {pattern: {filler: pattern, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
+  model: *model
+  training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10, usage_from: 1.0}
+  usages: [0.1, 0.5]
+  pairs: [2, 4]
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+class TestRecallTask:
+    @pytest.mark.parametrize("filler", ["random", "pattern"])
+    @pytest.mark.parametrize("pairs", [None, 3, 40])
+    def test_every_question_has_its_answer_in_the_row(self, filler, pairs):
+        task = RecallTask(filler)
+        ids, labels = task.batch(1, 8, pairs)
+        assert ids.shape == labels.shape == (8, max(96, 3 * (pairs or 32)))
+        for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+            places = [i for i, label in enumerate(wanted) if label != IGNORED]
+            assert places
+            assert pairs is None or len(places) == min(pairs, task.queries)
+            assert places == list(range(places[0], len(row), 2)), "the questions end the row"
+            for place in places:
+                key = row[place - 1]
+                assert row[place] == wanted[place]
+                first = row.index(key)
+                assert first < places[0] - 1
+                assert row[first + 1] == row[place]
+                assert row[: places[0] - 1].count(key) == 1, "a key is asked for once and told once"
+
+    def test_a_pattern_repeats_and_noise_does_not(self):
+        for filler, repeats in (("pattern", True), ("random", False)):
+            row = RecallTask(filler, pairs=(1,), length=64, queries=1).batch(0, 1)[0][0].tolist()
+            keys = [i for i, token in enumerate(row) if token < 64]
+            rest = [token for i, token in enumerate(row) if i not in keys and i - 1 not in keys]
+            assert (rest[8:] == rest[:-8]) is repeats
+
+    def test_marked_filler_has_tokens_of_its_own(self):
+        task = RecallTask("random", marked=True)
+        ids, _ = task.batch(0, 4)
+        assert task.vocab_size == 192
+        for row in ids.tolist():
+            told = {i + n for i, token in enumerate(row) if token < 64 for n in (0, 1)}
+            assert all((token < 128) is (i in told) for i, token in enumerate(row))
+
+    def test_a_batch_is_a_function_of_its_seed(self):
+        task = RecallTask("pattern")
+        assert torch.equal(task.batch(5, 4)[0], task.batch(5, 4)[0])
+        assert not torch.equal(task.batch(5, 4)[0], task.batch(6, 4)[0])
+
+    def test_refuses_what_it_cannot_make(self):
+        with pytest.raises(ValueError, match="`filler` must be one of"):
+            RecallTask("patern")
+        with pytest.raises(ValueError, match="`pairs` must lie between 1 and 64"):
+            RecallTask("random", pairs=(4, 65))
+
+
+class TestGradients:
+    @pytest.fixture
+    def mixed(self):
+        """A function: the mixer of a gradient, and its attention over values scaled by it, with all tensors."""
+
+        def make(gradient):
+            torch.manual_seed(0)
+            model = build_model(SMALL | {"router": "learned"}, 6000, seed=0)
+            use_gradient(model, gradient)
+            mixer = model.model.layers[0].mixer
+            q, k, v = (torch.randn(1, 7, 2, 8, dtype=torch.float64) for _ in range(3))
+            scores = torch.rand(1, 7, 2, dtype=torch.float64).requires_grad_()
+            keep = torch.rand(1, 7, 2) > 0.5
+            scaled = mixer._scale_values(v, scores)
+
+            class Layout:
+                seq_idx = None
+
+            out = mixer._attend(q, k, scaled, keep, scores.detach(), Layout(), None, None)
+            return out, q, k, v, scores, keep
+
+        return make
+
+    def test_log_bias_is_a_bias_of_the_logits(self, mixed):
+        out, q, k, v, scores, keep = mixed("log_bias")
+        biased = torch.cat([k, scores.log()[..., None] * math.sqrt(8)], dim=-1)
+        wanted, _ = naive_sparse_attention(
+            torch.cat([q, torch.ones_like(q[..., :1])], -1), biased, v, keep, scale=8**-0.5
+        )
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
+
+    def test_straight_through_leaves_values_and_moves_scores_as_scaling_would(self, mixed):
+        out, q, k, v, scores, keep = mixed("straight_through")
+        wanted, weights = naive_sparse_attention(q, k, v, keep)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
+        upstream = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad(out, scores, upstream)
+        # Scaling value j by s_j adds s_j times what its readers take of it.
+        per_value = torch.einsum("bhts,bthv->bshv", weights, upstream)
+        torch.testing.assert_close(gradient, (per_value * v).sum(-1), rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("gradient", GRADIENTS)
+    def test_each_lets_a_router_learn(self, gradient):
+        model = build_model(SMALL | {"router": "learned"}, 6000, seed=0).train()
+        use_gradient(model, gradient)
+        ids = torch.randint(24, (2, 20))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert model.model.layers[0].mixer.router.up_proj.weight.grad.abs().max() > 0
+
+
+class TestFitting:
+    def test_models_of_a_study_have_equal_parameters(self):
+        for kind in ({"layer_types": ["full_attention"] * 2}, {"layer_types": ["linear_attention"] * 2}, {}):
+            parameters = build_model(SMALL | kind, 20_000, seed=0).num_parameters()
+            assert abs(parameters - 20_000) <= 3 * 16 * 2 / 2, "half of what one more channel of the MLPs would add"
+
+    def test_too_few_parameters_are_refused(self):
+        with pytest.raises(ValueError, match="`parameters` must be at least"):
+            build_model(SMALL, 100, seed=0)
+
+    def test_usage_falls_to_its_target(self):
+        model = build_model(SMALL, 6000, seed=0)
+        targets = []
+        training = Training(steps=10, rows=1, learning_rate=1e-3, warmup=2, usage_from=1.0, usage_ramp=0.5)
+        ids = torch.randint(24, (1, 12))
+        losses = fit(model, lambda step: (ids, ids), training, "x", lambda _: targets.append(model.config.target_kv_usage))
+        assert targets[0] == 1.0
+        assert targets == sorted(targets, reverse=True)
+        assert targets[5:] == [0.25] * 5
+        assert len(losses) == 10
+        assert not model.training
+
+    def test_a_loss_that_is_no_number_stops_the_run(self):
+        model = build_model(SMALL, 6000, seed=0)
+        torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+        ids = torch.randint(24, (1, 12))
+        with pytest.raises(RuntimeError, match="The loss of x is nan at step 0"):
+            fit(model, lambda step: (ids, ids), Training(2, 1, 1e-3), "x")
+
+
+def run(study_file, output, *parts):
+    return cli.main(["study", str(study_file), "--output", str(output), "--parts", *parts])
+
+
+class TestRunning:
+    def test_goes_on_where_it_was_interrupted_and_reports(self, study_file, tmp_path, monkeypatch, capsys):
+        trained = []
+        real = study.run_job
+
+        def counted(job, *arguments):
+            if len(trained) == 3:
+                raise KeyboardInterrupt
+            trained.append(job.name)
+            return real(job, *arguments)
+
+        monkeypatch.setattr(study, "run_job", counted)
+        output = tmp_path / "out"
+        assert run(study_file, output, "recall", "gradients") == 130
+        assert len(list(output.glob("*.json"))) == 3
+        monkeypatch.setattr(study, "run_job", lambda job, *rest: trained.append(job.name) or real(job, *rest))
+        assert run(study_file, output, "recall", "gradients") == 0
+        assert len(trained) == len(set(trained)) == 7
+        assert trained[0] == "recall.pattern.gdn.0"
+        table = (output / "study.md").read_text()
+        assert table in capsys.readouterr().out
+        assert "| pattern | cosine - gdn | 2 |" in table
+        assert "| log-bias | 1 |" in table
+        for plot in ("recall.png", "gradients.png"):
+            assert (output / plot).read_bytes().startswith(b"\x89PNG")
+        result = json.loads((output / "recall.pattern.learned.1.json").read_text())
+        assert set(result["accuracy"]) == {"learned", "0.1", "0.5"}
+        assert set(result["accuracy"]["0.1"]) == {"2", "4", "8"}
+        assert result["usage"]["0.5"]["4"] == pytest.approx(0.5, abs=0.15)
+        assert len(result["losses"]) == 1
+        assert len(result["flicker"]) == 1
+
+    def test_a_job_is_a_function_of_its_settings(self, study_file):
+        job = next(x for x in study.jobs_of(study.read_study(str(study_file)), ["recall"]) if x.arm == "learned")
+        assert study.run_job(job, None, "cpu") == study.run_job(job, None, "cpu")
+
+    def test_a_result_of_other_settings_is_not_taken_for_this_one(self, study_file, tmp_path, capsys):
+        output = tmp_path / "out"
+        output.mkdir()
+        (output / "recall.pattern.gdn.0.json").write_text('{"settings": {}}')
+        assert run(study_file, output, "recall") == 2
+        assert "holds a result of other settings" in capsys.readouterr().err
+        assert len(list(output.iterdir())) == 1
+
+    @pytest.mark.parametrize(
+        ("before", "after", "message"),
+        [
+            ("recall:", "recal:", "unknown keys ['recal']"),
+            ("  usages: [0.1, 0.5]\n  pairs: [2, 4, 8]", "  usages: [0.1, 0.5]", "`recall` must have the keys"),
+            ("arms: [gdn, cosine, learned]", "arms: [gnd]", "`recall.arms` names ['gnd']"),
+            ("log_bias", "log", "`arms.log-bias.gradient` must be one of"),
+            ("arms:\n", "arms: [\n", "is not YAML"),
+        ],
+    )
+    def test_a_wrong_study_is_refused(self, study_file, tmp_path, capsys, before, after, message):
+        study_file.write_text(STUDY.replace(before, after, 1))
+        assert run(study_file, tmp_path / "out", "recall") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_wrong_arguments_are_named(self, study_file, tmp_path, capsys):
+        for arguments, message in (
+            (["cpo", "--output", "x"], "no file 'cpo', takes a YAML file or one of cpu"),
+            ([str(study_file), "--output", "x", "--parts", "recal"], "argument --parts: got 'recal'"),
+            (["cpu", "--output", "x", "--parts", "language"], "argument --corpus: language needs it"),
+            ([str(study_file), "--output", str(tmp_path / "none"), "--report"], "there is nothing to report"),
+        ):
+            assert cli.main(["study", *arguments]) == 2
+            assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_studies_of_the_package_are_sound(name):
+    plan = study.read_study(name)
+    jobs = list(study.jobs_of(plan, [part for part in study.PARTS if part in plan]))
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert plan["recall"]["seeds"] >= 5
+    for job in jobs:
+        assert job.arm in report.ORDER
+        Training(**job.settings["training"])
+        if job.part != "language":
+            RecallTask(**job.settings["task"])
+        with torch.device("meta"):
+            HAMForCausalLM(study.HAMConfig(**job.settings["model"]))
+
+
+class TestLanguage:
+    def test_a_needle_lies_in_the_text_and_at_its_end(self):
+        text = torch.arange(100, 200)[None]
+        places = set()
+        for index in range(3):
+            ids, place = language._with_needle(text, 90, index, vocab_size=50)
+            assert ids.shape == (1, 100)
+            assert torch.equal(ids[0, place : place + 10], ids[0, -10:])
+            rest = torch.cat([ids[0, :place], ids[0, place + 10 : -10]])
+            assert torch.equal(rest, text[0, :80])
+            places.add(place)
+        assert places == {8, 40, 72}
+
+    def test_traces_are_those_of_the_model(self):
+        model = build_model(SMALL | {"vocab_size": 50}, 8000, seed=0).eval()
+        windows = [torch.randint(50, (1, 40)) for _ in range(2)]
+        traces = language._traces(model, windows)
+        assert torch.tensor(traces["scores"]).shape == (2, 40)
+        assert torch.tensor(traces["by_position"]).shape == (2, 40)
+        decay = torch.tensor(traces["decay"])
+        assert decay.shape == (2, 40)
+        mixer, inputs = model.model.layers[0].mixer, []
+        handle = mixer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        model(input_ids=language._with_needle(windows[0], 30, 1, 50)[0], use_cache=False)
+        handle.remove()
+        g = -mixer.A_log.exp() * torch.nn.functional.softplus(mixer.a_proj(inputs[0]) + mixer.dt_bias)
+        torch.testing.assert_close(decay[0], g.exp()[0].mean(-1), rtol=0, atol=1e-6)
+
+
+def test_differences_are_paired_by_seed():
+    def result(arm, seed, value):
+        return {"task": "t", "arm": arm, "seed": seed, "accuracy": {"learned": {"4": value}}}
+
+    results = [result("cosine", 0, 0.5), result("cosine", 1, 0.9), result("gdn", 1, 0.7), result("gdn", 0, 0.1)]
+    table = report.differences(results, [("cosine", "gdn")], report.recall_accuracy)
+    assert "| t | cosine - gdn | 2 | 0.300 ± 0.141 | 2 |" in table
