@@ -284,10 +284,12 @@ def _delta_rule_chunks(
     to_state, across = k_out.flatten(1, 2).mT, across.flatten(1, 2)[..., None, None]
     shape, state = state.shape, state.flatten(0, 1)
     state_of_chunk, update_of_chunk = [], []
-    for n in range(len(k)):
+    # Taken apart at once: the gradient of an index fills a tensor of all chunks.
+    of_chunks = (x.unbind() for x in (from_values, from_state, to_state, across))
+    for values, reads, writes, decay in zip(*of_chunks, strict=True):
         state_of_chunk.append(state)
-        update_of_chunk.append(torch.baddbmm(from_values[n], from_state[n], state, alpha=-1))
-        state = torch.baddbmm(state * across[n], to_state[n], update_of_chunk[n])
+        update_of_chunk.append(torch.baddbmm(values, reads, state, alpha=-1))
+        state = torch.baddbmm(state * decay, writes, update_of_chunk[-1])
     states, updates = torch.cat(state_of_chunk), torch.cat(update_of_chunk)
 
     # One matrix a stream and chunk from here on: `[N * B * Hk, rows, columns]`.
