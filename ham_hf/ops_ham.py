@@ -90,14 +90,10 @@ def short_convolution(
     width = weight.shape[1]
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
-    new, x = x, torch.cat([initial_state, x], dim=1)
-    final_state = x[:, length:].clone() if real is None else convolution_state(new, initial_state, real)
+    final_state = convolution_state(x, initial_state, real)
+    x = torch.cat([initial_state, x], dim=1)
     if real is None and seq_idx is None:
-        taps = weight.T.contiguous()
-        out = x[:, :length] * taps[0]
-        for i in range(1, width):
-            out.addcmul_(x[:, i : i + length], taps[i])
-        return F.silu(out), final_state
+        return _ShortConvolution.apply(x, weight), final_state
 
     # Entry `r + i` of `order` is the i-th oldest input that the r-th real token reads: the state counts as real.
     real = x.new_ones(batch, length, dtype=torch.bool) if real is None else real
@@ -112,6 +108,41 @@ def short_convolution(
             tap = tap * (document == seq_idx)[..., None]
         out = torch.addcmul(out, tap, weight[:, i])
     return F.silu(out), final_state
+
+
+class _ShortConvolution(torch.autograd.Function):
+    """`short_convolution` of `[B, W - 1 + T, C]`, where every token is real and of one document.
+
+    Of `[B, T, C]` it keeps nothing for the backward pass: to convolve again is faster than to fill new memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.silu(_convolve(x, weight.T.contiguous()), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        taps, length = weight.T.contiguous(), grad.shape[1]
+        product = _convolve(x, taps)
+        grad = torch.ops.aten.silu_backward(grad, product)
+        dx, dtaps = grad.new_zeros(x.shape), torch.empty_like(taps)
+        for i, tap in enumerate(taps):
+            span = slice(i, i + length)
+            dx[:, span].addcmul_(grad, tap)
+            dtaps[i] = torch.mul(x[:, span], grad, out=product).sum((0, 1))
+        return dx, dtaps.T
+
+
+def _convolve(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """`[B, T, C]` sums of `W` neighbours in `[B, W - 1 + T, C]`, weighted by taps `[W, C]`."""
+    length = x.shape[1] - len(taps) + 1
+    out = x[:, :length] * taps[0]
+    for i in range(1, len(taps)):
+        out.addcmul_(x[:, i : i + length], taps[i])
+    return out
 
 
 def convolution_state(x: torch.Tensor, initial_state: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
