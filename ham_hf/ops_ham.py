@@ -64,7 +64,50 @@ def _warn_without_kernels(problem: str) -> None:
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """L2-normalises the last dimension of `x` in float32 or wider; a zero vector stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if _in_own_passes(x):
+        return _Normalise.apply(x, None, 1, eps)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divides `x` `[..., D]` by the root mean square of its last dimension, and multiplies with `weight` `[D]`."""
+    if _in_own_passes(x):
+        return _Normalise.apply(x, weight, x.shape[-1], eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _in_own_passes(x: torch.Tensor) -> bool:
+    """Whether `_Normalise` serves: on a CPU PyTorch's own norm is made of operations that each fill a tensor."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not exporting()
+
+
+class _Normalise(torch.autograd.Function):
+    """`x / sqrt(sum(x^2) / count + eps)` over the last dimension, times a weight; keeps its input and one number each.
+
+    Passes write in place where they can: on a CPU new memory costs more than arithmetic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, count: int, eps: float) -> torch.Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = square.div_(count).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.count = count
+        out = x * inverse
+        return out if weight is None else out.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        normed, dweight = x * inverse, None
+        product = grad * normed
+        if weight is not None:
+            dweight = product.flatten(0, -2).sum(0)
+            product *= weight
+        along = product.sum(-1, keepdim=True).div_(ctx.count)
+        dx = product.copy_(grad) if weight is None else torch.mul(grad, weight, out=product)
+        return dx.addcmul_(normed, along, value=-1).mul_(inverse), dweight, None, None
 
 
 def short_convolution(
@@ -777,6 +820,7 @@ __all__ = [
     "gated_delta_rule_with_prediction",
     "l2norm",
     "ragged_decode_attention",
+    "rms_norm",
     "short_convolution",
     "slab_table",
     "sparse_prefix_attention",
