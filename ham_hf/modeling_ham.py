@@ -38,7 +38,14 @@ from .inputs_ham import (
     token_layout,
 )
 from .loading_ham import HOW_TO_CONVERT, check_files, check_size
-from .ops_ham import decode_kernel, exporting, gated_delta_rule_with_prediction, l2norm, short_convolution
+from .ops_ham import (
+    decode_kernel,
+    exporting,
+    gated_delta_rule_with_prediction,
+    l2norm,
+    rms_norm,
+    short_convolution,
+)
 from .routing_ham import (
     NUM_QUANTILES,
     HAMRouter,
@@ -165,6 +172,8 @@ class HAMRMSNorm(nn.RMSNorm):
     Autocast narrows what projections put out; of two dtypes PyTorch's norm would warn, and give the narrower one.
     """
 
+    eps: float
+
     def __init__(self, size: int, eps: float, zero_centered: bool = False):
         self.zero_centered = zero_centered
         super().__init__(size, eps)
@@ -180,8 +189,8 @@ class HAMRMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.zero_centered:
-            return super().forward(x.to(self.weight.dtype))
-        return F.rms_norm(x.float(), self.normalized_shape, self.scale, self.eps).to(self.weight.dtype)
+            return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
+        return rms_norm(x.float(), self.scale, self.eps).to(self.weight.dtype)
 
 
 class HAMRotaryEmbedding(LlamaRotaryEmbedding):

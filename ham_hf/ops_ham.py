@@ -64,7 +64,50 @@ def _warn_without_kernels(problem: str) -> None:
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """L2-normalises the last dimension of `x` in float32 or wider; a zero vector stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if _in_own_passes(x):
+        return _Normalise.apply(x, None, 1, eps)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divides `x` `[..., D]` by the root mean square of its last dimension, and multiplies with `weight` `[D]`."""
+    if _in_own_passes(x):
+        return _Normalise.apply(x, weight, x.shape[-1], eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _in_own_passes(x: torch.Tensor) -> bool:
+    """Whether `_Normalise` serves: on a CPU PyTorch's own norm is made of operations that each fill a tensor."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not exporting()
+
+
+class _Normalise(torch.autograd.Function):
+    """`x / sqrt(sum(x^2) / count + eps)` over the last dimension, times a weight; keeps its input and one number each.
+
+    Passes write in place where they can: on a CPU new memory costs more than arithmetic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, count: int, eps: float) -> torch.Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = square.div_(count).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.count = count
+        out = x * inverse
+        return out if weight is None else out.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        normed, dweight = x * inverse, None
+        product = grad * normed
+        if weight is not None:
+            dweight = product.flatten(0, -2).sum(0)
+            product *= weight
+        along = product.sum(-1, keepdim=True).div_(ctx.count)
+        dx = product.copy_(grad) if weight is None else torch.mul(grad, weight, out=product)
+        return dx.addcmul_(normed, along, value=-1).mul_(inverse), dweight, None, None
 
 
 def short_convolution(
@@ -90,14 +133,10 @@ def short_convolution(
     width = weight.shape[1]
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
-    new, x = x, torch.cat([initial_state, x], dim=1)
-    final_state = x[:, length:].clone() if real is None else convolution_state(new, initial_state, real)
+    final_state = convolution_state(x, initial_state, real)
+    x = torch.cat([initial_state, x], dim=1)
     if real is None and seq_idx is None:
-        taps = weight.T.contiguous()
-        out = x[:, :length] * taps[0]
-        for i in range(1, width):
-            out.addcmul_(x[:, i : i + length], taps[i])
-        return F.silu(out), final_state
+        return _ShortConvolution.apply(x, weight), final_state
 
     # Entry `r + i` of `order` is the i-th oldest input that the r-th real token reads: the state counts as real.
     real = x.new_ones(batch, length, dtype=torch.bool) if real is None else real
@@ -112,6 +151,41 @@ def short_convolution(
             tap = tap * (document == seq_idx)[..., None]
         out = torch.addcmul(out, tap, weight[:, i])
     return F.silu(out), final_state
+
+
+class _ShortConvolution(torch.autograd.Function):
+    """`short_convolution` of `[B, W - 1 + T, C]`, where every token is real and of one document.
+
+    Of `[B, T, C]` it keeps nothing for the backward pass: to convolve again is faster than to fill new memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.silu(_convolve(x, weight.T.contiguous()), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        taps, length = weight.T.contiguous(), grad.shape[1]
+        product = _convolve(x, taps)
+        grad = torch.ops.aten.silu_backward(grad, product)
+        dx, dtaps = grad.new_zeros(x.shape), torch.empty_like(taps)
+        for i, tap in enumerate(taps):
+            span = slice(i, i + length)
+            dx[:, span].addcmul_(grad, tap)
+            dtaps[i] = torch.mul(x[:, span], grad, out=product).sum((0, 1))
+        return dx, dtaps.T
+
+
+def _convolve(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """`[B, T, C]` sums of `W` neighbours in `[B, W - 1 + T, C]`, weighted by taps `[W, C]`."""
+    length = x.shape[1] - len(taps) + 1
+    out = x[:, :length] * taps[0]
+    for i in range(1, len(taps)):
+        out.addcmul_(x[:, i : i + length], taps[i])
+    return out
 
 
 def convolution_state(x: torch.Tensor, initial_state: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -284,10 +358,12 @@ def _delta_rule_chunks(
     to_state, across = k_out.flatten(1, 2).mT, across.flatten(1, 2)[..., None, None]
     shape, state = state.shape, state.flatten(0, 1)
     state_of_chunk, update_of_chunk = [], []
-    for n in range(len(k)):
+    # Taken apart at once: the gradient of an index fills a tensor of all chunks.
+    of_chunks = (x.unbind() for x in (from_values, from_state, to_state, across))
+    for values, reads, writes, decay in zip(*of_chunks, strict=True):
         state_of_chunk.append(state)
-        update_of_chunk.append(torch.baddbmm(from_values[n], from_state[n], state, alpha=-1))
-        state = torch.baddbmm(state * across[n], to_state[n], update_of_chunk[n])
+        update_of_chunk.append(torch.baddbmm(values, reads, state, alpha=-1))
+        state = torch.baddbmm(state * decay, writes, update_of_chunk[-1])
     states, updates = torch.cat(state_of_chunk), torch.cat(update_of_chunk)
 
     # One matrix a stream and chunk from here on: `[N * B * Hk, rows, columns]`.
@@ -744,6 +820,7 @@ __all__ = [
     "gated_delta_rule_with_prediction",
     "l2norm",
     "ragged_decode_attention",
+    "rms_norm",
     "short_convolution",
     "slab_table",
     "sparse_prefix_attention",

@@ -119,6 +119,28 @@ def test_benchmark_alternates_after_one_warm_up():
     assert len(pairs) == 3
 
 
+def test_training_is_measured_at_the_wanted_usage(monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+    for name, value in small.items():
+        monkeypatch.setitem(bench.SHAPE, name, value)
+    torch.manual_seed(0)
+    ham = bench.build_ham(2)
+    with torch.no_grad():
+        learned_at_first = ham(bench.random_tokens(512)).past_key_values.kv_usage().mean().item()
+    result = bench.bench_training(ham, 128, 0.25, runs=1)
+    with torch.no_grad():
+        usage = ham(bench.random_tokens(512)).past_key_values.kv_usage().mean().item()
+    assert abs(learned_at_first - 0.25) > 0.1 > abs(usage - 0.25)
+    assert result["ham_seconds"] > 0
+    assert not ham.training, "the next comparison is one of inference"
+    assert ham.lm_head.weight.grad is None
+
+
+def test_memory_has_a_table_of_its_own():
+    results = [{"what": "step", "kv_heads": 2, "ham_peak_bytes": 3 << 20, "other_peak_bytes": 2 << 20}]
+    assert "| step | 2 | 3 | 2 | 1.50 |" in bench.to_markdown(results, {})
+
+
 def test_tables_replace_what_stands_between_their_markers():
     document = "head\n<!-- x:begin -->\nold\n<!-- x:end -->\ntail\n"
     assert insert_table(document, "x", "| new |\n") == "head\n<!-- x:begin -->\n| new |\n<!-- x:end -->\ntail\n"

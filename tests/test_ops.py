@@ -18,6 +18,7 @@ from ham_hf.ops_ham import (
     gated_delta_rule_with_prediction,
     l2norm,
     ragged_decode_attention,
+    rms_norm,
     short_convolution,
     sparse_prefix_attention,
 )
@@ -84,6 +85,26 @@ def documents(lengths, batch):
 
 
 # --------------------------------------------------------------------------- l2norm and the short convolution
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3, 5, 7)])
+def test_norms_equal_their_formulas_forward_and_backward(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.double)
+    x[0] *= 1e-3  # where eps weighs
+    weight = torch.randn(shape[-1], dtype=torch.double)
+    inputs, upstream = (x.requires_grad_(), weight.requires_grad_()), torch.randn(shape, dtype=torch.double)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    actual = rms_norm(x, weight, 1e-6)
+    torch.testing.assert_close(actual, expected)
+    of_formula = torch.autograd.grad(expected, inputs, upstream)
+    for ours, theirs in zip(torch.autograd.grad(actual, inputs, upstream), of_formula, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    expected = x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    actual = l2norm(x)
+    torch.testing.assert_close(actual, expected)
+    ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (actual, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_l2norm_gives_unit_vectors_and_leaves_zero_alone():

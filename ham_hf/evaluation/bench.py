@@ -6,66 +6,22 @@ Usage: ``python -m ham_hf.evaluation.bench`` (or ``make bench``); ``--output DIR
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import DynamicCache
+from transformers.modeling_utils import PreTrainedModel
 
-from .. import HAMCache, HAMConfig, HAMForCausalLM
+from .. import HAMCache, HAMForCausalLM
 from ..files import write_whole
-from .calibration import calibrate
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 8,
-    "vocab_size": 4096,
-    "num_attention_heads": 8,
-    "head_dim": 64,
-}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-
-
-def build_ham(kv_heads: int) -> HAMForCausalLM:
-    """A HAM with random weights, whose thresholds for a wanted usage come from calibration on random tokens."""
-    model = HAMForCausalLM(HAMConfig(**SHAPE, num_key_value_heads=kv_heads, rope_parameters=ROPE)).eval()
-    calibrate(model, [random_tokens(2048)])
-    return model
-
-
-def build_llama(kv_heads: int) -> LlamaForCausalLM:
-    """Transformers' Llama of the same shape."""
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=kv_heads, rope_parameters=ROPE)).eval()
-
-
-def build_qwen3_next(kv_heads: int) -> Qwen3NextForCausalLM:
-    """Transformers' Qwen3-Next of the same shape: Gated DeltaNet and attention 3:1, dense MLPs, PyTorch path.
-
-    Its linear layers have as many value heads as the others have query heads, and at least half as many key heads, as
-    in the released models.
-    """
-    heads = SHAPE["num_attention_heads"]
-    config = Qwen3NextConfig(
-        **SHAPE,
-        num_key_value_heads=kv_heads,
-        linear_num_key_heads=max(kv_heads, heads // 2),
-        linear_num_value_heads=heads,
-        linear_key_head_dim=SHAPE["head_dim"],
-        linear_value_head_dim=SHAPE["head_dim"],
-        mlp_only_layers=list(range(SHAPE["num_hidden_layers"])),
-    )
-    return Qwen3NextForCausalLM(config).eval()
-
-
-def random_tokens(length: int) -> torch.Tensor:
-    """`[1, length]` token ids."""
-    return torch.randint(SHAPE["vocab_size"], (1, length))
+from .bench_models import SHAPE, build_ham, build_llama, build_qwen3_next, learn_thresholds, random_tokens
 
 
 def alternate(first: Callable[[], None], second: Callable[[], None], runs: int) -> list[tuple[float, float]]:
@@ -136,6 +92,57 @@ def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, s
     }
 
 
+def training_step(model: PreTrainedModel, length: int) -> Callable[[], None]:
+    """A function that does a forward and backward pass over one row of `length` tokens."""
+    model.train()
+    tokens = random_tokens(length)
+
+    def step() -> None:
+        model.zero_grad()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+
+    return step
+
+
+def bench_training(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int) -> dict:
+    """Forward and backward, HAM with thresholds that are being learned, and keep so much now, against Qwen3-Next."""
+    kv_heads = ham.config.num_key_value_heads
+    learn_thresholds(ham, kv_usage)
+    pairs = alternate(training_step(ham, length), training_step(build_qwen3_next(kv_heads), length), runs)
+    ham.zero_grad()
+    ham.eval()
+    name = f"training step on {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
+    return {"what": name, "kv_heads": kv_heads, **summarise(pairs)}
+
+
+def bench_training_memory(kv_heads: int, length: int, kv_usage: float) -> dict:
+    """Peak memory of training, weights and gradients included, each model in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        ham = pool.apply(training_memory, (True, kv_heads, length, kv_usage))
+        other = pool.apply(training_memory, (False, kv_heads, length, kv_usage))
+    name = f"training step on {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
+    return {"what": name, "kv_heads": kv_heads, "ham_peak_bytes": ham, "other_peak_bytes": other}
+
+
+def training_memory(is_ham: bool, kv_heads: int, length: int, kv_usage: float) -> int:
+    """Bytes by which making and training a model raises this process's peak of resident memory, as Linux counts it."""
+    before = _peak_of_this_process()
+    torch.manual_seed(0)
+    model = build_ham(kv_heads) if is_ham else build_qwen3_next(kv_heads)
+    if isinstance(model, HAMForCausalLM):
+        learn_thresholds(model, kv_usage)
+    step = training_step(model, length)
+    step()
+    step()
+    return _peak_of_this_process() - before
+
+
+def _peak_of_this_process() -> int:
+    # Not `resource.getrusage`: there a process starts with the peak of the one that started it.
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
 def environment() -> dict[str, str | int]:
     """What the figures were measured with."""
     return {
@@ -148,19 +155,29 @@ def environment() -> dict[str, str | int]:
 
 
 def to_markdown(results: list[dict], made_with: dict) -> str:
-    """The results as a table."""
+    """The results as a table of speeds and, if it was measured, one of memory."""
     lines = ["| what | key/value heads | times as fast (median) | smallest | largest |", "|---|---|---|---|---|"]
-    for x in results:
+    for x in (x for x in results if "speedup" in x):
         lines.append(
             f"| {x['what']} | {x['kv_heads']} | {x['speedup']:.2f} | {x['speedup_min']:.2f} | {x['speedup_max']:.2f} |"
         )
+    memory = [x for x in results if "ham_peak_bytes" in x]
+    if memory:
+        lines += [
+            "",
+            "| peak memory of a | key/value heads | HAM (MiB) | other (MiB) | ratio |",
+            "|---|---|---|---|---|",
+        ]
+    for x in memory:
+        ham, other = x["ham_peak_bytes"], x["other_peak_bytes"]
+        lines.append(f"| {x['what']} | {x['kv_heads']} | {ham >> 20} | {other >> 20} | {ham / other:.2f} |")
     versions = ", ".join(f"{name} {value}" for name, value in made_with.items())
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
     return "\n".join([*lines, "", f"Shape: {shape}; random weights, float32. Made with {versions}."]) + "\n"
 
 
 def main() -> None:
-    """Runs both comparisons and prints, and with `--output` writes, the table."""
+    """Runs the comparisons and prints, and with `--output` writes, the table."""
     parser = argparse.ArgumentParser(description="Speed and memory of HAM against Transformers' own models.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     parser.add_argument("--runs", type=int, default=7, help="timed pairs of each comparison (default %(default)s)")
@@ -173,6 +190,9 @@ def main() -> None:
         ham = build_ham(kv_heads)
         results.append(bench_prefill(ham, 4096, 0.5, arguments.runs))
         results.append(bench_decode(ham, 8192, 0.25, arguments.runs))
+        results.append(bench_training(ham, 2048, 0.5, arguments.runs))
+        if sys.platform == "linux":
+            results.append(bench_training_memory(kv_heads, 2048, 0.5))
     made_with = environment()
     table = to_markdown(results, made_with)
     print(table)
