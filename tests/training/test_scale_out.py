@@ -131,3 +131,11 @@ class TestTensorParallel:
 
     def test_no_rule_is_without_a_module(self, found):
         assert found["tensor_parallel"]["warnings"] == []
+
+
+class TestMessages:
+    @pytest.mark.parametrize("way", ["DDP", "DDP tied", "FSDP2", "FSDP2 tied", "TP", "TP tied"])
+    def test_what_is_sent_is_what_the_page_on_cost_says(self, found, way):
+        """Within 1%: what two ranks cannot share evenly is padded."""
+        for sent, expected in found["messages"][way].values():
+            assert sent == pytest.approx(expected, rel=0.01)

@@ -7,8 +7,9 @@ computed by each of the two on its own.
 
 import json
 import logging
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.distributed import DistributedConfig
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.configuration_ham import ROUTERS
+from ham_hf.training import cost
 
 LENGTHS = (40, 14, 30, 24)
 # What keeps some tokens and drops others, where 0.5 does not.
@@ -113,7 +118,9 @@ def usage(model: HAMForCausalLM, found: dict[str, torch.Tensor]) -> list[float]:
     return [model.config.target_kv_usage - x for g in thresholds_only(found).values() for x in g.tolist()]
 
 
-def one_process(model: HAMForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, Any]:
+def one_process(
+    model: HAMForCausalLM, batches: Iterable[dict[str, torch.Tensor]], with_gradients: bool = True
+) -> dict[str, Any]:
     """The loss and gradients of whole batches, each in one call."""
     batches = list(batches)
     items = sum(num_labels(batch) for batch in batches)
@@ -122,11 +129,14 @@ def one_process(model: HAMForCausalLM, batches: Iterable[dict[str, torch.Tensor]
         part = model(**batch, num_items_in_batch=items).loss
         part.backward()
         loss += part.detach()
-    return {"loss": loss.item(), "gradients": gradients(model)}
+    return {"loss": loss.item(), "gradients": gradients(model) if with_gradients else {}}
 
 
 def two_processes(
-    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]]
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    with_gradients: bool = True,
 ) -> dict[str, Any]:
     """The same of a prepared model, of which each process sees half of the rows; gradients accumulate over batches.
 
@@ -141,6 +151,8 @@ def two_processes(
             part = model(**own_rows(batch), num_items_in_batch=items).loss
             accelerator.backward(part * accelerator.num_processes)
         loss += part.detach().float()
+    if not with_gradients:
+        return {"loss": loss.item()}
     dist.all_reduce(loss)
     return {"loss": loss.item(), "gradients": gradients(model)}
 
@@ -298,6 +310,68 @@ def sharded_by_transformers(folder: Path) -> dict[str, Any]:
     return found
 
 
+class Messages(TorchDispatchMode):
+    """Adds up the bytes of what collectives put out (reduce-scatters: take in), by their kind."""
+
+    kinds = {"all_?reduce": "all_reduce", "all_?gather": "all_gather", "reduce_?scatter": "reduce_scatter"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = dict.fromkeys(self.kinds.values(), 0)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs))):
+            return NotImplemented
+        out = op(*args, **(kwargs or {}))
+        for pattern, kind in self.kinds.items():
+            if op.namespace in ("c10d", "_c10d_functional") and re.search(pattern, op._opname):
+                tensors = [x.nbytes for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+                self.bytes[kind] += max(tensors)
+        return out
+
+
+def messages(folder: Path) -> dict[str, Any]:
+    """What a step really sends, and what `ham_hf.training.cost` says of it."""
+    found: dict[str, Any] = {}
+    for tied in (False, True):
+        settings = {"layer_types": None, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+        head = " tied" if tied else ""
+        found[f"DDP{head}"] = data_parallel_messages(make_model(**settings))
+        found[f"FSDP2{head}"] = sharded_messages(make_model(**settings))
+        path = save_once(make_model(**settings), folder / f"messages{head}")
+        model = HAMForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2)).train()
+        expected = cost.tensor_parallel_traffic(model.config, make_batch()["input_ids"].numel(), width=4)
+        found[f"TP{head}"] = counted(lambda model=model: one_process(model, [make_batch()], False), expected)
+    return found
+
+
+def data_parallel_messages(model: HAMForCausalLM) -> dict[str, list[float]]:
+    sent = torch.zeros((), dtype=torch.int64)
+
+    def count(sent: torch.Tensor, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent += bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
+
+    accelerator = make_accelerator()
+    prepared = accelerator.prepare(model)
+    prepared.register_comm_hook(sent, count)
+    two_processes(accelerator, prepared, [make_batch()], False)
+    return {"all_reduce": [int(sent), cost.data_parallel_traffic(model.config).all_reduce]}
+
+
+def sharded_messages(model: HAMForCausalLM) -> dict[str, list[float]]:
+    accelerator = make_accelerator(fsdp_plugin())
+    model, _ = accelerator.prepare(model, optimizer_of(model))
+    expected = cost.sharded_traffic(model.config, width=4)
+    return counted(lambda: two_processes(accelerator, model, [make_batch()], False), expected)
+
+
+def counted(step: Callable[[], Any], expected: cost.Traffic) -> dict[str, list[float]]:
+    with Messages() as sent:
+        step()
+    return {kind: [number, getattr(expected, kind)] for kind, number in sent.bytes.items()}
+
+
 def save_once(model: HAMForCausalLM, path: Path) -> Path:
     if dist.get_rank() == 0:
         model.save_pretrained(path)
@@ -385,6 +459,7 @@ def main() -> None:
         "in_bfloat16": in_bfloat16(mesh),
         "sharded_by_transformers": sharded_by_transformers(output.parent),
         "tensor_parallel": tensor_parallel(output.parent),
+        "messages": messages(output.parent),
     }
     if dist.get_rank() == 0:
         output.write_text(json.dumps(found, indent=1))
