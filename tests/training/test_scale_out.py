@@ -2,15 +2,11 @@
 """Two processes train as one does: DDP, FSDP2 and tensor parallelism, over gloo on CPUs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import ham_hf
 from ham_hf.configuration_ham import ROUTERS
 
 # Of the largest element of each tensor. Measured: sums in another order give up to 3e-6 where rows are divided among
@@ -21,22 +17,8 @@ MATRICES_DIVIDED = 2e-4
 BFLOAT16 = 2**-6
 
 
-def launch(program: Path, *arguments: Path | str, **environment: str) -> None:
-    """Runs a program in two processes that know each other, as `torchrun` does, on a port that is free."""
-    own = {"PYTHONPATH": str(Path(ham_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *arguments],
-        env=os.environ | own | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, Any]:
+def found(tmp_path_factory, launch) -> dict[str, Any]:
     """What two processes computed, topic by topic."""
     output = tmp_path_factory.mktemp("two_processes") / "found.json"
     launch(Path(__file__).with_name("two_processes.py"), output)
