@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 import textwrap
@@ -53,6 +54,13 @@ examples:
 The card is CHECKPOINT/README.md (see ham-hf card), else the one that the repository has, else one made of what lies in
 CHECKPOINT. Needs a token that may write: hf auth login, or the environment variable HF_TOKEN.
 """
+TRAIN_EXAMPLES = """\
+examples:
+  ham-hf train recipe.yaml
+  accelerate launch --num-processes 2 -m ham_hf.cli train recipe.yaml
+
+Run it again to go on where it was interrupted. A recipe to start from: ham_hf/training/examples/small.yaml
+"""
 MAIN_DESCRIPTION = """\
 Hybrid Associative Memories: language models whose KV cache
 keeps only the tokens that their RNN predicts badly.
@@ -63,6 +71,7 @@ examples:
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
   ham-hf card my-ham --results my-results
   ham-hf push my-ham OWNER/my-ham
+  ham-hf train recipe.yaml
   ham-hf run transformers serve path/to/checkpoint
 """
 RUN_EXAMPLES = """\
@@ -113,7 +122,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     commands = parser.add_subparsers(
-        metavar="generate|demo|card|push|run", title="commands", dest="command", required=True
+        metavar="generate|demo|train|card|push|run", title="commands", dest="command", required=True
     )
     add_command = partial(commands.add_parser, formatter_class=raw, allow_abbrev=False)
     generate = add_command(
@@ -131,6 +140,14 @@ def build_parser() -> Parser:
     add_model_arguments(demo, max_new_tokens=40)
     # So small a model repeats itself when it always takes the likeliest token.
     demo.set_defaults(execute=demo_command, temperature=0.7)
+    train = add_command(
+        "train",
+        help="train a model by a recipe, or go on with it",
+        description="Trains a HAM as a YAML file describes, on one process or, under accelerate, on many.",
+        epilog=TRAIN_EXAMPLES,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="YAML file; its keys are those of ham_hf.training.recipe")
+    train.set_defaults(execute=train_command)
     card = add_command(
         "card",
         help="write the model card of a checkpoint",
@@ -274,6 +291,30 @@ def demo_command(arguments: argparse.Namespace) -> None:
         settings = [Setting("kv_usage", x) for x in DEMO_USAGES]
     print(f"{DEMO_INTRODUCTION}\n")
     compare(arguments, model, tokenizer, DEMO_PROMPT, settings, score=True)
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    """`ham-hf train`."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    from ham_hf.training.recipe import read_recipe
+    from ham_hf.training.trainer import train
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with failing_as(f"argument RECIPE: {arguments.recipe}", width=400):
+        recipe = read_recipe(arguments.recipe)
+        trained = train(recipe)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if trained is None:
+        print(f"Stopped and saved in {recipe.output}. The same command goes on from there.")
+        raise KeyboardInterrupt
+    print(f"The trained model is in {trained}")
 
 
 def card_command(arguments: argparse.Namespace) -> None:
@@ -447,14 +488,14 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 @contextmanager
-def failing_as(message: str) -> Iterator[None]:
+def failing_as(message: str, width: int = 160) -> Iterator[None]:
     """Turns any failure into a `CommandError`: a broken checkpoint fails in as many ways as libraries read it."""
     try:
         yield
     except CommandError:
         raise
     except Exception as error:
-        reason = textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+        reason = textwrap.shorten(str(error), width, placeholder=" ...") or type(error).__name__
         raise CommandError(f"{message}: {reason}") from error
 
 

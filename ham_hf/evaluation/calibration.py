@@ -9,7 +9,7 @@ from ..modeling_ham import HAMForCausalLM
 
 
 @torch.no_grad()
-def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor]) -> None:
+def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor | dict[str, torch.Tensor]]) -> None:
     """Sets every `score_quantiles` buffer from the routing scores of sample text.
 
     Quantiles are taken at equally spaced levels from 0 to 1 for every key/value head. They are measured at the
@@ -17,7 +17,8 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor]) -> None:
 
     Args:
         model: the model; its buffers change, so save it afterwards.
-        batches: `[B, T]` token ids without padding, of the kind and length the model will be used on.
+        batches: `[B, T]` token ids without padding, of the kind and length the model will be used on; or
+            dictionaries of `input_ids` and what else a call takes, such as the `position_ids` of packed rows.
 
     Raises:
         ValueError: if there is no batch, or the model has no hybrid layer.
@@ -30,7 +31,10 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor]) -> None:
     model.eval()
     try:
         for batch in batches:
-            outputs = model.model(input_ids=batch.to(model.device), use_cache=False, output_routing_scores=True)
+            inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+            inputs = {name: x.to(model.device) for name, x in inputs.items()}
+            # The whole model: under FSDP its parts cannot be called by themselves.
+            outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_routing_scores=True)
             for collected, layer_scores in zip(scores, outputs.routing_scores, strict=True):
                 collected.append(layer_scores.flatten(0, 1).float().cpu())
     finally:

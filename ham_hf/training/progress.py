@@ -1,0 +1,124 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""What a user sees of a training: a progress bar, a line a log, a table an evaluation, and log.jsonl."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import write_whole
+
+
+class LogFile(TrainerCallback):
+    """Writes losses, usage and evaluations to a JSON Lines file, an object a log, with its `step`.
+
+    A training that is resumed writes anew what it remembers, so that steps done twice are told once.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes what came before the checkpoint."""
+        if state.is_world_process_zero:
+            write_whole(self.path, "".join(map(_line, state.log_history)))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds a line."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(state.log_history[-1]))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    # Trainer's summary at the end is of this run only.
+    return json.dumps(entry) + "\n" if "loss" in entry or "eval_loss" in entry else ""
+
+
+class Progress(TrainerCallback):
+    """Shows a bar on a terminal, a line for every log and a table for every evaluation, on rank 0.
+
+    Args:
+        tokens: that a step reads.
+        bar: whether to show one.
+    """
+
+    def __init__(self, tokens: int, bar: bool):
+        self.tokens = tokens
+        self.show_bar = bar
+        self.bar: tqdm | None = None
+        self.seen = (0, 0.0)  # step and time of the last line
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Tells what is about to be trained."""
+        if not state.is_world_process_zero:
+            return
+        self.seen = (state.global_step, time.monotonic())
+        parameters = sum(x.numel() for x in model.parameters() if x.requires_grad)
+        begun = f", going on after step {state.global_step:,}" if state.global_step else ""
+        print(f"Training {parameters:,} parameters: {state.max_steps:,} steps of {self.tokens:,} tokens{begun}")
+        disable = None if self.show_bar else True  # `None`: where stderr is no terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=disable)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints a line for a loss, and a table for an evaluation."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        if "loss" in logs:
+            now = time.monotonic()
+            speed = (state.global_step - self.seen[0]) * self.tokens / (now - self.seen[1])
+            self.seen = (state.global_step, now)
+            kept = f"  kept {logs['kv_usage']:6.1%}" if "kv_usage" in logs else ""
+            self._print(
+                f"step {state.global_step:6,}  loss {logs['loss']:.4f}{kept}  lr {logs['learning_rate']:.2e}  "
+                f"gradient {logs['grad_norm']:.2f}  {speed:,.0f} tokens/s"
+            )
+        elif "eval_loss" in logs:
+            self._print(table_of(state.global_step, logs))
+            self.seen = (state.global_step, time.monotonic())
+
+    def _print(self, text: str) -> None:
+        tqdm.write(text)
+
+
+def table_of(step: int, metrics: dict[str, float]) -> str:
+    """An evaluation as a table: a row for each setting of the thresholds."""
+    lines = [f"evaluation after step {step:,}", f"  {'thresholds':<18}{'loss':>8}{'kept':>9}"]
+    for key, loss in metrics.items():
+        if not key.startswith("eval_loss"):
+            continue
+        setting = key.removeprefix("eval_loss").strip("/")
+        name = {"": "learned", "usage": "for usage", "threshold": "at"}[setting.partition("_")[0]]
+        kept = metrics.get(key.replace("loss", "kept", 1))
+        kept_text = f"{kept:9.1%}" if kept is not None else " " * 8 + "-"
+        label = f"{name} {setting.partition('_')[2]}"
+        lines.append(f"  {label:<18}{loss:8.4f}{kept_text}")
+    return "\n".join(lines)

@@ -1,0 +1,396 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The recipe of a training: a YAML file read into dataclasses, and refused by key where it could only fail later."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import TrainingArguments
+
+from ..configuration_ham import HAMConfig
+from .control import UsageSchedule
+
+Section = TypeVar("Section")
+
+EMBEDDED_TOKENIZER = str(Path(__file__).parents[1] / "checkpoints" / "ham-tiny")
+# How the files of a folder are read, by the end of their names.
+FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DOCUMENTS = ("file", "paragraph", "line")
+# Options of Trainer that the recipe has a key of its own for.
+OWN_KEYS = {
+    "output_dir": "output",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "seed": "seed",
+    "data_seed": "seed",
+    "eval_strategy": "evaluation: every",
+    "eval_steps": "evaluation: every",
+    "do_eval": "evaluation",
+}
+# Options that would break what a training promises: exact resumption, whole checkpoints, one order of rows.
+SETTLED = {
+    "accelerator_config",
+    "auto_find_batch_size",
+    "dataloader_drop_last",
+    "dataloader_num_workers",
+    "do_predict",
+    "do_train",
+    "enable_jit_checkpoint",
+    "fp16",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "hub_token",
+    "ignore_data_skip",
+    "label_names",
+    "label_smoothing_factor",
+    "load_best_model_at_end",
+    "local_rank",
+    "logging_nan_inf_filter",
+    "metric_for_best_model",
+    "push_to_hub",
+    "remove_unused_columns",
+    "restore_callback_states_from_checkpoint",
+    "resume_from_checkpoint",
+    "save_only_model",
+    "save_strategy",
+    "train_sampling_strategy",
+}
+TRAINER_DEFAULTS = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.02,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained: `from` a HAM checkpoint, or `new` with fields of HAMConfig.
+
+    Attributes:
+        from_: folder or name on the Hub of a HAM checkpoint.
+        new: fields of HAMConfig; those that follow from the tokenizer and `context` may be left out.
+        tokenizer: folder or name on the Hub. Default: the checkpoint's, or for a new model that of ham-tiny.
+    """
+
+    from_: str | None = None
+    new: dict[str, Any] | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.from_ is None) == (self.new is None):
+            raise ValueError("`model` must have one of `from` (a HAM checkpoint) and `new` (fields of HAMConfig).")
+        known = [x.name for x in dataclasses.fields(HAMConfig) if not x.name.startswith("_")]
+        for key in self.new or {}:
+            if key not in known:
+                raise ValueError(unknown_key("model: new", key, known))
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer is."""
+        return self.tokenizer or self.from_ or EMBEDDED_TOKENIZER
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where text comes from: local `files`, or a data set's `name` for the library `datasets`.
+
+    Attributes:
+        files: a file, a folder or a glob, or a list of them; all of one format: text, JSON Lines or Parquet.
+        name: of a data set on the Hub, or its folder.
+        config: of the data set, where it has several.
+        split: of the data set.
+        streaming: read the data set as it is needed; otherwise it is first written into the cache of `datasets`.
+            Local files are always read as they are needed.
+        column: that holds the text, in all but text files.
+        document: what a document is in a text file: the whole `"file"`, a `"paragraph"` or a `"line"`.
+        shuffle_rows: rows are put in random order within blocks of so many.
+    """
+
+    files: str | list[str] | None = None
+    name: str | None = None
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = True
+    column: str = "text"
+    document: str = "file"
+    shuffle_rows: int = 1000
+
+    def __post_init__(self) -> None:
+        if (self.files is None) == (self.name is None):
+            raise ValueError("must have one of `files` (paths) and `name` (of a data set).")
+        if self.document not in DOCUMENTS:
+            raise ValueError(f"`document` must be one of {DOCUMENTS}, got {self.document!r}.")
+        _at_least("shuffle_rows", self.shuffle_rows, 1)
+        if self.files is not None:
+            self.paths()
+
+    def paths(self) -> list[Path]:
+        """The files, sorted; `ValueError` if there are none, or they are of several formats or an unknown one."""
+        found = []
+        for name in [self.files] if isinstance(self.files, str) else self.files or []:
+            path = Path(name).expanduser()
+            if path.is_dir():
+                matches = [x for x in path.rglob("*") if x.is_file() and x.suffix in FORMATS]
+            else:
+                root = path.anchor
+                matches = [x for x in Path(root).glob(str(path.relative_to(root))) if x.is_file()]
+            if not matches:
+                raise ValueError(
+                    f"`files` must be files, folders with {', '.join(FORMATS)} files, or globs: {name!r} finds none "
+                    f"(from {Path.cwd()})."
+                )
+            found += matches
+        found = sorted(set(found))
+        if not found:
+            raise ValueError("`files` must be files, folders or globs, got an empty list.")
+        for path in found:
+            if path.suffix not in FORMATS:
+                raise ValueError(f"`files` must end in {', '.join(FORMATS)}, got {str(path)!r}.")
+        formats = sorted({FORMATS[path.suffix] for path in found})
+        if len(formats) > 1:
+            raise ValueError(f"`files` must be of one format, got {formats}: choose by a glob such as 'texts/*.txt'.")
+        return found
+
+
+@dataclass(frozen=True)
+class UsageRecipe:
+    """What the thresholds are driven to keep, see `UsageSchedule` and `parameter_groups`.
+
+    Attributes:
+        target: fraction of tokens to keep, or one per hybrid layer. Default: the configuration's `target_kv_usage`.
+        schedule: pairs of a step and a target instead, with straight lines between.
+        freeze_steps: thresholds are held for so many steps at first.
+        threshold_learning_rate: of the thresholds, which no warm-up and no decay changes.
+        router_learning_rate: of learned routers. Default: as everything else.
+    """
+
+    target: float | list[float] | None = None
+    schedule: list[Any] | None = None
+    freeze_steps: int = 0
+    threshold_learning_rate: float = 1.0
+    router_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.schedule is not None:
+            raise ValueError("must have at most one of `target` and `schedule`.")
+        _at_least("threshold_learning_rate", self.threshold_learning_rate, 0)
+        _at_least("router_learning_rate", self.router_learning_rate, 0)
+        if self.schedule is not None or self.target is not None:
+            self.usage_schedule(0.5)
+        _at_least("freeze_steps", self.freeze_steps, 0)
+
+    def usage_schedule(self, default: float | list[float]) -> UsageSchedule:
+        """The schedule, of `default` where neither a target nor a schedule is given; errors in the recipe's words."""
+        if self.schedule is not None:
+            try:
+                return UsageSchedule(tuple(tuple(x) for x in self.schedule), self.freeze_steps)
+            except (TypeError, ValueError) as error:
+                message = str(error).replace("`points`", "`schedule`").replace("`target_kv_usage`", "`schedule`")
+                raise type(error)(message) from None
+        try:
+            return UsageSchedule(((0, default if self.target is None else self.target),), self.freeze_steps)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("`target_kv_usage`", "`target`")) from None
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """When and how loss and kept fraction are measured during training.
+
+    Attributes:
+        every: steps between evaluations; the last step has one, too.
+        rows: how many rows of `context` tokens.
+        data: other text, of the same keys as `data`. Default: the first `rows` rows of `data`, which are then not
+            trained on.
+        usages: fractions to keep; thresholds are chosen by score quantiles measured on some of the training rows.
+        thresholds: to set for all layers.
+    """
+
+    every: int = 500
+    rows: int = 16
+    data: DataRecipe | None = None
+    usages: list[float] = field(default_factory=lambda: [1.0, 0.25])
+    thresholds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _at_least("every", self.every, 1)
+        _at_least("rows", self.rows, 1)
+        for usage in self.usages:
+            if not 0 <= usage <= 1:
+                raise ValueError(f"`usages` must be fractions from 0 to 1, got {usage}.")
+        for threshold in self.thresholds:
+            if math.isnan(threshold):
+                raise ValueError("`thresholds` must be numbers, got NaN.")
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Everything that decides a training, but for the number of processes.
+
+    Attributes:
+        output: folder of the run: checkpoints, log.jsonl, and at the end `model`.
+        model: what is trained.
+        data: on what.
+        steps: updates in all.
+        context: tokens in a row; documents are packed into rows.
+        seed: of the new weights and of the order of rows.
+        usage: what is kept.
+        evaluation: what is measured meanwhile.
+        trainer: fields of Transformers' `TrainingArguments`.
+    """
+
+    output: str
+    model: ModelRecipe
+    data: DataRecipe
+    steps: int
+    context: int = 1024
+    seed: int = 0
+    usage: UsageRecipe = field(default_factory=UsageRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("context", self.context, 2)
+        _at_least("seed", self.seed, 0)
+        if self.usage.freeze_steps > self.steps:
+            raise ValueError(
+                f"`usage: freeze_steps` must be at most `steps` ({self.steps}), got {self.usage.freeze_steps}."
+            )
+        for step, _ in self.usage.schedule or []:
+            if step > self.steps:
+                raise ValueError(f"`usage: schedule` must end within `steps` ({self.steps}), got a point at {step}.")
+        known = [x.name for x in dataclasses.fields(TrainingArguments) if x.init]
+        for key in self.trainer:
+            if key in OWN_KEYS:
+                raise ValueError(f"`trainer: {key}` must be left out: it is set by `{OWN_KEYS[key]}`.")
+            if key in SETTLED:
+                raise ValueError(f"`trainer: {key}` must be left out: this training settles it.")
+            if key not in known:
+                open_keys = set(known) - OWN_KEYS.keys() - SETTLED
+                raise ValueError(unknown_key("trainer", key, open_keys))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values under the YAML's keys; every default is written out."""
+        plain = dataclasses.asdict(self)
+        plain["model"]["from"] = plain["model"].pop("from_")
+        return plain | {"trainer": TRAINER_DEFAULTS | self.trainer}
+
+
+def read_recipe(path: str | Path) -> TrainRecipe:
+    """Reads a recipe from YAML.
+
+    Raises:
+        OSError: if the file cannot be read.
+        TypeError, ValueError: for what is no YAML, and for keys and values that a recipe does not take.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        content = yaml.load(text, Loader=RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return _read_section(TrainRecipe, content, "")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, and takes 1e-3 for the number that it is in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A dictionary; `yaml.YAMLError` if a key comes twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def unknown_key(section: str, key: Any, known: Iterable[str]) -> str:
+    """Says that a section has no such key, and which is nearest or which there are."""
+    near = difflib.get_close_matches(str(key), known := sorted(known), n=1)
+    takes = f"did you mean `{near[0]}`?" if near else f"takes {', '.join(known)}."
+    return f"{f'`{section}`' if section else 'The recipe'} has no key `{key}`: {takes}"
+
+
+def _read_section(kind: type[Section], content: Any, where: str) -> Section:
+    name = f"`{where}`" if where else "The recipe"
+    hints = typing.get_type_hints(kind)
+    fields = {x.name.rstrip("_"): x for x in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(content, dict):
+        raise TypeError(f"{name} must hold keys with values ({', '.join(fields)}), got {content!r}.")
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            raise ValueError(unknown_key(where, key, fields))
+        path = f"{where}: {key}" if where else key
+        hint = hints[fields[key].name]
+        section = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
+        if section is not None and value is not None:
+            value = _read_section(section, value, path)  # type: ignore[arg-type]
+        elif not _matches(value, hint):
+            raise TypeError(f"`{path}` must be {_describe(hint)}, got {value!r}.")
+        values[fields[key].name] = value
+    for key, x in fields.items():
+        required = x.default is dataclasses.MISSING and x.default_factory is dataclasses.MISSING
+        if required and x.name not in values:
+            raise ValueError(f"{name} must have the key `{key}`, {_describe(hints[x.name])}.")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{where}`: {error}" if where and f"`{where}" not in str(error) else str(error)) from None
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_matches(value, x) for x in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_matches(x, typing.get_args(hint)[0]) for x in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    """A type in the words of a user of YAML."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(x) for x in typing.get_args(hint) if x is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
+        return "a section of keys with values"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Any: "pairs"}
+    return words[hint]
+
+
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and not least <= value < math.inf:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")

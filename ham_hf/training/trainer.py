@@ -1,0 +1,471 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Trains a HAM with Transformers' Trainer: thresholds steered, checkpoints whole, resumed as if never cut."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import gather_object
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from .. import HAMConfig, HAMForCausalLM
+from ..evaluation import calibrate
+from ..files import write_whole
+from .control import ThresholdCallback, UsageMeter, clipped_parameters, parameter_groups
+from .data import PackedRows
+from .progress import LogFile, Progress
+from .recipe import TRAINER_DEFAULTS, TrainRecipe
+
+# What is being written, and renamed when it is whole.
+PARTIAL = "partial"
+FINAL = "model"
+DATA_STATE = "data_state.json"
+# Rows of training text that score quantiles are measured on.
+CALIBRATION_ROWS = 16
+# What may change between two parts of a training without changing its losses.
+FREE_TRAINER_KEYS = {"disable_tqdm", "logging_dir", "report_to", "run_name", "save_total_limit", "save_steps"}
+
+
+class HAMTrainer(Trainer):
+    """Transformers' Trainer for a HAM.
+
+    Thresholds have groups of their own in the optimiser, keep their learning rate and are not clipped. A checkpoint
+    appears under its name when it is whole. Nothing is saved once a number is not finite. An evaluation measures the
+    loss and the fraction kept at several settings.
+
+    Args:
+        recipe: what the arguments below were made of.
+        calibration: `[n, context]` int64 token ids and so on, arguments of a call, that `kv_usage` is calibrated on.
+        arguments: those of `Trainer`; `train_dataset` is a `PackedRows`, `eval_dataset` a list of its rows.
+    """
+
+    model: HAMForCausalLM
+    train_dataset: PackedRows
+
+    def __init__(self, recipe: TrainRecipe, calibration: list[dict[str, torch.Tensor]], **arguments: Any):
+        super().__init__(**arguments)
+        self.recipe = recipe
+        self.calibration = calibration
+        self.first_step = 0  # of this part of the training
+        self._saving: str | None = None
+        self._losses: list[torch.Tensor] = []
+        self._thresholds: list[int] = []
+
+    # ---- optimisation
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser that the arguments name, on the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(
+                model,
+                options.pop("lr"),
+                self.args.weight_decay,
+                self.recipe.usage.threshold_learning_rate,
+                self.recipe.usage.router_learning_rate,
+            )
+            others = {id(parameter) for parameter in clipped_parameters(model)}
+            self._thresholds = [i for i, group in enumerate(groups) if id(group["params"][0]) not in others]
+            self.optimizer = kind(groups, lr=self.args.learning_rate, **options)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Trainer's schedule of the learning rate, but for the thresholds, whose loop needs the same at every step."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            for index in self._thresholds:
+                scheduler.lr_lambdas[index] = _constant
+                scheduler.optimizer.param_groups[index]["lr"] = scheduler.base_lrs[index]
+        return scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's; the loss is remembered, to be judged together with the gradients."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        return self.accelerator.clip_grad_norm_(clipped_parameters(model), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's; called before every update, which gradients that are not finite do not come to."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss = torch.stack(self._losses).sum()
+        self._losses = []
+        if not bool(torch.isfinite(loss + grad_norm)):
+            found = "loss" if not bool(torch.isfinite(loss)) else "gradient"
+            raise FloatingPointError(self._diverged(f"the {found} of step {self.state.global_step + 1}"))
+        return grad_norm
+
+    def _diverged(self, what: str) -> str:
+        last = get_last_checkpoint(self.args.output_dir)
+        kept = f"the last good state is {last}" if last else "there is no checkpoint yet"
+        return (
+            f"{what} is not finite: nothing of it was saved, {kept}. A lower `trainer: learning_rate`, more "
+            "`warmup_steps` or other data may help, in a new `output`."
+        )
+
+    # ---- evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss (nats a token) and fraction kept of the held-out rows at every setting of the recipe, as one log."""
+        settings: dict[str, dict[str, float]] = {"": {}}
+        hybrid = self.model.config.num_hybrid_layers > 0
+        if hybrid:
+            calibrate(self.model, self.calibration)
+            settings |= {f"/usage_{x:g}": {"kv_usage": x} for x in self.recipe.evaluation.usages}
+            settings |= {f"/threshold_{x:g}": {"threshold": x} for x in self.recipe.evaluation.thresholds}
+        loader = self.get_eval_dataloader()
+        metrics = {}
+        training = self.model.training
+        self.model.eval()
+        try:
+            for name, setting in settings.items():
+                with UsageMeter(self.model) if hybrid else contextlib.nullcontext() as meter:
+                    metrics[f"eval_loss{name}"] = self._loss_at(loader, setting)
+                    if meter is not None:
+                        metrics[f"eval_kept{name}"] = meter.read()["usage"].mean().item()
+        finally:
+            self.model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _loss_at(self, loader: Any, setting: dict[str, float]) -> float:
+        """Mean over the predicted tokens of all rows, each of which counts once however many ranks there are."""
+        sums = []
+        for inputs in loader:
+            labels = F.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]
+            logits = self.model(**self._prepare_inputs(inputs), use_cache=False, **setting).logits.float()
+            losses = F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), reduction="none").sum(1)
+            counted = torch.stack([losses, (labels != -100).sum(1).to(losses)], dim=1)
+            sums.append(self.accelerator.gather_for_metrics(counted).double().cpu())
+        loss, tokens = torch.cat(sums).sum(0).tolist()
+        return loss / tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, without an epoch: rows have no end, and steps count the training."""
+        self.state.epoch = None  # type: ignore[assignment]  # Trainer asks whether it is there
+        super().log(logs, start_time)
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._saving is None else self._saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Has Trainer write a checkpoint into another folder, and renames it when all ranks are done.
+
+        Raises:
+            FloatingPointError: if a weight is not finite; nothing is written then.
+        """
+        step = self.state.global_step
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+            raise FloatingPointError(self._diverged(f"a weight after step {step}"))
+        output = Path(self.recipe.output)
+        self._saving = str(output / PARTIAL)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = None
+        whole = output / PARTIAL / f"checkpoint-{step}"
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            # A pickle of the arguments, which nothing reads: recipe.json tells them.
+            (whole / "training_args.bin").unlink(missing_ok=True)
+            rows = self.train_dataset.start + (step - self.first_step) * rows_per_step(self.args)
+            write_whole(whole / DATA_STATE, json.dumps(self.train_dataset.state_dict(rows)))
+            replace_folder(whole, output / whole.name)
+            checkpoints = sort_checkpoints(str(output))
+            for old in checkpoints[: -(self.args.save_total_limit or len(checkpoints))]:
+                # Out of the way first, so that no half of it is left under its name.
+                os.replace(old, output / PARTIAL / Path(old).name)
+            shutil.rmtree(output / PARTIAL)
+        self.accelerator.wait_for_everyone()
+
+
+class StopOnSignal(TrainerCallback):
+    """Inside of `with`, Ctrl-C and SIGTERM let the step end, and have it saved, before the training stops.
+
+    The same signal a second time interrupts at once, which costs the steps since the last checkpoint.
+
+    Attributes:
+        asked: whether to stop.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        """Takes the signals over, which only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {x: signal.signal(x, self._ask) for x in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stops all ranks after the same step, whichever was told to."""
+        if args.world_size > 1:
+            self.asked = any(gather_object([self.asked]))
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def train(recipe: TrainRecipe) -> Path | None:
+    """Trains what a recipe describes, from the last checkpoint in its `output` if there is one.
+
+    Returns:
+        The folder of the trained model, with tokenizer, score quantiles, recipe.json, recipe.md and log.jsonl; `None`
+        if a signal stopped the training before its end, which is saved.
+
+    Raises:
+        FloatingPointError: if a loss, a gradient or a weight is not finite.
+        TypeError, ValueError, OSError: for what the recipe names and cannot be used, before anything is trained.
+    """
+    output = Path(recipe.output)
+    arguments = training_arguments(recipe)
+    check_same_recipe(recipe, output)
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    if (output / FINAL).is_dir():
+        return output / FINAL
+    set_seed(recipe.seed)
+    with arguments.main_process_first():
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer_path)
+        model = build_model(recipe, tokenizer)
+        rows, held_out, calibration = build_data(recipe, tokenizer, rows_per_step(arguments))
+    stop = StopOnSignal()
+    trainer = HAMTrainer(
+        recipe,
+        calibration,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    report_through_us(trainer, recipe)
+    if arguments.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
+        shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    if last is not None:
+        rows.load_state_dict(json.loads((Path(last) / DATA_STATE).read_text()))
+        trainer.first_step = int(last.rpartition("-")[2])
+    if trainer.first_step == recipe.steps:
+        # Only the model was not written yet; to Trainer this would be a reason for one more step.
+        trainer.model.load_state_dict(HAMForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict())
+    else:
+        with stop:
+            trainer.train(resume_from_checkpoint=last)
+    if trainer.first_step != recipe.steps and trainer.state.global_step < recipe.steps:
+        return None
+    write_model(trainer, output)
+    return output / FINAL
+
+
+def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
+    """Trainer's arguments: those of the recipe, our defaults, and what a training cannot do without.
+
+    Raises:
+        ValueError: if Trainer does not take them.
+    """
+    settled = {
+        "output_dir": recipe.output,
+        "max_steps": recipe.steps,
+        "seed": recipe.seed,
+        "eval_strategy": "steps",
+        "eval_steps": recipe.evaluation.every,
+        "save_strategy": "steps",
+        "remove_unused_columns": False,
+        "ignore_data_skip": True,  # `PackedRows` goes on by itself, without reading again what was read
+        "logging_nan_inf_filter": False,
+    }
+    try:
+        return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"`trainer` has a value that Trainer does not take: {error}") from error
+
+
+def rows_per_step(arguments: TrainingArguments) -> int:
+    """Rows that all ranks together read for one update."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def check_same_recipe(recipe: TrainRecipe, output: Path) -> None:
+    """Refuses, with `ValueError`, to go on in the folder of another recipe's training."""
+    if not (output / "recipe.json").is_file():
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"`output` must be a new or empty folder, or that of an earlier run, got {output}.")
+        return
+    before = _flat(json.loads((output / "recipe.json").read_text()))
+    now = _flat(json.loads(json.dumps(recipe.to_dict())))
+    free = {f"trainer: {key}" for key in FREE_TRAINER_KEYS} | {"output"}
+    for key in sorted(before.keys() | now.keys()):
+        if key not in free and before.get(key) != now.get(key):
+            raise ValueError(
+                f"`output` {output} holds a training with another recipe: `{key}` was {before.get(key)!r} and is now "
+                f"{now.get(key)!r}. Put it back to resume, or take another `output`."
+            )
+
+
+def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        path = f"{where}: {key}" if where else key
+        result |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return result
+
+
+def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMForCausalLM:
+    """The model of a recipe, in float32; `ValueError` if it cannot be, or does not go with the tokenizer."""
+    source = recipe.model.from_
+    model = new_model(recipe, tokenizer) if source is None else load_model(source)
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`model` must have an embedding for each of the {len(tokenizer)} tokens of the tokenizer "
+            f"{recipe.model.tokenizer_path}, got `vocab_size` {config.vocab_size}."
+        )
+    return model
+
+
+def load_model(path: str) -> HAMForCausalLM:
+    """The checkpoint that a training starts from; `ValueError` if it is none of a HAM."""
+    kind = HAMConfig.get_config_dict(path)[0].get("model_type")
+    if kind != HAMConfig.model_type:
+        raise ValueError(f"`model: from` must be a HAM checkpoint, got one of type {kind!r}: {path}.")
+    return HAMForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMForCausalLM:
+    """A model with new weights; what the recipe leaves out follows from the tokenizer and the context."""
+    follows = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max(recipe.context, 2048),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    try:
+        return HAMForCausalLM(HAMConfig(**(follows | (recipe.model.new or {}))))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`model: new` is no HAM: {error}") from error
+
+
+def build_data(
+    recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, batch: int
+) -> tuple[PackedRows, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """Rows to train on, rows to evaluate on, and batches of one row to calibrate on.
+
+    Raises:
+        ValueError: if the data is too little for the evaluation and one step of `batch` rows.
+    """
+    evaluation = recipe.evaluation
+    held_out = evaluation.rows if evaluation.data is None else 0
+    rows = PackedRows(recipe.data, tokenizer, recipe.context, recipe.seed, held_out)
+    first = rows.first_rows(held_out + max(batch, CALIBRATION_ROWS))
+    if len(first) < held_out + batch:
+        raise ValueError(
+            f"`data` has too little text: it fills {len(first)} rows of {recipe.context} tokens, takes {held_out} "
+            f"for `evaluation: rows` and {batch} for each step. Take more text, or a shorter `context`, a smaller "
+            "`per_device_train_batch_size` or fewer `evaluation: rows`."
+        )
+    evaluated = first[:held_out]
+    if evaluation.data is not None:
+        evaluated = PackedRows(evaluation.data, tokenizer, recipe.context, recipe.seed).first_rows(evaluation.rows)
+        if len(evaluated) < evaluation.rows:
+            raise ValueError(
+                f"`evaluation: data` has too little text: it fills {len(evaluated)} rows of {recipe.context} tokens, "
+                f"takes {evaluation.rows} (`evaluation: rows`)."
+            )
+    calibration = first[held_out : held_out + CALIBRATION_ROWS]
+    wanted = ("input_ids", "position_ids")
+    return rows, evaluated, [{name: row[name][None] for name in wanted} for row in calibration]
+
+
+def report_through_us(trainer: HAMTrainer, recipe: TrainRecipe) -> None:
+    """Steers the thresholds, and has figures shown and written by our callbacks in place of Trainer's."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    config = trainer.model.config
+    if config.num_hybrid_layers:
+        schedule = recipe.usage.usage_schedule(0.5 if config.target_kv_usage is None else config.target_kv_usage)
+        # First of all, so that those who report to other tools see its figures.
+        trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
+    elif recipe.usage.target is not None or recipe.usage.schedule is not None:
+        raise ValueError("`usage` must be left out: the model has no layer of type 'hybrid', so nothing is kept.")
+    tokens = rows_per_step(trainer.args) * recipe.context
+    trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
+    trainer.add_callback(Progress(tokens, bar=not trainer.args.disable_tqdm))
+
+
+def write_model(trainer: HAMTrainer, output: Path) -> None:
+    """Writes the trained and calibrated model with all that tells how it was made, whole or not at all."""
+    if trainer.model.config.num_hybrid_layers:
+        calibrate(trainer.model, trainer.calibration)
+    partial = output / PARTIAL / FINAL
+    trainer.save_model(str(partial))
+    if not trainer.args.should_save:
+        return
+    (partial / "training_args.bin").unlink(missing_ok=True)
+    shutil.copyfile(output / "recipe.json", partial / "recipe.json")
+    shutil.copyfile(output / "log.jsonl", partial / "log.jsonl")
+    steps, tokens = trainer.recipe.steps, rows_per_step(trainer.args) * trainer.recipe.context
+    told = yaml.safe_dump({**trainer.recipe.to_dict(), "output": None}, sort_keys=False)
+    write_whole(
+        partial / "recipe.md",
+        f"{steps:,} steps of {tokens:,} tokens with `ham-hf train` and this recipe:\n\n```yaml\n{told}```\n",
+    )
+    os.replace(partial, output / FINAL)
+    shutil.rmtree(output / PARTIAL)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Gives `source` the name `target`, under which nothing is to be found but a whole folder."""
+    if target.exists():
+        os.replace(target, source.with_name(f"{source.name}.old"))
+    os.replace(source, target)
+
+
+def _constant(step: int) -> float:
+    return 1.0
