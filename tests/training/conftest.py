@@ -14,16 +14,16 @@ import ham_hf
 
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., str]:
-    """A function that runs a program in one process, or in two that know each other, and returns what it printed.
+    """A function that runs a program, or `-m` and a module, in one process or in two, and returns what it printed.
 
     Two are started as `torchrun` does it, on a port that is free; keywords are environment variables.
     """
 
-    def run(program: Path, *arguments: str | Path, processes: int = 2, **environment: str) -> str:
+    def run(*command: str | Path, processes: int = 2, **environment: str) -> str:
         own = {"PYTHONPATH": str(Path(ham_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         result = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), program, *arguments],
+            [sys.executable, *(launcher if processes > 1 else []), *command],
             env=os.environ | own | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
