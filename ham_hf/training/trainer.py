@@ -78,7 +78,7 @@ class HAMTrainer(Trainer):
         self._thresholds: list[int] = []
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's; under FSDP2 gradients are reduced in float32, and the loss keeps the precision it was computed in.
+        """Trainer's; under FSDP2 gradients are reduced in float32, and the loss is as exact as it was computed.
 
         accelerate would have both in the type of the weights: a loss of 4 to 8 then has steps of 0.03 in bfloat16.
         """
