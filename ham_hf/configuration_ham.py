@@ -223,11 +223,12 @@ class HAMConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}
 
-    # q, k and v are gathered: the convolution and the kept sets need whole heads beside their per-head parameters.
+    # q, k, v and z are gathered: the convolution and the kept sets need whole heads beside their per-head parameters.
     base_model_tp_plan = {
         "layers.*.mixer.q_proj": "colwise_gather_output",
         "layers.*.mixer.k_proj": "colwise_gather_output",
         "layers.*.mixer.v_proj": "colwise_gather_output",
+        "layers.*.mixer.z_proj": "colwise_gather_output",
         "layers.*.mixer.o_proj": "rowwise_split_input",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",

@@ -759,6 +759,10 @@ class HAMModel(HAMPreTrainedModel):
             self.rotary_emb = HAMRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too
         self.gradient_checkpointing = False
         self.post_init()
+        if all(layer.mixer.output_gate is None for layer in self.layers):
+            # Transformers warns of a rule for what is not there.
+            plan = self._tp_plan or {}
+            self._tp_plan = {name: style for name, style in plan.items() if not name.endswith("z_proj")}
         if self.dtype in (torch.float16, torch.bfloat16):
             # An FSDP group has one dtype, and a mixer's own parameters stay float32: its modules get their own groups.
             children = (child for layer in self.layers for child in layer.mixer.named_children())

@@ -1,0 +1,36 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""What the tests of training share: programs that run in two processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ham_hf
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., str]:
+    """A function that runs a program, or `-m` and a module, in one process or in two, and returns what it printed.
+
+    Two are started as `torchrun` does it, on a port that is free; keywords are environment variables.
+    """
+
+    def run(*command: str | Path, processes: int = 2, **environment: str) -> str:
+        own = {"PYTHONPATH": str(Path(ham_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        result = subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), *command],
+            env=os.environ | own | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
