@@ -267,7 +267,7 @@ def add_study_arguments(parser: Parser) -> None:
     parser.add_argument("--parts", metavar="PART", nargs="+", help="of the study (default: all)")
     parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, for language")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
     parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--report", action="store_true", help="train nothing: tell and draw what is stored")
     parser.set_defaults(execute=study_command)
@@ -437,7 +437,7 @@ def study_command(arguments: argparse.Namespace) -> None:
     texts = None
     if "language" in parts and not arguments.report:
         if arguments.corpus is None or arguments.tokenizer is None:
-            raise CommandError("argument --corpus: language needs it and --tokenizer; or leave language out of --parts")
+            raise CommandError("argument --corpus: language needs it and --tokenizer; or give other --parts")
         with failing_as("argument --corpus"):
             texts = Texts(arguments.corpus, arguments.tokenizer)
     if arguments.threads:

@@ -537,7 +537,7 @@ class HAMMixer(nn.Module):
         return o_rnn.to(hidden_states.dtype), errors
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The values `[B, T, Hk, V]` that attention reads and a cache holds, from which a learned score has its gradient."""
+        """The values `[B, T, Hk, V]` as attention reads them: a learned score has its gradient from them."""
         return v * scores[..., None].to(v.dtype)
 
     def _attention_view(

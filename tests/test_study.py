@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The studies: their tasks, the gradients they compare, equal parameters, resuming, and reports from stored results."""
+"""The studies: tasks, gradients, equal parameters, resuming, and reports from stored results."""
 
 import json
 import math
@@ -169,7 +169,11 @@ class TestFitting:
         targets = []
         training = Training(steps=10, rows=1, learning_rate=1e-3, warmup=2, usage_from=1.0, usage_ramp=0.5)
         ids = torch.randint(24, (1, 12))
-        losses = fit(model, lambda step: (ids, ids), training, "x", lambda _: targets.append(model.config.target_kv_usage))
+
+        def watch(step):
+            targets.append(model.config.target_kv_usage)
+
+        losses = fit(model, lambda step: (ids, ids), training, "x", watch)
         assert targets[0] == 1.0
         assert targets == sorted(targets, reverse=True)
         assert targets[5:] == [0.25] * 5

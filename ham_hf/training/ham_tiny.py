@@ -284,7 +284,7 @@ def read_log(path: Path, before: int) -> list[dict]:
 def train(
     corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe, start: Path | None = None
 ) -> HAMForCausalLM:
-    """Trains from scratch, from the checkpoint `start` or from the last saved step in `output`; returns it calibrated."""
+    """Trains from scratch, from `start` or from the last saved step in `output`; returns the calibrated model."""
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     sampler = TokenSampler(corpus, "train", tokenizer, recipe.book_weight)

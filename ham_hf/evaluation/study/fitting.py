@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ...configuration_ham import HAMConfig
 from ...modeling_ham import HAMForCausalLM
-from ...training.control import UsageSchedule, clipped_parameters, parameter_groups
+from ...training.control import Target, UsageSchedule, clipped_parameters, parameter_groups
 from ...training.ham_tiny import initialize_recall
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +46,7 @@ class Training:
         """Factor of the learning rates."""
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
-    def schedule(self, target: float) -> UsageSchedule:
+    def schedule(self, target: Target) -> UsageSchedule:
         """The target usage of every step."""
         if self.usage_from is None:
             return UsageSchedule(((0, target),))
@@ -100,6 +100,7 @@ def fit(
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     peaks = [group["lr"] for group in optimizer.param_groups]
+    assert model.config.target_kv_usage is not None
     schedule = training.schedule(model.config.target_kv_usage)
     model.train()
     losses = []

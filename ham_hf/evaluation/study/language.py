@@ -69,12 +69,12 @@ def run_language(
         device: where.
 
     Returns:
-        `parameters`, `losses` of training (means of 50 steps); `held_out`, by usage, the loss (nats per token) of every
-        window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's tokens
-        that are foreseen; `traces` of hybrid models, see `_traces`.
+        `parameters`; `losses` of training (means of 50 steps); `held_out`, by usage, the loss (nats per token) of
+        every window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's
+        tokens that are foreseen; `traces` of hybrid models, see `_traces`.
     """
     sampler = texts.training
-    model = build_model(settings | {"vocab_size": sampler.vocab_size}, parameters, seed).to(device)
+    model = build_model(settings | {"vocab_size": sampler.vocab_size}, parameters, seed).to(device)  # type: ignore[arg-type]  # torch wraps it
 
     def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = sampler.batch(seed * 1_000_003 + step, training.rows, task["context"], tuple(task["repeats"]))
@@ -102,9 +102,7 @@ def run_language(
 
 
 @torch.no_grad()
-def _held_out(
-    model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None
-) -> tuple[list[float], float]:
+def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None) -> tuple[list[float], float]:
     losses, kept = [], []
     for ids in windows:
         ids = ids.to(model.device)

@@ -2,6 +2,7 @@
 """The plots of a study."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import matplotlib
 from .report import LEARNED, ORDER, Result, arms_of, recall_accuracy, select
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import colormaps, pyplot
 
-COLOURS = dict(zip(ORDER, pyplot.get_cmap("tab20").colors, strict=False))
+COLOURS = {arm: colormaps["tab20"](place) for place, arm in enumerate(ORDER)}
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -23,7 +24,7 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _line(axis: Any, x: list[float], seeds: list[list[float]], arm: str, **style: Any) -> None:
+def _line(axis: Any, x: Sequence[float], seeds: list[list[float]], arm: str, **style: Any) -> None:
     """The mean over seeds as a line, and one standard deviation around it."""
     mean = [statistics.mean(y) for y in zip(*seeds, strict=True)]
     axis.plot(x, mean, "o-", color=COLOURS[arm], label=arm, markersize=4, **style)
@@ -46,7 +47,8 @@ def plot_recall(results: list[Result], path: Path) -> Path:
             _line(upper, pairs, [list(x["accuracy"][LEARNED].values()) for x in runs], arm)
             usages = [x for x in runs[0]["settings"]["usages"] if str(x) in runs[0]["accuracy"]]
             if usages:
-                _line(lower, [100 * x for x in usages], [[recall_accuracy(r, str(u)) for u in usages] for r in runs], arm)
+                by_usage = [[recall_accuracy(x, str(usage)) for usage in usages] for x in runs]
+                _line(lower, [100 * x for x in usages], by_usage, arm)
             else:
                 level = statistics.mean(recall_accuracy(x) for x in runs)
                 lower.axhline(level, color=COLOURS[arm], linestyle="--", label=arm)
@@ -96,7 +98,7 @@ def plot_language(results: list[Result], path: Path) -> Path:
         distances = [int(x) for x in runs[0]["needle"][LEARNED]]
         _line(right, distances, [list(x["needle"][LEARNED].values()) for x in runs], arm)
     left.set(xlabel="tokens kept (%)", ylabel="held-out loss (nats/token)", title="Loss, moved by threshold alone")
-    right.set(xlabel="tokens before the question", ylabel="tokens of the needle foreseen", title="Needles", xscale="log")
+    right.set(xlabel="tokens before the question", ylabel="fraction foreseen", title="Needles", xscale="log")
     right.set_xticks(distances, [str(x) for x in distances])
     right.minorticks_off()
     left.legend(fontsize=8)
@@ -112,7 +114,7 @@ def plot_scores(results: list[Result], path: Path) -> Path:
     layers = range(len(traces["scores"]))
     figure, (top, middle, bottom) = pyplot.subplots(3, 1, figsize=(11, 9), layout="constrained")
     for layer in layers:
-        colour = pyplot.get_cmap("viridis")(layer / max(1, len(layers) - 1))
+        colour = colormaps["viridis"](layer / max(1, len(layers) - 1))
         top.plot(traces["scores"][layer], color=colour, linewidth=0.8, label=f"layer {layer}")
         middle.plot(traces["decay"][layer], color=colour, linewidth=0.8)
         smooth = traces["by_position"][layer]

@@ -14,8 +14,8 @@ IGNORED = -100
 class RecallTask:
     """Rows that hold pairs of a key and a value at random places, and end in queries (after arXiv 2312.04927).
 
-    Filler is made of values, so that no token tells by itself whether it belongs to a pair, unless it is `marked`. Keys
-    are token ids from 0, values follow, and then the tokens of marked filler.
+    Filler is made of values, so that no token tells by itself whether it belongs to a pair, unless it is `marked`.
+    Keys are token ids from 0, values follow, and then the tokens of marked filler.
 
     Attributes:
         filler: `"random"`, or `"pattern"`: a few values of the row's own that repeat, which an RNN can predict.

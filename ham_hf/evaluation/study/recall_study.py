@@ -46,10 +46,10 @@ def run_recall(
         device: where.
 
     Returns:
-        `parameters`; `losses`, a mean of every 50 steps; `flicker`, the fraction of masks that one update changed, every
-        50 steps; `accuracy` and `usage`, by what was asked for (`"learned"` or a fraction) and number of pairs.
+        `parameters`; `losses`, a mean of every 50 steps; `flicker`, the fraction of masks that one update changed,
+        every 50 steps; `accuracy` and `usage`, by what was asked for (`"learned"` or a fraction) and number of pairs.
     """
-    model = build_model(settings | {"vocab_size": task.vocab_size}, parameters, seed).to(device)
+    model = build_model(settings | {"vocab_size": task.vocab_size}, parameters, seed).to(device)  # type: ignore[arg-type]  # torch wraps it
     use_gradient(model, gradient)
     probe = _Probe(model, task.batch(EVALUATION_SEED - 1, training.rows)[0].to(device))
 

@@ -26,8 +26,7 @@ def arms_of(results: Iterable[Result]) -> list[str]:
 
 # Baselines first, then HAM by router, then other ways to train a learned router.
 ORDER = (
-    "transformer interleaved gdn cosine residual learned learned-error random learned-fast learned-ramp log-bias "
-    "straight-through"
+    "transformer interleaved gdn cosine residual learned learned-error random learned-ramp log-bias straight-through"
 ).split()
 
 
@@ -83,7 +82,8 @@ def differences(results: list[Result], pairs: Iterable[tuple[str, str]], score: 
 
 def gradient_table(results: list[Result]) -> str:
     """A row per way of training a learned router: accuracy over all pairs, its seeds, and how its masks flicker."""
-    lines = ["| router | seeds | accuracy | of each seed | masks changed by an update, early | late |", "|---" * 6 + "|"]
+    heads = "router | seeds | accuracy | of each seed | masks changed by an update, early | late"
+    lines = [f"| {heads} |", "|---" * 6 + "|"]
     for arm in arms_of(results):
         runs = select(results, arm=arm)
         scores = [recall_accuracy(x) for x in runs]

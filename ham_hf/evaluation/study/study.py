@@ -162,7 +162,7 @@ def check_results(jobs: list[Job], output: Path) -> None:
 
 
 def run_study(jobs: list[Job], output: Path, texts: Texts | None, device: str) -> None:
-    """Runs every job whose result is not in `output` yet; `check_results` tells whether those there are of these jobs."""
+    """Runs every job whose result is not in `output` yet; `check_results` tells whether what is there is theirs."""
     output.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not (output / f"{job.name}.json").exists()]
     for job in tqdm(missing, initial=len(jobs) - len(missing), total=len(jobs), unit="model", desc="study"):
