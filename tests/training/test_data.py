@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_module, "CHARACTERS_AT_A_TIME", 100)
+    monkeypatch.setattr(data_module, "CHARACTERS_AT_A_TIME", 1500)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
