@@ -183,16 +183,17 @@ def saved_by_layer(config: HAMConfig, usage: float, kernels: bool, width: int = 
     heads, kv_heads, key, value = _heads(config)
     hidden, channels = config.hidden_size, sum(config.layer_shape("hybrid").channels)
     keys = heads * key + kv_heads * key  # of queries and keys together
-    # The MLP's four tensors, the convolution's three, what attention reads, the kept again, and gates.
-    narrow = 4 * config.intermediate_size + 3 * channels + keys + usage * kv_heads * (key + value) + 12 * heads
+    # The MLP's four tensors, the convolution's two, what attention reads, the kept again, and gates.
+    narrow = 4 * config.intermediate_size + 2 * channels + keys + usage * kv_heads * (key + value) + 12 * heads
     if config.router in LEARNED_ROUTERS:
         narrow += 3 * config.router_hidden_size + 2 * kv_heads * value
     if kernels:
         narrow += 4 * hidden + 8 * heads * value + kv_heads * value
         return width * narrow + WIDE * (2 * keys + kv_heads * KERNEL_CHUNK)
-    # A norm keeps its input and the normalised, both in float32, and its output.
+    # A norm keeps its input in float32 and its output, and of what was narrower the normalised, too.
     narrow += 2 * hidden + 6 * heads * value
-    wide: float = 4 * hidden + keys + 4 * heads * value
+    normed = 2 * hidden + 2 * heads * value
+    wide: float = normed if width == WIDE else 2 * normed + keys
     # The delta rule over chunks: of queries, of keys and values, and the states between chunks.
     wide += heads * (2 * key + 2 * CHUNK)
     wide += kv_heads * (5 * key + 3 * value + 4 * CHUNK + 3 * key * value / CHUNK)
