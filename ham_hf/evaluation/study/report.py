@@ -2,7 +2,7 @@
 """The tables and plots of a study, from stored results alone."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,20 @@ def recall_table(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def differences(results: list[Result], pairs: Iterable[tuple[str, str]], score: Callable[[Result], float]) -> str:
-    """A row per comparison and task: the difference of two arms, seed by seed."""
-    lines = ["| filler | comparison | seeds | difference | seeds in which it is above 0 |", "|---|---|---|---|---|"]
-    for task in sorted({x["task"] for x in results}):
-        for first, second in pairs:
-            scores = [{x["seed"]: score(x) for x in select(results, task=task, arm=arm)} for arm in (first, second)]
+def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -> str:
+    """A row per comparison, part and task: the difference in accuracy of two arms, seed by seed."""
+    lines = ["| comparison | filler | seeds | difference | seeds in which it is above 0 |", "|---|---|---|---|---|"]
+    for first, second in comparisons:
+        for task in sorted({x["task"] for x in results}):
+            scores = [
+                {x["seed"]: recall_accuracy(x) for x in select(results, task=task, arm=y)} for y in (first, second)
+            ]
             common = sorted(scores[0].keys() & scores[1].keys())
             if not common:
                 continue
             gaps = [scores[0][seed] - scores[1][seed] for seed in common]
             above = sum(gap > 0 for gap in gaps)
-            lines.append(f"| {task} | {first} - {second} | {len(gaps)} | {spread(gaps)} | {above} |")
+            lines.append(f"| {first} - {second} | {task} | {len(gaps)} | {spread(gaps)} | {above} |")
     return "\n".join(lines) + "\n"
 
 
@@ -125,7 +127,7 @@ QUESTIONS = (
 
 
 def write_report(results: list[Result], output: Path) -> list[Path]:
-    """Writes `study.md` and the plots of the parts that have results; returns what was written.
+    """Writes `study.md`, `differences.md` and the plots of the parts that have results; returns what was written.
 
     Raises:
         ValueError: if there are none.
@@ -139,15 +141,19 @@ def write_report(results: list[Result], output: Path) -> list[Path]:
     language = [x for x in results if x["part"] == "language"]
     sections, written = [], []
     if recall:
-        sections += ["## Recall\n", recall_table(recall), differences(recall, QUESTIONS, recall_accuracy)]
+        sections += ["## Recall\n", recall_table(recall)]
         written.append(plots.plot_recall(recall, output / "recall.png"))
     if routers:
-        sections += ["## Routers, and gradients of a learned one\n", recall_table(routers)]
-        sections += [gradient_table(routers), differences(routers, QUESTIONS, recall_accuracy)]
+        sections += ["## Routers, and gradients of a learned one\n", recall_table(routers), gradient_table(routers)]
         written.append(plots.plot_gradients(routers, output / "gradients.png"))
     if language:
         sections += ["## Language and needles\n", language_table(language)]
         written.append(plots.plot_language(language, output / "language.png"))
         written.append(plots.plot_scores(language, output / "scores.png"))
+    if recall or routers:
+        compared = differences(recall + routers, QUESTIONS)
+        sections += ["## Differences in accuracy\n", compared]
+        write_whole(output / "differences.md", compared)
+        written.insert(0, output / "differences.md")
     write_whole(output / "study.md", "\n".join(sections))
     return [output / "study.md", *written]
