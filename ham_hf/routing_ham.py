@@ -256,15 +256,24 @@ def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -
     return usage - (usage.new_tensor(target)[:, None] if isinstance(target, list) else target)
 
 
+def logit_unit(thresholds: torch.Tensor) -> torch.Tensor:
+    """How far a step may go at a threshold: as far as the sigmoid's slope, 1 at 0.5, and 0.1 near 0 and 1 and beyond.
+
+    Learned scores saturate. Where most lay between 0.94 and 1, steps of one length for all thresholds let usage jump
+    between 0 and 0.5 from batch to batch; steps of one length in logits keep it within some points of its target.
+    """
+    return (4 * thresholds * (1 - thresholds)).clamp(min=0.1)
+
+
 def threshold_gradients(
     thresholds: torch.Tensor, usage: torch.Tensor, target: float | list[float] | None, scope: str
 ) -> torch.Tensor:
-    """The gradient `target - usage` of each threshold `[L, Hk]`, with which any optimiser closes the loop.
+    """The gradient of each threshold `[L, Hk]`, with which any optimiser closes the loop: `target - usage`, in logits.
 
     Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. Gradients of
     several batches or ranks average to that of all of them.
 
-    A threshold at 0 or below is not lowered, nor one above 1 raised: no score lies there, so that nothing would be
+    Steps are of one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1 raised: no score lies there, so that nothing would be
     gained, and a mean over heads that calls for it would carry the threshold far off.
 
     Args:
@@ -275,7 +284,7 @@ def threshold_gradients(
     """
     if target is None:
         return torch.zeros_like(usage)
-    gradients = -usage_errors(usage, target, scope)
+    gradients = -usage_errors(usage, target, scope) * logit_unit(thresholds)
     beyond = ((thresholds <= 0) & (gradients > 0)) | ((thresholds > 1) & (gradients < 0))
     return gradients.masked_fill(beyond, 0)
 
@@ -288,6 +297,7 @@ __all__ = [
     "cosine_score",
     "error_score",
     "l2_score",
+    "logit_unit",
     "random_score",
     "residual_score",
     "threshold_gradients",

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from ham_hf.routing_ham import (
     cosine_score,
     error_score,
     l2_score,
+    logit_unit,
     random_score,
     residual_score,
     threshold_gradients,
     usage_errors,
     usage_threshold,
 )
+from ham_hf.training.control import parameter_groups
 
 
 def norm(x):
@@ -448,7 +451,29 @@ def test_thresholds_beyond_all_scores_are_not_sent_further():
     lower = threshold_gradients(thresholds, usage, [0.75, 0.25], "layer")
     assert torch.equal(lower, torch.tensor([[0.0, 0.25], [-0.25, 0.0]]))
     back = threshold_gradients(thresholds, usage, [0.25, 0.75], "layer")
-    assert torch.equal(back, torch.tensor([[-0.25, -0.25], [0.25, 0.25]]))
+    torch.testing.assert_close(back, torch.tensor([[-0.025, -0.25], [0.25, 0.025]]))
+
+
+def test_steps_have_one_length_in_logits():
+    thresholds = torch.tensor([[0.5, 0.9, 0.98, 0.0, 1.01]])
+    torch.testing.assert_close(logit_unit(thresholds), torch.tensor([[1.0, 0.36, 0.1, 0.1, 0.1]]))
+    gradients = threshold_gradients(thresholds, torch.full((1, 5), 0.5), 0.25, "head")
+    torch.testing.assert_close(gradients[0, :3], -0.25 * torch.tensor([1.0, 0.36, 0.1]))
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (3.5, 0.5), (-3.5, 0.5)], ids=["spread", "high", "low"])
+def test_usage_does_not_jump_where_scores_are_saturated(mean, deviation):
+    """The loop at the rate of `parameter_groups`, on made-up scores; with steps of one length it swings to 0 and back."""
+    rate = signature(parameter_groups).parameters["threshold_learning_rate"].default
+    threshold, usages = torch.full((1, 1), 0.5), []
+    for _ in range(300):
+        scores = (mean + deviation * torch.randn(1000)).sigmoid()
+        usage = (scores >= threshold).float().mean().view(1, 1)
+        threshold = threshold - rate * threshold_gradients(threshold, usage, 0.25, "head")
+        usages.append(usage.item())
+    late = torch.tensor(usages[150:])
+    assert abs(late.mean() - 0.25) < 0.02
+    assert (late - 0.25).abs().max() < 0.15
 
 
 def test_control_adds_nothing_to_the_loss_and_touches_only_thresholds(tiny_config):
