@@ -102,6 +102,32 @@ else:
     FilledStrings = list[str] | None
 
 
+def check_target_kv_usage(target: Any, scope: str, num_layers: int) -> None:
+    """Refuses what thresholds of a `scope` cannot be driven to: `None` holds them, a list has one entry per layer.
+
+    Raises:
+        TypeError: if it is neither `None`, a number nor a list of numbers.
+        ValueError: if a number is not between 0 and 1, or a list does not fit.
+    """
+    if target is None:
+        return
+    values = target if isinstance(target, list) else [target]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`target_kv_usage` must be None, a number or a list of numbers, got {target!r}.")
+        if not 0 <= value <= 1:
+            raise ValueError(f"`target_kv_usage` must be between 0 and 1, got {target}.")
+    if not isinstance(target, list):
+        return
+    if scope == "model":
+        raise ValueError(
+            "`target_kv_usage` must be one number with `threshold_scope='model'`, where the mean of all layers is to "
+            f"meet it, got {target}: write one number, or `threshold_scope='layer'`."
+        )
+    if len(values) != num_layers:
+        raise ValueError(f"`target_kv_usage` must have one entry per hybrid layer ({num_layers}), got {len(values)}.")
+
+
 class LayerShape(NamedTuple):
     """Heads of a layer's queries, keys and values, and their sizes."""
 
@@ -181,8 +207,9 @@ class HAMConfig(PreTrainedConfig):
         router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
             (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
         router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
-        target_kv_usage (`float`, *optional*, defaults to 0.5): Fraction of tokens that training drives the thresholds
-            to keep.
+        target_kv_usage (`float` or `list[float]`, *optional*, defaults to 0.5): Fraction of tokens that training
+            drives the thresholds to keep: one value, or one per hybrid layer, which the scope `"model"` has no use
+            for. `None` holds the thresholds where they are.
         threshold_scope (`str`, *optional*, defaults to `"head"`): Whether each `"head"`, the mean of each `"layer"` or
             the mean of the whole `"model"` is to meet `target_kv_usage`.
         threshold (`float` or `list[float]`, *optional*): Threshold used when a call gives none: one value, or one per
@@ -247,7 +274,7 @@ class HAMConfig(PreTrainedConfig):
     attention_post_norm: bool = False
     router: str = "cosine"
     router_hidden_size: FilledInt = None
-    target_kv_usage: float | int = 0.5
+    target_kv_usage: float | int | list[float | int] | None = 0.5
     threshold_scope: str = "head"
     threshold: float | int | list[float | int] | None = None
     pad_token_id: int | None = None
@@ -487,8 +514,7 @@ class HAMConfig(PreTrainedConfig):
             raise ValueError(f"`router` must be one of {ROUTERS}, got {self.router!r}.")
         if self.threshold_scope not in THRESHOLD_SCOPES:
             raise ValueError(f"`threshold_scope` must be one of {THRESHOLD_SCOPES}, got {self.threshold_scope!r}.")
-        if not 0 <= self.target_kv_usage <= 1:
-            raise ValueError(f"`target_kv_usage` must be between 0 and 1, got {self.target_kv_usage}.")
+        check_target_kv_usage(self.target_kv_usage, self.threshold_scope, self.num_hybrid_layers)
         if self.threshold is None:
             return
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold]

@@ -45,8 +45,7 @@ from .routing_ham import (
     check_kv_budget,
     check_kv_usage,
     check_threshold,
-    threshold_control,
-    usage_errors,
+    threshold_gradients,
     usage_threshold,
 )
 
@@ -74,8 +73,8 @@ class HAMModelOutputWithPast(ModelOutput):
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
         routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
-        threshold_control: with `output_threshold_control=True` in training, `[2, Hk]` per hybrid layer: zeros that
-            carry the thresholds' gradients, and the fractions kept.
+        threshold_control: with `output_threshold_control=True` in training, `[4, Hk]` per hybrid layer: zeros that
+            carry the thresholds' gradients, the thresholds, the fractions kept, the scores' mean distances from them.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -310,8 +309,8 @@ class HAMMixer(nn.Module):
 
         Returns:
             `[B, T, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
-            while the threshold is learned, `[2, Hk]`: a zero that carries the threshold's gradient, and the fraction
-            kept.
+            while the threshold is learned, `[4, Hk]`: a zero that carries the threshold's gradient, the threshold, the
+            fraction kept, and the scores' mean distance from the threshold.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         offloaded = past_key_values is not None and past_key_values.offload_layers
@@ -365,7 +364,7 @@ class HAMMixer(nn.Module):
                 cache.offload()
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
-            control = self._control(keep, tokens)
+            control = self._control(routed, keep, tokens)
         return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
 
     def _decoding_kernels(
@@ -556,12 +555,16 @@ class HAMMixer(nn.Module):
     def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
 
-    def _control(self, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
+    def _control(self, scores: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
         """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
-        kept = keep.sum((0, 1)).float()
-        seen = keep.shape[0] * keep.shape[1] if tokens.real is None else tokens.real.sum().clamp(min=1)
         threshold = self.threshold.float()
-        return torch.stack([threshold - threshold.detach(), kept / seen])
+        distance = (scores - threshold.detach()).abs()
+        if tokens.real is None:
+            seen: torch.Tensor | int = keep.shape[0] * keep.shape[1]
+        else:
+            seen, distance = tokens.real.sum().clamp(min=1), distance * tokens.real[..., None]
+        lever = threshold - threshold.detach()
+        return torch.stack([lever, threshold.detach(), keep.sum((0, 1)) / seen, distance.sum((0, 1)) / seen])
 
     def _attend(
         self,
@@ -829,9 +832,7 @@ class HAMModel(HAMPreTrainedModel):
 
     def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tensor:
         """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits."""
-        levers, usage = torch.stack([x.to(hidden_states.device) for x in controls]).unbind(1)
-        errors = usage_errors(usage.detach(), self.config.target_kv_usage, self.config.threshold_scope)
-        return AddGradient.apply(hidden_states, levers, -errors)
+        return AddGradient.apply(hidden_states, *_control_loop(controls, self.config, hidden_states.device))
 
     def layer_thresholds(
         self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
@@ -876,6 +877,15 @@ class HAMModel(HAMPreTrainedModel):
                 "left the cache cannot be brought back."
             )
         return cache
+
+
+def _control_loop(
+    controls: Sequence[torch.Tensor], config: HAMConfig, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device."""
+    levers, thresholds, usage, distances = torch.stack([x.to(device) for x in controls]).unbind(1)
+    measured = thresholds.detach(), usage.detach(), distances.detach()
+    return levers, threshold_gradients(*measured, config.target_kv_usage, config.threshold_scope)
 
 
 def _batch_share(labels: torch.Tensor | None, loss_kwargs: dict[str, Any]) -> torch.Tensor | float:
@@ -973,7 +983,8 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
             if outputs.threshold_control:
                 share = _batch_share(labels, loss_kwargs)
-                loss = loss + share * self._threshold_control(outputs.threshold_control)
+                levers, gradients = _control_loop(outputs.threshold_control, self.config, loss.device)
+                loss = loss + share * (levers * gradients).sum()
         return HAMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -982,11 +993,6 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             routing_scores=outputs.routing_scores,
         )
-
-    def _threshold_control(self, controls: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        # Layers may sit on several devices.
-        levers, usage = torch.stack([x.to(self.lm_head.weight.device) for x in controls]).unbind(1)
-        return threshold_control(levers, usage, self.config.target_kv_usage, self.config.threshold_scope)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Loads the generation configuration; what is saved next is marked as the model's own, see `__init__`."""

@@ -448,7 +448,24 @@ FIELDS = {
     "output_norm_eps": [0.0, -1.0, NAN, math.inf, "1", True],
     "initializer_range": [0.0, -1.0, NAN, math.inf, "1", None, True],
     "rms_norm_eps": [0.0, -1.0, NAN, math.inf, "1", None, True],
-    "target_kv_usage": [-0.1, 1.1, NAN, math.inf, "1", None, True, [0.5]],
+    "target_kv_usage": [
+        -0.1,
+        1.1,
+        NAN,
+        math.inf,
+        "1",
+        True,
+        [],
+        [0.5],
+        [0.5] * 3,
+        [0.5, 1.1],
+        [0.5, NAN],
+        [0.5, True],
+        [0.5, "a"],
+        [0.5, None],
+        (0.5, 0.5),
+        {"all": 0.5},
+    ],
     "threshold": [
         NAN,
         "1",
@@ -486,6 +503,10 @@ FIELDS = {
     "eos_token_id": ["a", 1.5, [1.5], True],
 }
 TOGETHER = [
+    (
+        {"target_kv_usage": [0.5, 0.5], "threshold_scope": "model"},
+        "write one number, or `threshold_scope='layer'`",
+    ),
     ({"num_attention_heads": 3}, "`num_attention_heads` (3) must be a multiple of `num_key_value_heads` (2)"),
     ({"num_key_value_heads": 8}, "`num_attention_heads` (4) must be a multiple of `num_key_value_heads` (8)"),
     ({"head_dim": 7}, "RoPE needs an even `head_dim`, got 7; or set `rope_parameters=None`"),

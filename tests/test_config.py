@@ -66,6 +66,9 @@ ALTERNATIVES = [
     {"qk_norm": False},
     {"eos_token_id": 3},
     {"target_kv_usage": 1},
+    {"target_kv_usage": None},
+    {"target_kv_usage": [0.25, 1]},
+    {"target_kv_usage": [0.25, 1.0], "threshold_scope": "layer"},
 ]
 
 

@@ -259,12 +259,20 @@ def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("router", f"`{config.router}`: {ROUTERS[config.router]}"),
         ("learned thresholds", learned_thresholds(checkpoint.thresholds)),
         ("default threshold", default),
-        (
-            "target of training",
-            f"{config.target_kv_usage:.0%} of the tokens kept, measured per {config.threshold_scope}",
-        ),
+        ("target of training", target_of_training(config)),
         ("score quantiles", quantiles),
     ]
+
+
+def target_of_training(config: HAMConfig) -> str:
+    """What fraction of the tokens training drove the thresholds to keep."""
+    target = config.target_kv_usage
+    if target is None:
+        return "none: the thresholds were held"
+    if isinstance(target, list):
+        by_layer = ", ".join(f"{value:.0%}" for value in target)
+        return f"{by_layer} of the tokens kept, hybrid layer by layer, measured per {config.threshold_scope}"
+    return f"{target:.0%} of the tokens kept, measured per {config.threshold_scope}"
 
 
 def learned_thresholds(thresholds: torch.Tensor) -> str:

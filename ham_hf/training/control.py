@@ -1,0 +1,365 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Steers what a HAM in training keeps: the target's schedule, the thresholds' learning rate, and figures to watch."""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..configuration_ham import check_target_kv_usage
+from ..modeling_ham import HAMMixer, HAMModel
+
+Target = float | list[float]
+
+# Parameters of a HAM that weight decay would pull away from what they mean: it is for matrices.
+UNDECAYED = {"bias", "A_log", "dt_bias", "error_weight"}
+# Has SGD, and Adam and its kin, descend by the gradient itself. Adam divides it by its usual size, and would take
+# steps of one length however near the target is; what momentum remembers carries a threshold past it.
+PLAIN_DESCENT = {"weight_decay": 0.0, "eps": 1.0, "betas": (0.0, 0.99), "momentum": 0.0}
+
+
+@dataclass(frozen=True)
+class UsageSchedule:
+    """The target usage of each step: straight lines between points, level before the first and after the last.
+
+    Attributes:
+        points: `(step, target)` in rising order of steps; a target is a fraction, or all are lists with one fraction
+            per hybrid layer. `((0, 1.0), (2000, 0.5))` lowers the usage of a converted model.
+        freeze_steps: for so many steps at the beginning thresholds are held; the schedule's steps are counted from the
+            start of training nonetheless.
+
+    Raises:
+        TypeError, ValueError: for points that are no schedule.
+    """
+
+    points: tuple[tuple[int, Target], ...]
+    freeze_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_step("freeze_steps", self.freeze_steps)
+        try:
+            points = tuple((step, list(x) if isinstance(x, (list, tuple)) else x) for step, x in self.points)
+        except (TypeError, ValueError):
+            raise TypeError(f"`points` must be pairs of a step and a target usage, got {self.points!r}.") from None
+        if not points:
+            raise ValueError("`points` must hold at least one pair of a step and a target usage, got none.")
+        for step, target in points:
+            _check_step("points", step)
+            if target is None:
+                raise TypeError("`points` must have target usages; to hold the thresholds, set `freeze_steps`.")
+            check_target_kv_usage(target, "layer", len(target) if isinstance(target, list) else 1)
+        steps = [step for step, _ in points]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            raise ValueError(f"`points` must have rising steps, got {steps}.")
+        sizes = {len(target) if isinstance(target, list) else None for _, target in points}
+        if len(sizes) > 1:
+            raise ValueError(f"`points` must have targets of one form, numbers or lists of one length, got {points}.")
+        object.__setattr__(self, "points", points)
+
+    def target_at(self, step: int) -> Target | None:
+        """The target of the update that follows `step` others; `None`, which holds thresholds, while frozen."""
+        if step < self.freeze_steps:
+            return None
+        after = bisect_right([at for at, _ in self.points], step)
+        if after in (0, len(self.points)):
+            return self.points[max(0, after - 1)][1]
+        (first, low), (last, high) = self.points[after - 1], self.points[after]
+        way = (step - first) / (last - first)
+        if isinstance(low, list) and isinstance(high, list):
+            return [a + (b - a) * way for a, b in zip(low, high, strict=True)]
+        return low + (high - low) * way  # type: ignore[operator]  # all targets have one form
+
+    def check(self, max_steps: int) -> None:
+        """Refuses, with `ValueError`, what a training of `max_steps` would not come to."""
+        last = self.points[-1][0]
+        if last > max_steps:
+            raise ValueError(
+                f"`points` must end within the {max_steps} steps of the training, got one at step {last}."
+            )
+        if self.freeze_steps > max_steps:
+            raise ValueError(
+                f"`freeze_steps` must be at most the {max_steps} steps of the training, got {self.freeze_steps}."
+            )
+
+
+def _check_step(name: str, step: Any) -> None:
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"`{name}` must count steps in whole numbers, got {step!r}.")
+    if step < 0:
+        raise ValueError(f"`{name}` must count steps from 0, got {step}.")
+
+
+def _is_threshold(name: str) -> bool:
+    return name.rpartition(".")[2] == "threshold"
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    threshold_learning_rate: float = 2.0,
+    router_learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups of the parameters that learn, for AdamW and its kin and for SGD.
+
+    Thresholds have a learning rate of their own, and descend by the gradient itself whatever the optimiser does with
+    the rest: their group brings the settings for that, of which an optimiser takes those that it has.
+
+    Args:
+        model: a HAM, also wrapped by DDP, FSDP (which must keep the parameters' names), peft or `torch.compile`.
+        learning_rate: of everything else.
+        weight_decay: of matrices; norms, biases, decay rates and thresholds have none.
+        threshold_learning_rate: of the thresholds. With 2 a step takes about two thirds of the way to the target,
+            whatever the router; from 6 on the loop is not stable.
+        router_learning_rate: of learned routers; `learning_rate` by default.
+
+    Returns:
+        Dictionaries with `params`, `lr` and `weight_decay`; no group is empty, and the thresholds' is the last.
+
+    Raises:
+        ValueError: for a rate that is no number of at least 0, and where a wrapper has made parameters nameless.
+    """
+    router_rate = learning_rate if router_learning_rate is None else router_learning_rate
+    rates = {
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "threshold_learning_rate": threshold_learning_rate,
+        "router_learning_rate": router_rate,
+    }
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
+            raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate!r}.")
+    settings: dict[tuple[float, float], list[nn.Parameter]] = {}
+    thresholds = []
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if "flat_param" in leaf:
+            raise ValueError("`model` must keep its parameters' names: give FSDP `use_orig_params=True`.")
+        if not parameter.requires_grad:
+            continue
+        if _is_threshold(name):
+            thresholds.append(parameter)
+            continue
+        decay = 0.0 if leaf in UNDECAYED or owner.endswith("norm") else weight_decay
+        rate = router_rate if ".router." in f".{name}" else learning_rate
+        settings.setdefault((rate, decay), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in settings.items()
+    ]
+    if thresholds:
+        groups.append({"params": thresholds, "lr": threshold_learning_rate, **PLAIN_DESCENT})
+    return groups
+
+
+def clipped_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What gradient clipping is to count: all that learns but thresholds, whose gradients are no slope of the loss."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and not _is_threshold(name)]
+
+
+def _ham(model: nn.Module) -> HAMModel:
+    """The decoder in a model, whatever is around it."""
+    found = [module for module in model.modules() if isinstance(module, HAMModel)]
+    if len(found) != 1:
+        raise ValueError(f"`model` must hold one HAM, got {type(model).__name__} with {len(found)}.")
+    return found[0]
+
+
+class UsageMeter:
+    """Measures what a model keeps in the calls made inside of `with`, in training or not; padding counts for nothing.
+
+    What gradient checkpointing computes again in the backward pass is not counted again. No figure is copied to the
+    host, and no rank waits for another, before `read`.
+
+    Args:
+        model: a HAM, also wrapped.
+        bins: number of equal parts of `[0, 1]` in which scores are counted.
+
+    Raises:
+        ValueError: for a model without hybrid layers.
+    """
+
+    def __init__(self, model: nn.Module, bins: int = 50):
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+            raise ValueError(f"`bins` must be a positive int, got {bins!r}.")
+        self.decoder = _ham(model)
+        self.bins = bins
+        self.mixers = [layer.mixer for layer in self.decoder.layers if layer.mixer.layer_type == "hybrid"]
+        if not self.mixers:
+            raise ValueError("`model` has no hybrid layer, so there is no usage to measure.")
+        self._handles: list[RemovableHandle] = []
+        self._inside = False
+        self._reset()
+
+    def _reset(self) -> None:
+        # Of each layer: kept `[Hk]`, histogram `[Hk * bins]`, tokens `[1]`, all int64 on the layer's device.
+        self._counts: list[list[torch.Tensor] | None] = [None] * len(self.mixers)
+        self._thresholds: list[torch.Tensor | None] = [None] * len(self.mixers)
+
+    def __enter__(self) -> Self:
+        """Begins to measure."""
+        # A backward pass calls layers again, but not the decoder.
+        self._handles = [
+            self.decoder.register_forward_pre_hook(lambda *_: self._enter_decoder(True)),
+            self.decoder.register_forward_hook(lambda *_: self._enter_decoder(False), always_call=True),
+        ]
+        for index, mixer in enumerate(self.mixers):
+            hook = self._hook(index)
+            self._handles.append(mixer.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends to measure; what was measured stays until it is read."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._inside = [], False
+
+    def _enter_decoder(self, inside: bool) -> None:
+        self._inside = inside
+
+    def _hook(self, index: int) -> Any:
+        def hook(mixer: HAMMixer, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+            if self._inside:
+                # Here a sharded threshold is whole.
+                self._thresholds[index] = mixer.threshold.detach().float().clone()
+                in_force = mixer._threshold(kwargs["threshold"], output[2].device)
+                self._count(index, output[2].detach(), in_force, kwargs["tokens"].real)
+
+        return hook
+
+    def _count(self, index: int, scores: torch.Tensor, thresholds: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Adds the scores `[B, T, Hk]` of a call, in which thresholds `[B or 1, Hk or 1]` decided, to the counts."""
+        heads = scores.shape[-1]
+        real = torch.ones_like(scores[..., 0], dtype=torch.bool) if real is None else real
+        weights = real[..., None].expand_as(scores).long()
+        kept = ((scores >= thresholds[:, None]) * weights).sum((0, 1))
+        bins = (scores * self.bins).long().clamp(0, self.bins - 1)
+        bins = bins + torch.arange(heads, device=scores.device) * self.bins
+        histogram = weights.new_zeros(heads * self.bins).scatter_add_(0, bins.flatten(), weights.flatten())
+        new = [kept, histogram, real.sum().view(1)]
+        old = self._counts[index]
+        self._counts[index] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+
+    def read(self) -> dict[str, Any]:
+        """What was measured since the last call, summed over ranks where there are several; then begins anew.
+
+        Every rank must call it.
+
+        Returns:
+            `usage`: `[L, Hk]` float32, the fraction of tokens kept; `histogram`: `[L, Hk, bins]` int64, how many
+            scores fell into each part of `[0, 1]`; `thresholds`: `[L, Hk]` float32, the learned ones at the last
+            call; `tokens`: int. Tensors are on the CPU.
+
+        Raises:
+            RuntimeError: if no token was seen.
+        """
+        device = self.mixers[0].threshold.device
+        heads = self.decoder.config.num_key_value_heads
+        size = heads + heads * self.bins + 1
+        rows = [
+            torch.zeros(size, dtype=torch.int64, device=device) if x is None else torch.cat(x).to(device)
+            for x in self._counts
+        ]
+        total = torch.stack(rows)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        thresholds = [torch.full((heads,), torch.nan) if x is None else x.cpu() for x in self._thresholds]
+        self._reset()
+        kept, histogram, tokens = total.cpu().split([heads, heads * self.bins, 1], dim=1)
+        if not bool(tokens.all()):
+            raise RuntimeError("No token was seen since the last `read()`: call the model inside of `with meter:`.")
+        return {
+            "usage": kept / tokens,
+            "histogram": histogram.unflatten(1, (heads, self.bins)),
+            "thresholds": torch.stack(thresholds),
+            "tokens": int(tokens[0]),
+        }
+
+
+class ThresholdCallback(TrainerCallback):
+    """Has Transformers' Trainer follow a schedule, and log what is kept.
+
+    Before every step `config.target_kv_usage` becomes the schedule's target at `state.global_step`, so that a resumed
+    training goes on as it would have. With every log of the training loss come the target, the fraction kept since the
+    last one (`kv_usage`), and by layer `kv_usage/layer_0`, `kv_usage_min/layer_0`, `kv_usage_max/layer_0` (mean,
+    smallest and largest of its heads) and `threshold/layer_0` (mean). They join the Trainer's `log_history` and the
+    `logs` of callbacks that follow. Trainer puts those that report to other tools before all it is given: to be read
+    by them, this one must be inserted at the front of `trainer.callback_handler.callbacks`.
+
+    Args:
+        schedule: the target usage of each step.
+
+    Attributes:
+        figures: what `UsageMeter.read` gave for the last log, histograms included; `None` before the first.
+    """
+
+    def __init__(self, schedule: UsageSchedule):
+        self.schedule = schedule
+        self.figures: dict[str, Any] | None = None
+        self._meter: UsageMeter | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuses, with `ValueError`, a schedule that this model or this training cannot follow."""
+        self.schedule.check(state.max_steps)
+        meter = UsageMeter(model)
+        config = meter.decoder.config
+        for _, target in self.schedule.points:
+            check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
+        if config.threshold is not None:
+            raise ValueError(
+                f"`threshold` of the configuration must be None, so that thresholds learn, got {config.threshold}."
+            )
+        if not any(mixer.threshold.requires_grad for mixer in meter.mixers):
+            raise ValueError("`model` has no threshold that learns: set `requires_grad_(True)` on these parameters.")
+        self._meter = meter
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the target of the step, whose calls are measured; those of an evaluation are not."""
+        assert self._meter is not None
+        self._meter.decoder.config.target_kv_usage = self.schedule.target_at(state.global_step)
+        self._meter.__enter__()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends the measurement of the step."""
+        assert self._meter is not None
+        self._meter.__exit__()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the figures to a log of the training loss; every rank is asked."""
+        if self._meter is None or logs is None or "loss" not in logs:
+            return
+        self.figures = self._meter.read()
+        scalars = usage_scalars(self.figures, [mixer.layer_idx for mixer in self._meter.mixers])
+        logs.update(scalars)
+        state.log_history[-1].update(scalars)
+
+
+def usage_scalars(figures: dict[str, Any], layers: Iterable[int]) -> dict[str, float]:
+    """What `UsageMeter.read` gave, as named numbers for a log; `layers` are the places of the hybrid layers."""
+    usage = figures["usage"]
+    scalars = {"kv_usage": usage.mean().item()}
+    for layer, kept, thresholds in zip(layers, usage, figures["thresholds"], strict=True):
+        scalars[f"kv_usage/layer_{layer}"] = kept.mean().item()
+        scalars[f"kv_usage_min/layer_{layer}"] = kept.min().item()
+        scalars[f"kv_usage_max/layer_{layer}"] = kept.max().item()
+        scalars[f"threshold/layer_{layer}"] = thresholds.mean().item()
+    return scalars
