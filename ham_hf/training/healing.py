@@ -14,7 +14,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -288,8 +288,8 @@ class Study:
             write_whole(path, json.dumps(make()))
         return json.loads(path.read_text())
 
-    def results(self) -> dict[str, Any]:
-        """Every stage, in order."""
+    def results(self, runs: Iterable[str] = RUNS) -> dict[str, Any]:
+        """Every stage, in order; of the ways to heal, those that are named."""
         self.output.mkdir(parents=True, exist_ok=True)
         if not self.source.exists():
             self.train_source()
@@ -298,7 +298,12 @@ class Study:
         results = {"settings": asdict(self.settings), "windows": len(self.windows)}
         results["unhealed"] = self.stored("unhealed", self.unhealed)
         results["trained_on"] = self.stored("trained_on", self.trained_on)
-        return results | {name: self.stored(name, partial(self.heal, name)) for name in RUNS}
+        return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
+
+
+def done(results: dict[str, Any]) -> list[tuple[str, Run]]:
+    """The ways to heal that there are results of."""
+    return [(name, run) for name, run in RUNS.items() if name in results]
 
 
 def to_markdown(results: dict[str, Any], settings: Settings) -> str:
@@ -319,11 +324,12 @@ def to_markdown(results: dict[str, Any], settings: Settings) -> str:
     for usage in ("100%", "50%", "25%", "0%"):
         row(f"converted, not healed, {usage}", results["unhealed"][usage])
     row("converted, gates opened, 100%", results["unhealed"]["opened"])
-    for name, run in RUNS.items():
+    for name, run in done(results):
         curve = results[name]["curve"]
         row(f"{run.label}, at 50%", next(x for x in curve if x["step"] == settings.half_until))
         row(f"{run.label}, at 25%", curve[-1])
-    row("healed to 25%, then asked for 50%", results["healed"]["asked"]["50%"])
+        if name == "healed":
+            row(f"{run.label}, then asked for 50%", results[name]["asked"]["50%"])
     tokens = settings.rows * settings.context
     tail = (
         f"{results['windows']} windows of {settings.context} tokens; ± are standard errors over windows, of one seed. "
@@ -343,7 +349,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     source = results["unhealed"]["source"]["loss"]
-    for name, run in RUNS.items():
+    for name, run in done(results):
         curve = results[name]["curve"]
         steps = [0, *(x["step"] for x in curve)]
         first = results["unhealed"]["opened" if run.opened else "100%"]
@@ -370,9 +376,11 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, help="where table and plot go (default: --output)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default %(default)s)")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")
     arguments = parser.parse_args()
     settings = Settings(seed=arguments.seed)
-    results = Study(arguments.corpus, arguments.tokenizer, arguments.output, settings).results()
+    study = Study(arguments.corpus, arguments.tokenizer, arguments.output, settings)
+    results = study.results(arguments.runs)
     target = arguments.results or arguments.output
     target.mkdir(parents=True, exist_ok=True)
     table = to_markdown(results, settings)
