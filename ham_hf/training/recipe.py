@@ -81,6 +81,7 @@ TRAINER_DEFAULTS = {
     "save_total_limit": 2,
     "report_to": "none",
     "dataloader_pin_memory": False,
+    "ddp_find_unused_parameters": False,
 }
 
 
@@ -205,7 +206,7 @@ class UsageRecipe:
         """The schedule, of `default` where neither a target nor a schedule is given; errors in the recipe's words."""
         if self.schedule is not None:
             try:
-                return UsageSchedule(tuple(tuple(x) for x in self.schedule), self.freeze_steps)
+                return UsageSchedule(tuple(self.schedule), self.freeze_steps)
             except (TypeError, ValueError) as error:
                 message = str(error).replace("`points`", "`schedule`").replace("`target_kv_usage`", "`schedule`")
                 raise type(error)(message) from None
@@ -308,8 +309,12 @@ class TrainRecipe:
         for step, _ in self.usage.schedule or []:
             if step > self.steps:
                 raise ValueError(f"`usage: schedule` must end within `steps` ({self.steps}), got a point at {step}.")
+        self._check_trainer()
+
+    def _check_trainer(self) -> None:
+        hints = typing.get_type_hints(TrainingArguments)
         known = [x.name for x in dataclasses.fields(TrainingArguments) if x.init]
-        for key in self.trainer:
+        for key, value in self.trainer.items():
             if key in OWN_KEYS:
                 raise ValueError(f"`trainer: {key}` must be left out: it is set by `{OWN_KEYS[key]}`.")
             if key in SETTLED:
@@ -317,6 +322,11 @@ class TrainRecipe:
             if key not in known:
                 open_keys = set(known) - OWN_KEYS.keys() - SETTLED
                 raise ValueError(unknown_key("trainer", key, open_keys))
+            if not _matches(value, hints[key]):
+                raise TypeError(f"`trainer: {key}` must be {_describe(hints[key])}, got {value!r}.")
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+            if self.trainer.get(key, 1) <= 0:
+                raise ValueError(f"`trainer: {key}` must be above 0, got {self.trainer[key]}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values under the YAML's keys; every default is written out."""
@@ -397,6 +407,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return True
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_matches(value, x) for x in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_matches(x, typing.get_args(hint)[0]) for x in value)
     if typing.get_origin(hint) is dict:
@@ -408,14 +420,14 @@ def _matches(value: Any, hint: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     """A type in the words of a user of YAML."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_describe(x) for x in typing.get_args(hint) if x is not types.NoneType)
     if typing.get_origin(hint) is list:
         return f"a list of {_describe(typing.get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
         return "a section of keys with values"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Any: "pairs"}
-    return words[hint]
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate.utils import gather_object
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,13 +33,14 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .. import HAMConfig, HAMForCausalLM
+from ..configuration_ham import check_target_kv_usage
 from ..evaluation import calibrate
 from ..files import write_whole
-from .control import ThresholdCallback, UsageMeter, clipped_parameters, parameter_groups
+from .control import ThresholdCallback, UsageMeter, UsageSchedule, clipped_parameters, parameter_groups
 from .data import PackedRows
 from .distillation import Teacher, open_gates
 from .progress import LogFile, Progress
-from .recipe import TRAINER_DEFAULTS, TrainRecipe
+from .recipe import TRAINER_DEFAULTS, TrainRecipe, UsageRecipe
 
 # What is being written, and renamed when it is whole.
 PARTIAL = "partial"
@@ -285,8 +287,8 @@ def train(recipe: TrainRecipe) -> Path | None:
     """
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
-    check_same_recipe(recipe, output)
     last = get_last_checkpoint(output) if output.is_dir() else None
+    check_output(recipe, output, begun=last is not None or (output / FINAL).is_dir())
     if (output / FINAL).is_dir():
         return output / FINAL
     set_seed(recipe.seed)
@@ -294,6 +296,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer_path)
         model = build_model(recipe, tokenizer)
         rows, held_out, calibration = build_data(recipe, tokenizer, rows_per_step(arguments))
+    schedule = schedule_for(recipe, model.config)
     stop = StopOnSignal()
     trainer = HAMTrainer(
         recipe,
@@ -305,7 +308,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         processing_class=tokenizer,
         callbacks=[stop],
     )
-    report_through_us(trainer, recipe)
+    report_through_us(trainer, schedule)
     if arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
@@ -353,11 +356,11 @@ def rows_per_step(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
-def check_same_recipe(recipe: TrainRecipe, output: Path) -> None:
-    """Refuses, with `ValueError`, to go on in the folder of another recipe's training."""
-    if not (output / "recipe.json").is_file():
-        if output.is_dir() and any(output.iterdir()):
-            raise ValueError(f"`output` must be a new or empty folder, or that of an earlier run, got {output}.")
+def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
+    """Refuses, with `ValueError`, a folder with other things in it, and one another training that has `begun`."""
+    if not begun:
+        if output.is_dir() and any(x.name not in {"recipe.json", "log.jsonl", PARTIAL} for x in output.iterdir()):
+            raise ValueError(f"`output` must be a new or empty folder, or that of an earlier training, got {output}.")
         return
     before = _flat(json.loads((output / "recipe.json").read_text()))
     now = _flat(json.loads(json.dumps(recipe.to_dict())))
@@ -412,8 +415,8 @@ def new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMFor
     }
     try:
         return HAMForCausalLM(HAMConfig(**(follows | (recipe.model.new or {}))))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`model: new` is no HAM: {error}") from error
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"`model: new` is no HAM: {error.__cause__ or error}") from error
 
 
 def build_data(
@@ -447,20 +450,35 @@ def build_data(
     return rows, evaluated, [{name: row[name][None] for name in wanted} for row in calibration]
 
 
-def report_through_us(trainer: HAMTrainer, recipe: TrainRecipe) -> None:
+def schedule_for(recipe: TrainRecipe, config: HAMConfig) -> UsageSchedule | None:
+    """The usage that thresholds are driven to; `None` for a model that has none.
+
+    Raises:
+        TypeError, ValueError: for what the model's thresholds cannot follow.
+    """
+    if not config.num_hybrid_layers:
+        if recipe.usage != UsageRecipe():
+            raise ValueError("`usage` must be left out: the model has no layer of type 'hybrid', so nothing is kept.")
+        return None
+    default = config.target_kv_usage
+    if default is None:
+        default = 0.5
+    schedule = recipe.usage.usage_schedule(default)
+    for _, target in schedule.points:
+        check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
+    return schedule
+
+
+def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> None:
     """Steers the thresholds, and has figures shown and written by our callbacks in place of Trainer's."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    config = trainer.model.config
-    if config.num_hybrid_layers:
-        schedule = recipe.usage.usage_schedule(0.5 if config.target_kv_usage is None else config.target_kv_usage)
+    if schedule is not None:
         # First of all, so that those who report to other tools see its figures.
         trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
-    elif recipe.usage.target is not None or recipe.usage.schedule is not None:
-        raise ValueError("`usage` must be left out: the model has no layer of type 'hybrid', so nothing is kept.")
-    tokens = rows_per_step(trainer.args) * recipe.context
+    recipe = trainer.recipe
     trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
-    trainer.add_callback(Progress(tokens, bar=not trainer.args.disable_tqdm))
+    trainer.add_callback(Progress(rows_per_step(trainer.args) * recipe.context, bar=not trainer.args.disable_tqdm))
 
 
 def write_model(trainer: HAMTrainer, output: Path) -> None:
