@@ -330,3 +330,13 @@ def test_a_recipe_heals(folders, recipe):
 def test_a_bad_section_is_refused(recipe, section, error, message):
     with pytest.raises(error, match=message):
         recipe(**section)
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path, monkeypatch):
+    blocks = (SCRIPT.parents[1] / "README.md").read_text().split("```yaml\n")[1:]
+    (text,) = [block.split("```")[0] for block in blocks if "distillation:" in block]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").touch()
+    (tmp_path / "healing.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("healing.yaml").distillation.open_gates == -2.0
