@@ -326,16 +326,15 @@ def to_markdown(results: dict[str, Any], settings: Settings) -> str:
     row("converted, gates opened, 100%", results["unhealed"]["opened"])
     for name, run in done(results):
         curve = results[name]["curve"]
-        row(f"{run.label}, at 50%", next(x for x in curve if x["step"] == settings.half_until))
-        row(f"{run.label}, at 25%", curve[-1])
-        if name == "healed":
-            row(f"{run.label}, then asked for 50%", results[name]["asked"]["50%"])
+        row(f"{run.label}; on the way, at 50%", next(x for x in curve if x["step"] == settings.half_until))
+        row(f"{run.label}; in the end, at 25%", curve[-1])
+        row(f"{run.label}; in the end, asked for 50%", results[name]["asked"]["50%"])
     tokens = settings.rows * settings.context
     tail = (
         f"{results['windows']} windows of {settings.context} tokens; ± are standard errors over windows, of one seed. "
         f"The source was trained for {settings.source_steps} steps of {tokens} tokens, healing takes "
-        f"{settings.steps}, and is at 50% after the first {settings.half_until}. In healing the learned thresholds "
-        "decide what is kept, elsewhere those of score quantiles."
+        f"{settings.steps}, and is at 50% after the first {settings.half_until}. There and in the end the learned "
+        "thresholds decide what is kept, elsewhere those of score quantiles."
     )
     return "\n".join([*lines, "", tail]) + "\n"
 

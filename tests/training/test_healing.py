@@ -30,8 +30,8 @@ def test_the_table_compares_with_the_source_window_by_window():
     table = healing.to_markdown(results, settings).splitlines()
     assert "| source, trained on for as many tokens | 100.0% | 2.9100 | -3.00% ± 1.00% |" in table
     assert "| converted, not healed, 25% | 100.0% | 4.0000 | +33.33% ± 0.00% |" in table
-    assert "| healed: distilled, gates opened, at 50% | 50.0% | 3.0700 | +2.33% ± 0.33% |" in table
-    assert "| healed: distilled, gates opened, at 25% | 50.0% | 3.1300 | +4.33% ± 0.33% |" in table
+    assert "| healed: distilled, gates opened; on the way, at 50% | 50.0% | 3.0700 | +2.33% ± 0.33% |" in table
+    assert "| healed: distilled, gates opened; in the end, at 25% | 50.0% | 3.1300 | +4.33% ± 0.33% |" in table
     assert not any("random" in line for line in table), "what was not run is left out"
 
 
