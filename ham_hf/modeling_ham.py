@@ -73,8 +73,8 @@ class HAMModelOutputWithPast(ModelOutput):
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
         routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
-        threshold_control: with `output_threshold_control=True` in training, `[4, Hk]` per hybrid layer: zeros that
-            carry the thresholds' gradients, the thresholds, the fractions kept, the scores' mean distances from them.
+        threshold_control: with `output_threshold_control=True` in training, `[3, Hk]` per hybrid layer: zeros that
+            carry the thresholds' gradients, the thresholds, and the fractions kept.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -309,8 +309,8 @@ class HAMMixer(nn.Module):
 
         Returns:
             `[B, T, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
-            while the threshold is learned, `[4, Hk]`: a zero that carries the threshold's gradient, the threshold, the
-            fraction kept, and the scores' mean distance from the threshold.
+            while the threshold is learned, `[3, Hk]`: a zero that carries the threshold's gradient, the threshold, and
+            the fraction kept.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         offloaded = past_key_values is not None and past_key_values.offload_layers
@@ -364,7 +364,7 @@ class HAMMixer(nn.Module):
                 cache.offload()
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
-            control = self._control(routed, keep, tokens)
+            control = self._control(keep, tokens)
         return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
 
     def _decoding_kernels(
@@ -555,16 +555,12 @@ class HAMMixer(nn.Module):
     def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
 
-    def _control(self, scores: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
+    def _control(self, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
         """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
+        kept = keep.sum((0, 1)).float()
+        seen = keep.shape[0] * keep.shape[1] if tokens.real is None else tokens.real.sum().clamp(min=1)
         threshold = self.threshold.float()
-        distance = (scores - threshold.detach()).abs()
-        if tokens.real is None:
-            seen: torch.Tensor | int = keep.shape[0] * keep.shape[1]
-        else:
-            seen, distance = tokens.real.sum().clamp(min=1), distance * tokens.real[..., None]
-        lever = threshold - threshold.detach()
-        return torch.stack([lever, threshold.detach(), keep.sum((0, 1)) / seen, distance.sum((0, 1)) / seen])
+        return torch.stack([threshold - threshold.detach(), threshold.detach(), kept / seen])
 
     def _attend(
         self,
@@ -707,7 +703,15 @@ class HAMPreTrainedModel(PreTrainedModel):
             init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))
         if mixer.layer_type == "hybrid":
             init.constant_(mixer.threshold, INITIAL_THRESHOLD)
+            if mixer.router.kind in LEARNED_ROUTERS:
+                self._init_router(mixer.router)
             init.zeros_(mixer.score_quantiles)
+
+    def _init_router(self, router: HAMRouter) -> None:
+        """Logits of unit variance, whatever the sizes: where all scores lie at the threshold, all or none are kept."""
+        init.normal_(router.up_proj.weight, std=router.up_proj.in_features**-0.5)
+        # Of a unit normal `x`, the mean square of SiLU(x) is 0.36.
+        init.normal_(router.down_proj.weight, std=(0.36 * router.down_proj.in_features) ** -0.5)
 
     @wraps(PreTrainedModel.push_to_hub)
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
@@ -883,8 +887,8 @@ def _control_loop(
     controls: Sequence[torch.Tensor], config: HAMConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device."""
-    levers, thresholds, usage, distances = torch.stack([x.to(device) for x in controls]).unbind(1)
-    measured = thresholds.detach(), usage.detach(), distances.detach()
+    levers, thresholds, usage = torch.stack([x.to(device) for x in controls]).unbind(1)
+    measured = thresholds.detach(), usage.detach()
     return levers, threshold_gradients(*measured, config.target_kv_usage, config.threshold_scope)
 
 

@@ -241,13 +241,6 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
     return torch.lerp(quantiles[..., low], quantiles[..., low + 1], level - low)
 
 
-def scope_mean(x: torch.Tensor, scope: str) -> torch.Tensor:
-    """`[L, Hk]` figures as `scope` counts them: each `"head"`'s own, or the mean of its `"layer"` or `"model"`."""
-    if scope == "layer":
-        return x.mean(1, keepdim=True).expand_as(x)
-    return x.mean().expand_as(x) if scope == "model" else x
-
-
 def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -> torch.Tensor:
     """`actual - target` usage of what `scope` holds to the target, per head.
 
@@ -256,21 +249,20 @@ def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -
         target: fraction to keep, or one per layer.
         scope: `"head"`, `"layer"` (the mean of a layer's heads) or `"model"` (the mean of all).
     """
-    return scope_mean(usage, scope) - (usage.new_tensor(target)[:, None] if isinstance(target, list) else target)
+    if scope == "layer":
+        usage = usage.mean(1, keepdim=True).expand_as(usage)
+    elif scope == "model":
+        usage = usage.mean().expand_as(usage)
+    return usage - (usage.new_tensor(target)[:, None] if isinstance(target, list) else target)
 
 
 def threshold_gradients(
-    thresholds: torch.Tensor,
-    usage: torch.Tensor,
-    distances: torch.Tensor,
-    target: float | list[float] | None,
-    scope: str,
+    thresholds: torch.Tensor, usage: torch.Tensor, target: float | list[float] | None, scope: str
 ) -> torch.Tensor:
-    """The gradient `(target - usage) * distance` of each threshold `[L, Hk]`, with which an optimiser closes the loop.
+    """The gradient `target - usage` of each threshold `[L, Hk]`, with which any optimiser closes the loop.
 
-    Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. The distance
-    makes one learning rate do for all: the scores of one head lie apart by 0.1, those of a fresh learned router by
-    0.003, and a step that suits the first carries the second past all of its scores.
+    Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. Gradients of
+    several batches or ranks average to that of all of them.
 
     A threshold at 0 or below is not lowered, nor one above 1 raised: no score lies there, so that nothing would be
     gained, and a mean over heads that calls for it would carry the threshold far off.
@@ -278,13 +270,12 @@ def threshold_gradients(
     Args:
         thresholds: `[L, Hk]` float32 in force.
         usage: `[L, Hk]` fraction of this batch that each head kept.
-        distances: `[L, Hk]` mean distance of this batch's scores from the threshold.
         target: fraction to keep, or one per layer; `None` holds the thresholds: every gradient is 0.
         scope: whose usage is to meet the target, see `usage_errors`.
     """
     if target is None:
         return torch.zeros_like(usage)
-    gradients = -usage_errors(usage, target, scope) * scope_mean(distances, scope)
+    gradients = -usage_errors(usage, target, scope)
     beyond = ((thresholds <= 0) & (gradients > 0)) | ((thresholds > 1) & (gradients < 0))
     return gradients.masked_fill(beyond, 0)
 

@@ -104,7 +104,7 @@ def parameter_groups(
     model: nn.Module,
     learning_rate: float,
     weight_decay: float,
-    threshold_learning_rate: float = 2.0,
+    threshold_learning_rate: float = 0.2,
     router_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the parameters that learn, for AdamW and its kin and for SGD.
@@ -116,8 +116,8 @@ def parameter_groups(
         model: a HAM, also wrapped by DDP, FSDP (which must keep the parameters' names), peft or `torch.compile`.
         learning_rate: of everything else.
         weight_decay: of matrices; norms, biases, decay rates and thresholds have none.
-        threshold_learning_rate: of the thresholds. With 2 a step takes about two thirds of the way to the target,
-            whatever the router; from 6 on the loop is not stable.
+        threshold_learning_rate: of the thresholds. With 0.2 a step goes about half of the way to the target; with 0.5
+            single batches already overshoot by half of their tokens.
         router_learning_rate: of learned routers; `learning_rate` by default.
 
     Returns:

@@ -225,7 +225,7 @@ def train(model, schedule, steps, kind="adamw", pieces=1):
         ("sgd", "cosine", "head", 0.25),
         ("sgd", "learned", "head", 0.5),
         ("adamw", "cosine", "model", 0.5),
-        ("sgd", "learned", "layer", [0.25, 0.75]),
+        ("adamw", "learned", "layer", [0.25, 0.75]),
         ("muon", "cosine", "head", [0.75, 0.25]),
     ],
 )
