@@ -273,8 +273,9 @@ def threshold_gradients(
     Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. Gradients of
     several batches or ranks average to that of all of them.
 
-    Steps are of one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1 raised: no score lies there, so that nothing would be
-    gained, and a mean over heads that calls for it would carry the threshold far off.
+    Steps are of one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1
+    raised: no score lies there, so that nothing would be gained, and a mean over heads that calls for it would carry
+    the threshold far off.
 
     Args:
         thresholds: `[L, Hk]` float32 in force.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ham_hf.training.healing import Settings, to_markdown
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,6 +30,13 @@ def test_usage_table_is_the_measured_one(name):
     results = json.loads((ROOT / "model_cards/ham-tiny/usage.json").read_text())["results"]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[3].strip() for row in rows] == [f"{x['loss']:.4f}" for x in results]
+
+
+def test_healing_table_is_the_measured_one():
+    table = (ROOT / "README.md").read_text().split("<!-- healing:begin -->")[1].split("<!-- healing:end -->")[0]
+    assert table.strip() == (ROOT / "model_cards/healing/results.md").read_text().strip()
+    results = json.loads((ROOT / "model_cards/healing/results.json").read_text())
+    assert table.strip() == to_markdown(results, Settings(**results["settings"])).strip()
 
 
 def test_loss_improves_as_more_is_kept():

@@ -463,7 +463,7 @@ def test_steps_have_one_length_in_logits():
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (3.5, 0.5), (-3.5, 0.5)], ids=["spread", "high", "low"])
 def test_usage_does_not_jump_where_scores_are_saturated(mean, deviation):
-    """The loop at the rate of `parameter_groups`, on made-up scores; with steps of one length it swings to 0 and back."""
+    """The loop at the rate of `parameter_groups`, on made-up scores; with equal steps it swings to 0 and back."""
     rate = signature(parameter_groups).parameters["threshold_learning_rate"].default
     threshold, usages = torch.full((1, 1), 0.5), []
     for _ in range(300):

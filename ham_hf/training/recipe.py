@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from ..configuration_ham import HAMConfig
 from .control import UsageSchedule
+from .distillation import check_bias, check_mixture
 
 Section = TypeVar("Section")
 
@@ -216,6 +217,30 @@ class UsageRecipe:
 
 
 @dataclass(frozen=True)
+class DistillationRecipe:
+    """How a converted model learns from its source, see `distillation_loss` and `open_gates`.
+
+    Attributes:
+        teacher: folder or name on the Hub of the source; may be left out where `weight` is 0.
+        weight: share of the divergence from the teacher in the loss; next tokens have the rest.
+        temperature: what the logits of both are divided by.
+        open_gates: bias from which training opens the gates that conversion left shut; null leaves them.
+    """
+
+    teacher: str | None = None
+    weight: float = 1.0
+    temperature: float = 1.0
+    open_gates: float | None = -2.0
+
+    def __post_init__(self) -> None:
+        check_mixture(self.weight, self.temperature)
+        if self.open_gates is not None:
+            check_bias(self.open_gates, "open_gates")
+        if self.teacher is None and self.weight > 0:
+            raise ValueError("must have a `teacher`, or a `weight` of 0.")
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     """When and how loss and kept fraction are measured during training.
 
@@ -257,6 +282,7 @@ class TrainRecipe:
         context: tokens in a row; documents are packed into rows.
         seed: of the new weights and of the order of rows.
         usage: what is kept.
+        distillation: how a converted model learns from its source.
         evaluation: what is measured meanwhile.
         trainer: fields of Transformers' `TrainingArguments`.
     """
@@ -268,6 +294,7 @@ class TrainRecipe:
     context: int = 1024
     seed: int = 0
     usage: UsageRecipe = field(default_factory=UsageRecipe)
+    distillation: DistillationRecipe | None = None
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     trainer: dict[str, Any] = field(default_factory=dict)
 

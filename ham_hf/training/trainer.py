@@ -39,6 +39,7 @@ from ..evaluation import calibrate
 from ..files import write_whole
 from .control import ThresholdCallback, UsageMeter, UsageSchedule, clipped_parameters, parameter_groups
 from .data import PackedRows
+from .distillation import Teacher, open_gates
 from .progress import LogFile, Progress
 from .recipe import TRAINER_DEFAULTS, TrainRecipe, UsageRecipe
 
@@ -73,6 +74,10 @@ class HAMTrainer(Trainer):
         self.recipe = recipe
         self.calibration = calibration
         self.first_step = 0  # of this part of the training
+        self.teacher: Teacher | None = None
+        settings = recipe.distillation
+        if settings is not None and settings.teacher is not None and settings.weight:
+            self.teacher = Teacher(settings.teacher, self.model, settings.weight, settings.temperature)
         self._saving: str | None = None
         self._losses: list[torch.Tensor] = []
         self._thresholds: list[int] = []
@@ -118,6 +123,23 @@ class HAMTrainer(Trainer):
                 scheduler.lr_lambdas[index] = _constant
                 scheduler.optimizer.param_groups[index]["lr"] = scheduler.base_lrs[index]
         return scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's, of a batch; mixed with the divergence from the teacher, if there is one."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.teacher is not None:
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                # Trainer has multiplied a loss that was divided by the items of all ranks.
+                num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
+            with self.accelerator.autocast():
+                loss = self.teacher.loss(loss, outputs.logits, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's; the loss is remembered, to be judged together with the gradients."""
@@ -376,6 +398,8 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMF
     """The model of a recipe, in float32; `ValueError` if it cannot be, or does not go with the tokenizer."""
     source = recipe.model.from_
     model = new_model(recipe, tokenizer) if source is None else load_model(source)
+    if recipe.distillation is not None and recipe.distillation.open_gates is not None:
+        open_gates(model, recipe.distillation.open_gates)
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

@@ -1,0 +1,393 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Shows that a converted Transformer heals: trains one, converts it, lowers its usage, and measures what that costs.
+
+Usage: ``python -m ham_hf.training.healing --corpus DIR --output DIR``
+
+Run from a clone, which holds the conversion script. Healing follows recipes of `ham-hf train`, which are written to
+the output. Every stage writes its result whole; run again to go on after the last one that is done, or, while healing,
+after the last checkpoint.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import sort_checkpoints
+
+import ham_hf
+from ham_hf import HAMForCausalLM
+from ham_hf.evaluation import calibrate
+from ham_hf.evaluation.usage import held_out_windows
+from ham_hf.files import write_whole
+from ham_hf.training.corpus import SPLIT_FILES
+from ham_hf.training.data import PackedRows
+from ham_hf.training.distillation import open_gates
+from ham_hf.training.ham_tiny import TokenSampler
+from ham_hf.training.recipe import DataRecipe, read_recipe
+from ham_hf.training.trainer import train
+
+PACKAGE = Path(ham_hf.__file__).parent
+CONVERT = PACKAGE.parent / "conversion_scripts" / "convert_transformer_to_ham.py"
+# Windows of the source's training are numbered from here for every seed, those of calibration from there.
+SEEDS_APART, CALIBRATION = 1_000_003, 10**9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result, written beside it."""
+
+    seed: int = 0
+    context: int = 512
+    rows: int = 4
+    source_steps: int = 1500
+    source_lr: float = 3e-3
+    steps: int = 200
+    lr: float = 1e-3
+    open_gates: float = -2.0
+    measure_every: int = 20
+    windows_per_document: int = 12
+
+    @property
+    def schedule(self) -> list[list[float]]:
+        """Steps and usage: down to a half, held, down to a quarter, held."""
+        return [[self.steps * n // 5, usage] for n, usage in enumerate((1.0, 0.5, 0.5, 0.25))]
+
+    @property
+    def half_until(self) -> int:
+        """The last step of the half."""
+        return self.steps * 2 // 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to heal."""
+
+    label: str
+    weight: float = 1.0
+    opened: bool = True
+    router: str = "cosine"
+
+
+RUNS = {
+    "healed": Run("healed: distilled, gates opened"),
+    "next_tokens": Run("healed without a teacher", weight=0.0),
+    "shut": Run("healed with the gates left shut", opened=False),
+    "random": Run("healed, random router (control)", router="random"),
+}
+
+
+class Windows(Dataset):
+    """Windows of training text, each a function of its index alone."""
+
+    def __init__(self, sampler: TokenSampler, first: int, count: int, context: int):
+        self.sampler, self.first, self.count, self.context = sampler, first, count, context
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = self.sampler.batch(self.first + index, 1, self.context)[0]
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def source_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> LlamaForCausalLM:
+    """The Llama that is to be converted: 2.4 million parameters."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=2 * settings.context,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def trainer_options(steps: int, lr: float, settings: Settings) -> dict[str, Any]:
+    """Of Trainer, for the source and for healing: warm-up, decay to a tenth, precision."""
+    return {
+        "learning_rate": lr,
+        "per_device_train_batch_size": settings.rows,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 50 if steps > 500 else 20,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "bf16": True,
+        "use_cpu": True,
+        "logging_steps": 10,
+        "report_to": "none",
+    }
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, windows: torch.Tensor, **arguments: Any) -> dict[str, Any]:
+    """Held-out losses (nats per token) of every window `[N, T]`, their mean, and the fraction of tokens kept."""
+    training = model.training
+    model.eval()
+    losses: list[float] = []
+    kept: list[float] = []
+    for rows in windows.split(8):
+        is_ham = isinstance(model, HAMForCausalLM)
+        outputs = model(input_ids=rows, use_cache=is_ham, **arguments)
+        by_token = F.cross_entropy(outputs.logits[:, :-1].float().mT, rows[:, 1:], reduction="none")
+        losses += by_token.mean(1).tolist()
+        kept += outputs.past_key_values.kv_usage().mean((0, 2)).tolist() if is_ham else [1.0] * len(rows)
+    model.train(training)
+    return {"loss": statistics.mean(losses), "kept": statistics.mean(kept), "losses": losses}
+
+
+class Study:
+    """The stages, each of which leaves a folder or a file in `output`, and is skipped where that is there."""
+
+    def __init__(self, corpus: Path, tokenizer: Path, output: Path, settings: Settings):
+        self.corpus, self.output, self.settings = corpus, output, settings
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.sampler = TokenSampler(corpus, "train", self.tokenizer)
+        windows = held_out_windows(corpus, self.tokenizer, settings.context, settings.windows_per_document)
+        self.windows = torch.cat(windows)
+        self.source, self.converted = output / "source", output / "converted"
+
+    def train(self, model: LlamaForCausalLM, data: Dataset, steps: int, lr: float) -> None:
+        """Trains the source on next tokens."""
+        options = trainer_options(steps, lr, self.settings)
+        arguments = TrainingArguments(
+            str(self.output), max_steps=steps, seed=self.settings.seed, save_strategy="no", **options
+        )
+        Trainer(model, arguments, train_dataset=data).train()
+
+    def train_source(self) -> None:
+        """The Llama, from scratch."""
+        settings = self.settings
+        set_seed(settings.seed)
+        model = source_model(self.tokenizer, settings)
+        first, rows = SEEDS_APART * settings.seed, settings.source_steps * settings.rows
+        windows = Windows(self.sampler, first, rows, settings.context)
+        self.train(model, windows, settings.source_steps, settings.source_lr)
+        self.save(model, self.source)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Writes a model and the tokenizer, whole or not at all."""
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        model.save_pretrained(unfinished)
+        self.tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+    def calibrated(self, model: HAMForCausalLM) -> dict[str, Any]:
+        """Figures of a model that is asked for fractions."""
+        settings = self.settings
+        batches = [self.sampler.batch(CALIBRATION + i, settings.rows, settings.context) for i in range(4)]
+        calibrate(model, batches)
+        return {f"{usage:.0%}": measure(model, self.windows, kv_usage=usage) for usage in (1.0, 0.5, 0.25, 0.0)}
+
+    def unhealed(self) -> dict[str, Any]:
+        """The source, and the model that was made of it, before training."""
+        source = measure(LlamaForCausalLM.from_pretrained(self.source), self.windows)
+        model = HAMForCausalLM.from_pretrained(self.converted)
+        figures = self.calibrated(model)
+        open_gates(model, self.settings.open_gates)
+        return {"source": source, **figures, "opened": measure(model, self.windows)}
+
+    def trained_on(self) -> dict[str, Any]:
+        """The source after as many more tokens as healing takes, the same ones: what they alone are worth."""
+        settings = self.settings
+        set_seed(settings.seed)
+        model = LlamaForCausalLM.from_pretrained(self.source)
+        data = DataRecipe(**self.data())
+        rows = PackedRows(data, self.tokenizer, settings.context, settings.seed)
+        self.train(model, rows, settings.steps, settings.lr)
+        return measure(model, self.windows)
+
+    def data(self) -> dict[str, Any]:
+        """The section of the recipes; all rows of the corpus are shuffled, not only those of neighbouring books."""
+        return {"files": str(self.corpus / SPLIT_FILES["train"]), "shuffle_rows": 100_000}
+
+    def recipe(self, name: str) -> Path:
+        """Writes the recipe of a way to heal."""
+        run, settings = RUNS[name], self.settings
+        start = self.converted
+        if run.router != "cosine":
+            start = self.output / f"converted-{run.router}"
+            if not start.exists():
+                self.save(HAMForCausalLM.from_pretrained(self.converted, router=run.router), start)
+        content = {
+            "output": str(self.output / name),
+            "model": {"from": str(start)},
+            "data": self.data(),
+            "steps": settings.steps,
+            "context": settings.context,
+            "seed": settings.seed,
+            "usage": {"schedule": settings.schedule},
+            "distillation": {
+                "teacher": str(self.source),
+                "weight": run.weight,
+                "open_gates": settings.open_gates if run.opened else None,
+            },
+            "evaluation": {
+                "every": settings.steps,
+                "data": {"files": str(self.corpus / SPLIT_FILES["held_out"])},
+                "usages": [],
+            },
+            "trainer": {
+                **trainer_options(settings.steps, settings.lr, settings),
+                "save_steps": settings.measure_every,
+                "save_total_limit": settings.steps,
+            },
+        }
+        path = self.output / f"{name}.yaml"
+        write_whole(path, yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def heal(self, name: str) -> dict[str, Any]:
+        """One way to heal: the curve over its checkpoints, and the healed model where it is asked for fractions."""
+        folder = train(read_recipe(self.recipe(name)))
+        if folder is None:
+            raise KeyboardInterrupt
+        curve = []
+        for checkpoint in sort_checkpoints(str(self.output / name)):
+            step = int(checkpoint.rpartition("-")[2])
+            curve.append({"step": step, **measure(HAMForCausalLM.from_pretrained(checkpoint), self.windows)})
+        model = HAMForCausalLM.from_pretrained(folder)
+        gates = [layer.mixer.rnn_gate_proj.bias.sigmoid().mean().item() for layer in model.model.layers]
+        return {"curve": curve, "asked": self.calibrated(model), "rnn_gates": gates}
+
+    def stored(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` returns, or returned the last time."""
+        path = self.output / f"{name}.json"
+        if not path.exists():
+            print(f"Stage: {name}", flush=True)
+            write_whole(path, json.dumps(make()))
+        return json.loads(path.read_text())
+
+    def results(self, runs: Iterable[str] = RUNS) -> dict[str, Any]:
+        """Every stage, in order; of the ways to heal, those that are named."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.source.exists():
+            self.train_source()
+        if not self.converted.exists():
+            subprocess.run([sys.executable, str(CONVERT), str(self.source), str(self.converted)], check=True)
+        results = {"settings": asdict(self.settings), "windows": len(self.windows)}
+        results["unhealed"] = self.stored("unhealed", self.unhealed)
+        results["trained_on"] = self.stored("trained_on", self.trained_on)
+        return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
+
+
+def done(results: dict[str, Any]) -> list[tuple[str, Run]]:
+    """The ways to heal that there are results of."""
+    return [(name, run) for name, run in RUNS.items() if name in results]
+
+
+def to_markdown(results: dict[str, Any], settings: Settings) -> str:
+    """A row per model; the difference is paired window by window with the source, with its standard error."""
+    source = results["unhealed"]["source"]
+    lines = ["| model | kept | held-out loss (nats/token) | above the source |", "|---|---|---|---|"]
+
+    def row(name: str, figures: dict[str, Any]) -> None:
+        differences = [a - b for a, b in zip(figures["losses"], source["losses"], strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        percent = [100 * x / source["loss"] for x in (statistics.mean(differences), error)]
+        lines.append(
+            f"| {name} | {figures['kept']:.1%} | {figures['loss']:.4f} | {percent[0]:+.2f}% ± {percent[1]:.2f}% |"
+        )
+
+    row("source", source)
+    row("source, trained on for as many tokens", results["trained_on"])
+    for usage in ("100%", "50%", "25%", "0%"):
+        row(f"converted, not healed, {usage}", results["unhealed"][usage])
+    row("converted, gates opened, 100%", results["unhealed"]["opened"])
+    for name, run in done(results):
+        curve = results[name]["curve"]
+        row(f"{run.label}; on the way, at 50%", next(x for x in curve if x["step"] == settings.half_until))
+        row(f"{run.label}; in the end, at 25%", curve[-1])
+        row(f"{run.label}; in the end, asked for 50%", results[name]["asked"]["50%"])
+    tokens = settings.rows * settings.context
+    tail = (
+        f"{results['windows']} windows of {settings.context} tokens; ± are standard errors over windows, of one seed. "
+        f"The source was trained for {settings.source_steps} steps of {tokens} tokens, healing takes "
+        f"{settings.steps}, and is at 50% after the first {settings.half_until}. There and in the end the learned "
+        "thresholds decide what is kept, elsewhere those of score quantiles."
+    )
+    return "\n".join([*lines, "", tail]) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Held-out loss and usage over the schedule, one line for each way to heal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    source = results["unhealed"]["source"]["loss"]
+    for name, run in done(results):
+        curve = results[name]["curve"]
+        steps = [0, *(x["step"] for x in curve)]
+        first = results["unhealed"]["opened" if run.opened else "100%"]
+        top.plot(steps, [first["loss"], *(x["loss"] for x in curve)], ".-", label=run.label)
+        bottom.plot(steps, [100 * first["kept"], *(100 * x["kept"] for x in curve)], ".-")
+    for factor, name, style in ((1, "source", "-"), (1.02, "source + 2%", "--"), (1.05, "source + 5%", ":")):
+        top.axhline(source * factor, color="grey", linestyle=style, label=name)
+    top.axhline(results["trained_on"]["loss"], color="black", linestyle="-.", label="source, trained on")
+    top.set(ylabel="held-out loss (nats/token)", title="Healing a converted Llama")
+    bottom.set(xlabel="step", ylabel="tokens kept (%)", ylim=(0, 105))
+    top.legend(fontsize="small")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Runs what is left to do, and writes `results.json`, `results.md` and `healing.png` to `--results`."""
+    parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to go on.")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
+    parser.add_argument("--output", type=Path, required=True, help="where models and the stages' figures go")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=PACKAGE / "checkpoints" / "ham-tiny", help="default: that of ham-tiny"
+    )
+    parser.add_argument("--results", type=Path, help="where table and plot go (default: --output)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default %(default)s)")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")
+    arguments = parser.parse_args()
+    settings = Settings(seed=arguments.seed)
+    study = Study(arguments.corpus, arguments.tokenizer, arguments.output, settings)
+    results = study.results(arguments.runs)
+    target = arguments.results or arguments.output
+    target.mkdir(parents=True, exist_ok=True)
+    table = to_markdown(results, settings)
+    print(table)
+    write_whole(target / "results.json", json.dumps(results, indent=1) + "\n")
+    write_whole(target / "results.md", table)
+    plot(results, target / "healing.png")
+
+
+if __name__ == "__main__":
+    main()
