@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ham_hf.evaluation.study.report import write_report
+from ham_hf.evaluation.study.study import read_results
 from ham_hf.training.healing import Settings, to_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +39,15 @@ def test_healing_table_is_the_measured_one():
     assert table.strip() == (ROOT / "model_cards/healing/results.md").read_text().strip()
     results = json.loads((ROOT / "model_cards/healing/results.json").read_text())
     assert table.strip() == to_markdown(results, Settings(**results["settings"])).strip()
+
+
+def test_the_study_is_what_its_results_say(tmp_path):
+    stored = ROOT / "model_cards/study"
+    write_report(read_results(stored), tmp_path)
+    for name in ("study.md", "differences.md"):
+        assert (stored / name).read_text() == (tmp_path / name).read_text()
+    table = (ROOT / "README.md").read_text().split("<!-- study:begin -->")[1].split("<!-- study:end -->")[0]
+    assert table.strip() == (stored / "differences.md").read_text().strip()
 
 
 def test_loss_improves_as_more_is_kept():
