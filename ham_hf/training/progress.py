@@ -61,9 +61,11 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.seen = (state.global_step, time.monotonic())
-        parameters = sum(x.numel() for x in model.parameters() if x.requires_grad)
+        sizes = [(x.numel(), x.requires_grad) for x in model.parameters()]
+        parameters, learning = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+        part = "" if learning == parameters else f"{learning:,} of "
         begun = f", going on after step {state.global_step:,}" if state.global_step else ""
-        print(f"Training {parameters:,} parameters: {state.max_steps:,} steps of {self.tokens:,} tokens{begun}")
+        print(f"Training {part}{parameters:,} parameters: {state.max_steps:,} steps of {self.tokens:,} tokens{begun}")
         disable = None if self.show_bar else True  # `None`: where stderr is no terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=disable)
 

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -241,6 +241,35 @@ class DistillationRecipe:
 
 
 @dataclass(frozen=True)
+class LoraRecipe:
+    """Adapters of low rank that are trained in place of the weights, see peft's `LoraConfig`.
+
+    Attributes:
+        rank: of an adapter's two matrices.
+        alpha: an adapter's output is multiplied by `alpha / rank`.
+        dropout: part of an adapter's inputs that training leaves out.
+        target_modules: what has an adapter: `"all-linear"` is every projection but the head, those of the RNN and of a
+            learned router included; or ends of names in a list, or a regular expression for whole names.
+        merge: write the model with the adapters added to its weights; otherwise the adapters alone, as peft does.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("rank", self.rank, 1)
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"`alpha` must be above 0, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
+        if not self.target_modules:
+            raise ValueError("`target_modules` must name at least one module, or be 'all-linear', got none.")
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     """When and how loss and kept fraction are measured during training.
 
@@ -281,8 +310,9 @@ class TrainRecipe:
         steps: updates in all.
         context: tokens in a row; documents are packed into rows.
         seed: of the new weights and of the order of rows.
-        usage: what is kept.
+        usage: what is kept. Beside adapters thresholds learn where a target or a schedule is given.
         distillation: how a converted model learns from its source.
+        lora: adapters that are trained in place of all weights. Default: all weights are.
         evaluation: what is measured meanwhile.
         trainer: fields of Transformers' `TrainingArguments`.
     """
@@ -295,6 +325,7 @@ class TrainRecipe:
     seed: int = 0
     usage: UsageRecipe = field(default_factory=UsageRecipe)
     distillation: DistillationRecipe | None = None
+    lora: LoraRecipe | None = None
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -309,7 +340,28 @@ class TrainRecipe:
         for step, _ in self.usage.schedule or []:
             if step > self.steps:
                 raise ValueError(f"`usage: schedule` must end within `steps` ({self.steps}), got a point at {step}.")
+        if self.lora is not None:
+            self._check_lora(self.lora)
         self._check_trainer()
+
+    @property
+    def thresholds_learn(self) -> bool:
+        """Whether thresholds are trained: always with all weights, beside adapters where `usage` says to what end."""
+        return self.lora is None or self.usage.target is not None or self.usage.schedule is not None
+
+    def _check_lora(self, lora: LoraRecipe) -> None:
+        if self.model.from_ is None:
+            raise ValueError("`lora` must have `model: from`, a checkpoint to adapt, got `model: new`.")
+        if self.thresholds_learn and not lora.merge:
+            raise ValueError(
+                "`lora: merge` must be true where `usage` has a `target` or a `schedule`, got false: thresholds learn "
+                "then, and what peft saves of an adapter cannot hold them."
+            )
+        if not self.thresholds_learn and replace(self.usage, router_learning_rate=None) != UsageRecipe():
+            raise ValueError(
+                "`usage` must have a `target` or a `schedule` beside `freeze_steps` and `threshold_learning_rate`, "
+                "got neither: with `lora` thresholds are held then."
+            )
 
     def _check_trainer(self) -> None:
         hints = typing.get_type_hints(TrainingArguments)
@@ -329,9 +381,11 @@ class TrainRecipe:
                 raise ValueError(f"`trainer: {key}` must be above 0, got {self.trainer[key]}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values under the YAML's keys; every default is written out."""
+        """The recipe as plain values under the YAML's keys; every default but a section's absence is written out."""
         plain = dataclasses.asdict(self)
         plain["model"]["from"] = plain["model"].pop("from_")
+        if self.lora is None:
+            del plain["lora"]
         return plain | {"trainer": TRAINER_DEFAULTS | self.trainer}
 
 
@@ -387,7 +441,7 @@ def _read_section(kind: type[Section], content: Any, where: str) -> Section:
         path = f"{where}: {key}" if where else key
         hint = hints[fields[key].name]
         section = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
-        if section is not None and value is not None:
+        if section is not None and (value is not None or section is LoraRecipe):  # `lora:` alone would train all
             value = _read_section(section, value, path)  # type: ignore[arg-type]
         elif not _matches(value, hint):
             raise TypeError(f"`{path}` must be {_describe(hint)}, got {value!r}.")

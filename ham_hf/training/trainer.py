@@ -40,6 +40,7 @@ from ..files import write_whole
 from .control import ThresholdCallback, UsageMeter, UsageSchedule, clipped_parameters, parameter_groups
 from .data import PackedRows
 from .distillation import Teacher, open_gates
+from .lora import add_adapters, load_checkpoint, save_thresholds
 from .progress import LogFile, Progress
 from .recipe import TRAINER_DEFAULTS, TrainRecipe, UsageRecipe
 
@@ -58,7 +59,7 @@ class HAMTrainer(Trainer):
 
     Thresholds have groups of their own in the optimiser, keep their learning rate and are not clipped. A checkpoint
     appears under its name when it is whole. Nothing is saved once a number is not finite. An evaluation measures the
-    loss and the fraction kept at several settings.
+    loss and the fraction kept at several settings. The model may be wrapped by peft.
 
     Args:
         recipe: what the arguments below were made of.
@@ -66,7 +67,7 @@ class HAMTrainer(Trainer):
         arguments: those of `Trainer`; `train_dataset` is a `PackedRows`, `eval_dataset` a list of its rows.
     """
 
-    model: HAMForCausalLM
+    model: Any  # HAMForCausalLM or peft.PeftModel
     train_dataset: PackedRows
 
     def __init__(self, recipe: TrainRecipe, calibration: list[dict[str, torch.Tensor]], **arguments: Any):
@@ -78,6 +79,7 @@ class HAMTrainer(Trainer):
         settings = recipe.distillation
         if settings is not None and settings.teacher is not None and settings.weight:
             self.teacher = Teacher(settings.teacher, self.model, settings.weight, settings.temperature)
+        self.resumed_from: str | None = None  # until its random state is put back
         self._saving: str | None = None
         self._losses: list[torch.Tensor] = []
         self._thresholds: list[int] = []
@@ -93,6 +95,11 @@ class HAMTrainer(Trainer):
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
+
+    @property
+    def ham(self) -> HAMForCausalLM:
+        """The HAM itself, which has the adapters in it, if there are any."""
+        return self.model if isinstance(self.model, HAMForCausalLM) else self.model.get_base_model()
 
     # ---- optimisation
 
@@ -143,6 +150,10 @@ class HAMTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's; the loss is remembered, to be judged together with the gradients."""
+        if self.resumed_from is not None:
+            # Trainer did it before it opened the data, which drew a number: dropout would not be that of one run.
+            self._load_rng_state(self.resumed_from)
+            self.resumed_from = None
         loss = super().training_step(*args, **kwargs)
         self._losses.append(loss)
         return loss
@@ -173,9 +184,9 @@ class HAMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss (nats a token) and fraction kept of the held-out rows at every setting of the recipe, as one log."""
         settings: dict[str, dict[str, float]] = {"": {}}
-        hybrid = self.model.config.num_hybrid_layers > 0
+        hybrid = self.ham.config.num_hybrid_layers > 0
         if hybrid:
-            calibrate(self.model, self.calibration)
+            calibrate(self.ham, self.calibration)
             settings |= {f"/usage_{x:g}": {"kv_usage": x} for x in self.recipe.evaluation.usages}
             settings |= {f"/threshold_{x:g}": {"threshold": x} for x in self.recipe.evaluation.thresholds}
         loader = self.get_eval_dataloader()
@@ -239,6 +250,8 @@ class HAMTrainer(Trainer):
             (whole / "training_args.bin").unlink(missing_ok=True)
             rows = self.train_dataset.start + (step - self.first_step) * rows_per_step(self.args)
             write_whole(whole / DATA_STATE, json.dumps(self.train_dataset.state_dict(rows)))
+            if self.recipe.lora is not None:
+                save_thresholds(self.model, whole)
             replace_folder(whole, output / whole.name)
             checkpoints = sort_checkpoints(str(output))
             for old in checkpoints[: -(self.args.save_total_limit or len(checkpoints))]:
@@ -322,6 +335,8 @@ def train(recipe: TrainRecipe) -> Path | None:
         callbacks=[stop],
     )
     report_through_us(trainer, schedule)
+    if recipe.lora is not None and trainer.is_fsdp_enabled:
+        raise ValueError("`lora` must be left out under FSDP: it is for one process and for DDP.")
     if arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
@@ -329,9 +344,13 @@ def train(recipe: TrainRecipe) -> Path | None:
     if last is not None:
         rows.load_state_dict(json.loads((Path(last) / DATA_STATE).read_text()))
         trainer.first_step = int(last.rpartition("-")[2])
+        trainer.resumed_from = last
+        if recipe.lora is not None:
+            load_checkpoint(trainer.model, Path(last))
     if trainer.first_step == recipe.steps:
         # Only the model was not written yet; to Trainer this would be a reason for one more step.
-        trainer.model.load_state_dict(HAMForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict())
+        if recipe.lora is None:
+            trainer.model.load_state_dict(HAMForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict())
     else:
         with stop:
             trainer.train(resume_from_checkpoint=last)
@@ -394,8 +413,13 @@ def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
     return result
 
 
-def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMForCausalLM:
-    """The model of a recipe, in float32; `ValueError` if it cannot be, or does not go with the tokenizer."""
+def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model of a recipe in float32, wrapped by peft where it has adapters.
+
+    Raises:
+        ImportError: if peft is wanted and not installed.
+        ValueError: if it cannot be, or does not go with the tokenizer.
+    """
     source = recipe.model.from_
     model = new_model(recipe, tokenizer) if source is None else load_model(source)
     if recipe.distillation is not None and recipe.distillation.open_gates is not None:
@@ -406,7 +430,7 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMF
             f"`model` must have an embedding for each of the {len(tokenizer)} tokens of the tokenizer "
             f"{recipe.model.tokenizer_path}, got `vocab_size` {config.vocab_size}."
         )
-    return model
+    return model if recipe.lora is None else add_adapters(model, recipe.lora, recipe.thresholds_learn)
 
 
 def load_model(path: str) -> HAMForCausalLM:
@@ -464,7 +488,7 @@ def build_data(
 
 
 def schedule_for(recipe: TrainRecipe, config: HAMConfig) -> UsageSchedule | None:
-    """The usage that thresholds are driven to; `None` for a model that has none.
+    """The usage that thresholds are driven to; `None` where there are none, or they are held.
 
     Raises:
         TypeError, ValueError: for what the model's thresholds cannot follow.
@@ -472,6 +496,8 @@ def schedule_for(recipe: TrainRecipe, config: HAMConfig) -> UsageSchedule | None
     if not config.num_hybrid_layers:
         if recipe.usage != UsageRecipe():
             raise ValueError("`usage` must be left out: the model has no layer of type 'hybrid', so nothing is kept.")
+        return None
+    if not recipe.thresholds_learn:
         return None
     default = config.target_kv_usage
     if default is None:
@@ -491,13 +517,17 @@ def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> No
         trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
     recipe = trainer.recipe
     trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
-    trainer.add_callback(Progress(rows_per_step(trainer.args) * recipe.context, bar=not trainer.args.disable_tqdm))
+    trainer.add_callback(
+        Progress(rows_per_step(trainer.args) * recipe.context, bar=not recipe.trainer.get("disable_tqdm"))
+    )
 
 
 def write_model(trainer: HAMTrainer, output: Path) -> None:
-    """Writes the trained and calibrated model with all that tells how it was made, whole or not at all."""
-    if trainer.model.config.num_hybrid_layers:
-        calibrate(trainer.model, trainer.calibration)
+    """Writes the calibrated model or its adapters, with all that tells how it was made, whole or not at all."""
+    if trainer.recipe.lora is not None and trainer.recipe.lora.merge:
+        trainer.model = trainer.model.merge_and_unload()
+    if trainer.ham.config.num_hybrid_layers:
+        calibrate(trainer.ham, trainer.calibration)
     partial = output / PARTIAL / FINAL
     trainer.save_model(str(partial))
     if not trainer.args.should_save:

@@ -1,0 +1,67 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""LoRA with peft: adapters on a HAM's projections; beside them thresholds learn, which peft does not save."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..modeling_ham import HAMForCausalLM
+from .recipe import LoraRecipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+THRESHOLDS = "thresholds.safetensors"
+
+
+def add_adapters(model: HAMForCausalLM, recipe: LoraRecipe, train_thresholds: bool) -> "PeftModel":
+    """Freezes a model, and puts adapters that compute nothing yet on its projections.
+
+    Args:
+        model: changed in place.
+        recipe: size and places of the adapters.
+        train_thresholds: whether thresholds learn, too.
+
+    Raises:
+        ImportError: if peft is not installed.
+        ValueError: if the model has no such projections, or others than peft can adapt.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("`lora` needs peft, which the extra `train` brings: pip install 'ham-hf[train]'.") from error
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # only divided by the rank
+        lora_dropout=recipe.dropout,
+        target_modules=recipe.target_modules,
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"`lora: target_modules` does not go with this model: {error}") from error
+    for threshold in thresholds_of(model).values():
+        threshold.requires_grad_(train_thresholds)
+    return adapted
+
+
+def thresholds_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The learned thresholds `[Hk]` of every layer, by name."""
+    return {name: x for name, x in model.named_parameters() if name.rpartition(".")[2] == "threshold"}
+
+
+def save_thresholds(model: "PeftModel", folder: Path) -> None:
+    """Writes the thresholds beside the adapters of a checkpoint."""
+    save_file({name: x.detach().cpu() for name, x in thresholds_of(model).items()}, folder / THRESHOLDS)
+
+
+def load_checkpoint(model: "PeftModel", folder: Path) -> None:
+    """Gives a model the adapters and the thresholds of a checkpoint."""
+    model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+    saved = load_file(folder / THRESHOLDS)
+    with torch.no_grad():
+        for name, threshold in thresholds_of(model).items():
+            threshold.copy_(saved[name])
