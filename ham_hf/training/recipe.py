@@ -189,7 +189,7 @@ class UsageRecipe:
     target: float | list[float] | None = None
     schedule: list[Any] | None = None
     freeze_steps: int = 0
-    threshold_learning_rate: float = 1.0
+    threshold_learning_rate: float = 0.2
     router_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
