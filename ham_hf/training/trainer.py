@@ -181,7 +181,7 @@ class HAMTrainer(Trainer):
         finally:
             self.model.train(training)
         self.log(metrics)
-        self.state.log_history[-1].update(scores)
+        self.state.log_history[-1].update(scores)  # type: ignore[arg-type]  # Trainer says that all is numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
