@@ -107,7 +107,7 @@ def parameter_groups(
     threshold_learning_rate: float = 0.2,
     router_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups of the parameters that learn, for AdamW and its kin and for SGD.
+    """Groups of the parameters that learn, for AdamW and its kin (whose `eps` is a number) and for SGD.
 
     Thresholds have a learning rate of their own, and descend by the gradient itself whatever the optimiser does with
     the rest: their group brings the settings for that, of which an optimiser takes those that it has.
@@ -286,8 +286,9 @@ class ThresholdCallback(TrainerCallback):
     """Has Transformers' Trainer follow a schedule, and log what is kept.
 
     Before every step `config.target_kv_usage` becomes the schedule's target at `state.global_step`, so that a resumed
-    training goes on as it would have. With every log of the training loss come the target, the fraction kept since the
-    last one (`kv_usage`), and by layer `kv_usage/layer_0`, `kv_usage_min/layer_0`, `kv_usage_max/layer_0` (mean,
+    training goes on as it would have. With every log of the training loss come the fraction kept since the last one
+    (`kv_usage`), the target of the last step (`kv_usage_target`, a mean of several, unless thresholds are held), and
+    by layer `kv_usage/layer_0`, `kv_usage_min/layer_0`, `kv_usage_max/layer_0` (mean,
     smallest and largest of its heads) and `threshold/layer_0` (mean). They join the Trainer's `log_history` and the
     `logs` of callbacks that follow. Trainer puts those that report to other tools before all it is given: to be read
     by them, this one must be inserted at the front of `trainer.callback_handler.callbacks`.
@@ -349,6 +350,9 @@ class ThresholdCallback(TrainerCallback):
             return
         self.figures = self._meter.read()
         scalars = usage_scalars(self.figures, [mixer.layer_idx for mixer in self._meter.mixers])
+        target = self._meter.decoder.config.target_kv_usage
+        if target is not None:
+            scalars["kv_usage_target"] = sum(target) / len(target) if isinstance(target, list) else target
         logs.update(scalars)
         state.log_history[-1].update(scalars)
 

@@ -15,6 +15,9 @@ from ..files import write_whole
 class LogFile(TrainerCallback):
     """Writes losses, usage and evaluations to a JSON Lines file, an object a log, with its `step`.
 
+    An evaluation is written when it is over, with what was added to its log meanwhile: lists, of which tools that plot
+    logs would complain.
+
     A training that is resumed writes anew what it remembers, so that steps done twice are told once.
     """
 
@@ -28,8 +31,25 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             write_whole(self.path, "".join(map(_line, state.log_history)))
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds a line."""
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds a line for a loss."""
+        if logs is not None and "loss" in logs:
+            self._add(state)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Adds a line for an evaluation."""
+        self._add(state)
+
+    def _add(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(state.log_history[-1]))

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -59,18 +60,22 @@ class HAMTrainer(Trainer):
 
     Thresholds have groups of their own in the optimiser, keep their learning rate and are not clipped. A checkpoint
     appears under its name when it is whole. Nothing is saved once a number is not finite. An evaluation measures the
-    loss and the fraction kept at several settings. The model may be wrapped by peft.
+    loss and the fraction kept at several settings, and how routing scores are spread. The model may be wrapped by peft.
 
     Args:
         recipe: what the arguments below were made of.
         calibration: `[n, context]` int64 token ids and so on, arguments of a call, that `kv_usage` is calibrated on.
         arguments: those of `Trainer`; `train_dataset` is a `PackedRows`, `eval_dataset` a list of its rows.
+
+    Raises:
+        ValueError: for an optimiser that cannot have thresholds descend by the gradient itself.
     """
 
     model: Any  # HAMForCausalLM or peft.PeftModel
     train_dataset: PackedRows
 
     def __init__(self, recipe: TrainRecipe, calibration: list[dict[str, torch.Tensor]], **arguments: Any):
+        check_optimizer(arguments["args"], arguments["model"])
         super().__init__(**arguments)
         self.recipe = recipe
         self.calibration = calibration
@@ -182,7 +187,11 @@ class HAMTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss (nats a token) and fraction kept of the held-out rows at every setting of the recipe, as one log."""
+        """Loss (nats a token) and fraction kept of the held-out rows at every setting of the recipe, as one log.
+
+        To `log_history` it adds, by layer, how many scores of all heads lie in each fiftieth of `[0, 1]` at the
+        learned thresholds (`eval_scores/layer_0`).
+        """
         settings: dict[str, dict[str, float]] = {"": {}}
         hybrid = self.ham.config.num_hybrid_layers > 0
         if hybrid:
@@ -190,7 +199,8 @@ class HAMTrainer(Trainer):
             settings |= {f"/usage_{x:g}": {"kv_usage": x} for x in self.recipe.evaluation.usages}
             settings |= {f"/threshold_{x:g}": {"threshold": x} for x in self.recipe.evaluation.thresholds}
         loader = self.get_eval_dataloader()
-        metrics = {}
+        metrics: dict[str, float] = {}
+        scores: dict[str, list[int]] = {}
         training = self.model.training
         self.model.eval()
         try:
@@ -198,10 +208,13 @@ class HAMTrainer(Trainer):
                 with UsageMeter(self.model) if hybrid else contextlib.nullcontext() as meter:
                     metrics[f"eval_loss{name}"] = self._loss_at(loader, setting)
                     if meter is not None:
-                        metrics[f"eval_kept{name}"] = meter.read()["usage"].mean().item()
+                        figures = meter.read()
+                        metrics[f"eval_kept{name}"] = figures["usage"].mean().item()
+                        scores = scores or score_counts(figures, meter)
         finally:
             self.model.train(training)
         self.log(metrics)
+        self.state.log_history[-1].update(scores)  # type: ignore[arg-type]  # Trainer says that all is numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -381,6 +394,25 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"`trainer` has a value that Trainer does not take: {error}") from error
+
+
+def check_optimizer(arguments: TrainingArguments, model: HAMForCausalLM) -> None:
+    """Refuses, with `ValueError`, an optimiser that does not read what `parameter_groups` says of thresholds."""
+    kind, _ = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    eps = inspect.signature(kind).parameters.get("eps")
+    # Adafactor has a pair of them; Lion none, and steps of one length.
+    reads = issubclass(kind, torch.optim.SGD) or (eps is not None and isinstance(eps.default, float))
+    if model.config.num_hybrid_layers and not reads:
+        raise ValueError(
+            "`trainer: optim` must be SGD, or of the kind of Adam with a number `eps`, for thresholds to descend by "
+            f"the gradient itself, got {str(getattr(arguments.optim, 'value', arguments.optim))!r}."
+        )
+
+
+def score_counts(figures: dict[str, Any], meter: UsageMeter) -> dict[str, list[int]]:
+    """The histograms of what `meter.read` gave, of all heads of a layer together, by layer."""
+    counts = figures["histogram"].sum(1).tolist()
+    return {f"eval_scores/layer_{mixer.layer_idx}": x for mixer, x in zip(meter.mixers, counts, strict=True)}
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:

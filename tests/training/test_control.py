@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from ham_hf import HAMForCausalLM
 from ham_hf.routing_ham import usage_errors
@@ -201,22 +202,27 @@ def optimizers(kind, model):
     return [muon, torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))]
 
 
-def train(model, schedule, steps, kind="adamw", pieces=1):
-    """A plain loop of PyTorch; the usage `[steps, L, Hk]` that it measured."""
+def thresholds_of(model):
+    return torch.stack([layer.mixer.threshold.detach().clone() for layer in model.model.layers])
+
+
+def train(model, schedule, steps, kind="adamw"):
+    """A plain loop of PyTorch; the usage and the thresholds `[steps, L, Hk]` after each step."""
     optimizer = optimizers(kind, model)
-    usage = []
+    usage, thresholds = [], []
     model.train()
     with UsageMeter(model) as meter:
         for step in range(steps):
             model.config.target_kv_usage = schedule.target_at(step)
-            for ids in batch().chunk(pieces):
-                (model(ids, labels=ids, use_cache=False).loss / pieces).backward()
+            ids = batch()
+            model(ids, labels=ids, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(clipped_parameters(model), 1.0)
             for x in optimizer:
                 x.step()
                 x.zero_grad()
             usage.append(meter.read()["usage"])
-    return torch.stack(usage)
+            thresholds.append(thresholds_of(model))
+    return torch.stack(usage), torch.stack(thresholds)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +237,79 @@ def train(model, schedule, steps, kind="adamw", pieces=1):
 )
 def test_usage_meets_its_target_and_stays_there(kind, router, scope, target, tiny_config):
     model = HAMForCausalLM(tiny_config(router=router, threshold_scope=scope))
-    usage = train(model, UsageSchedule(((0, target),)), 120, kind)
+    usage, _ = train(model, UsageSchedule(((0, target),)), 120, kind)
     errors = torch.stack([usage_errors(x, target, scope) for x in usage[60:]])
     for window in errors.split(30):
         assert window.mean(0).abs().max() < 0.02, window.mean(0)
     assert errors.abs().max() < 0.2, "of single batches"
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_thresholds_are_held_while_frozen_and_move_afterwards(kind, tiny_config):
+    model = HAMForCausalLM(tiny_config(target_kv_usage=0.9))
+    before, weights = thresholds_of(model), model.model.layers[0].mixer.q_proj.weight.detach().clone()
+    _, thresholds = train(model, UsageSchedule(((0, 0.9),), freeze_steps=4), 7, kind)
+    assert all(torch.equal(x, before) for x in thresholds[:4])
+    assert not torch.equal(model.model.layers[0].mixer.q_proj.weight, weights), "everything else learns"
+    moves = (thresholds[4:] - thresholds[3:-1]).abs()
+    assert moves[0].min() > 1e-3, "the update that follows 4 others is the first of the thresholds"
+
+
+@pytest.mark.parametrize("router", ["cosine", pytest.param("learned_error", marks=pytest.mark.slow)])
+def test_usage_follows_a_falling_target(router, tiny_config):
+    schedule = UsageSchedule(((0, 1.0), (20, 1.0), (100, 0.5)))
+    usage, thresholds = train(HAMForCausalLM(tiny_config(router=router)), schedule, 140)
+    targets = torch.tensor([schedule.target_at(step) for step in range(140)])
+    errors = usage - targets[:, None, None]
+    assert errors[100:120].mean(0).abs().max() < 0.02, "as soon as the target has come to its end"
+    assert errors[120:].mean(0).abs().max() < 0.02
+    assert errors[20:].abs().max() < 0.2, "of single batches, on the way too"
+    assert thresholds.min() > -0.25
+    assert thresholds.max() < 1.05
+
+
+def test_a_model_that_kept_nothing_comes_to_its_target(tiny_config):
+    """Thresholds of 1.01, above all scores, are those of a converted Gated DeltaNet: 20 steps bring them down."""
+    model = HAMForCausalLM(tiny_config())
+    for layer in model.model.layers:
+        layer.mixer.threshold.data.fill_(1.01)
+    usage, thresholds = train(model, UsageSchedule(((0, 0.5),)), 50)
+    assert usage[0].max() == 0
+    assert thresholds.diff(dim=0)[0].max() < -0.05, "towards the scores from the first step on"
+    for window in usage[20:].split(15):
+        assert (window.mean(0) - 0.5).abs().max() < 0.03, window.mean(0)
+
+
+@pytest.mark.parametrize("scope", ["head", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_an_extreme_target_is_met_without_winding_up(target, scope, tiny_config):
+    usage, thresholds = train(HAMForCausalLM(tiny_config(threshold_scope=scope)), UsageSchedule(((0, target),)), 100)
+    assert (usage[-30:].mean() - target).abs() < 0.005
+    assert thresholds.min() > -0.2, "a step of at most 0.2 below 0"
+    assert thresholds.max() < 1.2, "a step of at most 0.2 above 1"
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_accumulated_pieces_move_thresholds_as_the_whole_batch_does(scope, tiny_config):
+    """Of one process with accelerate, whose `backward` divides by the pieces, which Trainer multiplies by as well."""
+    config = tiny_config(threshold_scope=scope, target_kv_usage=0.25)
+    whole, parts = (HAMForCausalLM(config) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    before = thresholds_of(whole)
+    optimizer = torch.optim.AdamW(parameter_groups(whole, 1e-4, 0.0), eps=1e-3)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, accumulated = accelerator.prepare(parts, torch.optim.AdamW(parameter_groups(parts, 1e-4, 0.0), eps=1e-3))
+    for _ in range(5):
+        ids = batch()
+        whole(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for piece in ids.chunk(4):
+            with accelerator.accumulate(model):
+                loss = model(piece, labels=piece, use_cache=False, num_items_in_batch=ids[:, 1:].numel()).loss
+                accelerator.backward(loss * 4)
+                accumulated.step()
+                accumulated.zero_grad()
+    assert (thresholds_of(whole) - before).abs().min() > 1e-2
+    # A token at a threshold that is rounded to its other side would make 2e-4.
+    assert (thresholds_of(parts) - thresholds_of(whole)).abs().max() < 1e-5

@@ -141,6 +141,22 @@ def test_the_log_tells_the_schedule_and_every_setting(unbroken):
         assert x["eval_loss/threshold_0"] != x["eval_loss/threshold_2"]
 
 
+def test_the_log_tells_how_scores_are_spread_at_the_learned_thresholds(unbroken):
+    recipe = unbroken
+    evaluations = [x for x in log_of(recipe) if "eval_loss" in x]
+    for x in evaluations:
+        counts = [x[f"eval_scores/layer_{n}"] for n in range(2)]
+        assert all(len(layer) == 50 and sum(layer) == 3 * recipe.context for layer in counts)
+    model = AutoModelForCausalLM.from_pretrained(recipe.output + "/model")
+    rows = trainer_module.build_data(recipe, AutoTokenizer.from_pretrained(recipe.output + "/model"), 4)[1]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids")}
+    scores = model(**batch, output_routing_scores=True).routing_scores
+    for n, layer in enumerate(scores):
+        found = torch.tensor(evaluations[-1][f"eval_scores/layer_{n}"])
+        assert (torch.histc(layer.detach(), 50, 0, 1).long() - found).abs().sum() <= 4, "but for rounding at an edge"
+    assert not any("eval_scores" in key for x in log_of(recipe) if "loss" in x for key in x)
+
+
 def test_the_loss_of_an_evaluation_is_that_of_its_tokens(unbroken):
     recipe = unbroken
     model = AutoModelForCausalLM.from_pretrained(recipe.output + "/model")
@@ -171,7 +187,7 @@ def test_thresholds_keep_their_rate_and_are_not_clipped(recipe_of, monkeypatch):
 
     monkeypatch.setattr(HAMTrainer, "__init__", init)
     train(recipe_of("run", "use_cpu", "max_grad_norm: 1e-6, learning_rate: 0.01, warmup_steps: 3, use_cpu"))
-    assert all(rates[-1] == 1.0 for rates, _, _ in seen)
+    assert all(rates[-1] == 0.2 for rates, _, _ in seen)
     assert [round(rates[0], 4) for rates, _, _ in seen[:4]] == [0, 0.0033, 0.0067, 0.01]
     assert all(norm < 1.1e-6 for _, norm, _ in seen)
     assert max(gradient for _, _, gradient in seen) > 1e-4
@@ -335,6 +351,7 @@ def test_an_output_with_other_files_is_left_alone(recipe_of):
         ("hidden_size: 16", "hidden_size: 15", "`model: new` is no HAM: RoPE needs an even `head_dim`"),
         ("new: {{", "new: {{vocab_size: 9, ", "an embedding for each of the 4096 tokens.*`vocab_size` 9"),
         ("schedule: [[0, 1.0], [6, 0.25]]", "target: [0.5]", "one entry per hybrid layer \\(2\\), got 1"),
+        ("use_cpu: true", "use_cpu: true, optim: adafactor", "`trainer: optim` must be SGD, or .*, got 'adafactor'"),
         ("use_cpu: true", "use_cpu: true, optim: adamx", "`trainer` has a value that Trainer does not take"),
         ("new: {{", "new: {{layer_types: [linear_attention, linear_attention], ", "`usage` must be left out"),
     ],

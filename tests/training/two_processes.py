@@ -63,7 +63,7 @@ def make_model(**settings: Any) -> HAMForCausalLM:
 
 
 def make_batch(seed: int = 1) -> dict[str, torch.Tensor]:
-    """Four rows of unequal lengths, whose second halves are learned: each has as many labels as half of its tokens."""
+    """Four rows of unequal lengths, whose second halves are learned; two ranks have equally many tokens and labels."""
     ids = torch.randint(1, 97, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(seed))
     labels, mask = ids.clone(), torch.ones_like(ids)
     for row, length in enumerate(LENGTHS):
@@ -112,16 +112,6 @@ def difference(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) 
 
 def thresholds_only(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: x for name, x in tensors.items() if name.endswith("threshold")}
-
-
-def without_thresholds(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: x for name, x in tensors.items() if not name.endswith("threshold")}
-
-
-def calls(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """A batch in the parts that ranks see, on which thresholds' gradients depend: they are products of two means."""
-    half = len(LENGTHS) // 2
-    return [rows(batch, slice(0, half)), rows(batch, slice(half, None))]
 
 
 def one_process(
@@ -204,7 +194,7 @@ def data_parallel() -> dict[str, Any]:
         accelerator = make_accelerator()
         model = make_model(router=router)
         with UsageMeter(model) as meter:
-            expected = one_process(model, calls(make_batch()))
+            expected = one_process(model, [make_batch()])
         usage = meter.read()["usage"]
         prepared = accelerator.prepare(make_model(router=router))
         with UsageMeter(accelerator.unwrap_model(prepared)) as meter:
@@ -212,15 +202,11 @@ def data_parallel() -> dict[str, Any]:
         measured = meter.read()["usage"]
         found[router] = compare(expected, got) | {"usage": usage.flatten().tolist()}
         found[router]["usage over ranks"] = (usage - measured).abs().max().item()
-        whole_batch = one_process(make_model(router=router), [make_batch()])
-        found[router]["in one call"] = difference(
-            *map(without_thresholds, (whole_batch["gradients"], got["gradients"]))
-        )
         alone = one_process(make_model(router=router), [own_rows(make_batch())])
         found[router]["one rank alone"] = compare(expected, alone)["thresholds"]
     batches = [make_batch(1), make_batch(2)]
     accelerator = make_accelerator()
-    expected = one_process(make_model(tie_word_embeddings=True), [*calls(batches[0]), *calls(batches[1])])
+    expected = one_process(make_model(tie_word_embeddings=True), batches)
     prepared = accelerator.prepare(make_model(tie_word_embeddings=True))
     found["accumulated"] = compare(expected, two_processes(accelerator, prepared, batches))
     return found
@@ -237,7 +223,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     }
     for name, (settings, plugin) in cases.items():
         accelerator = make_accelerator(fsdp_plugin(**plugin))
-        expected = one_process(make_model(**settings), [*calls(make_batch(1)), *calls(make_batch(2))])
+        expected = one_process(make_model(**settings), [make_batch(1), make_batch(2)])
         model = make_model(**settings)
         if name == "checkpointed by Transformers":
             model.activation_checkpointing_enable()
@@ -255,7 +241,7 @@ def sharded_steps(folder: Path) -> dict[str, Any]:
     model = make_model(router="learned_error")
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     for step in range(3):
-        one_process(alone, calls(make_batch(step)))
+        one_process(alone, [make_batch(step)])
         two_processes(accelerator, model, [make_batch(step)])
         for each in (alone_optimizer, optimizer):
             each.step()
@@ -283,11 +269,11 @@ def in_bfloat16(mesh: DeviceMesh) -> dict[str, Any]:
     """FSDP2 in bfloat16 through accelerate, against float32 and against one process of the same precision."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     batches = [make_batch()]
-    exact = one_process(make_model(), calls(make_batch()))
+    exact = one_process(make_model(), [make_batch()])
     alone = make_model()
     for module in [*alone.model.layers, alone]:
         fully_shard(module, mesh=mesh["self"], mp_policy=policy)
-    expected = one_process(alone, calls(make_batch()))
+    expected = one_process(alone, [make_batch()])
     accelerator = make_accelerator(fsdp_plugin(mixed_precision_policy=policy), "bf16")
     model = make_model()
     model, _ = accelerator.prepare(model, optimizer_of(model))
@@ -308,7 +294,7 @@ def sharded_by_transformers(folder: Path) -> dict[str, Any]:
         alone = HAMForCausalLM.from_pretrained(path, dtype=dtype, use_cache=False).train()
         config = DistributedConfig(fsdp_size=dist.get_world_size())
         model = HAMForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=config, use_cache=False).train()
-        expected = one_process(alone, calls(make_batch()))
+        expected = one_process(alone, [make_batch()])
         part = model(**own_rows(make_batch()), num_items_in_batch=num_labels(make_batch())).loss
         (part * dist.get_world_size()).backward()
         loss = part.detach().clone()
