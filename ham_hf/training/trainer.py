@@ -356,9 +356,18 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "logging_nan_inf_filter": False,
     }
     try:
-        return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
+        arguments = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
+        found = arguments.world_size
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"`trainer` has a value that Trainer does not take: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != started:
+        # Each would train by itself, and write into the folder of the others.
+        raise ValueError(
+            f"`trainer: use_cpu` must be true for several processes on a CPU, got {arguments.use_cpu}: of {started} "
+            f"processes that were started each sees {found}."
+        )
+    return arguments
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:

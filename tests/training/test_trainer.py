@@ -329,6 +329,14 @@ def test_an_output_with_other_files_is_left_alone(recipe_of):
         train(recipe)
 
 
+def test_processes_that_do_not_see_each_other_are_refused(recipe_of, monkeypatch):
+    recipe = recipe_of("run")
+    trainer_module.training_arguments(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="`trainer: use_cpu` must be true for several processes on a CPU"):
+        train(recipe)
+
+
 def test_an_output_that_is_a_file_is_refused(recipe_of, tmp_path):
     recipe = recipe_of("run")
     Path(recipe.output).write_text("mine")
