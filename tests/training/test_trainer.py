@@ -329,9 +329,9 @@ def test_an_output_with_other_files_is_left_alone(recipe_of):
         train(recipe)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they see each other")
 def test_processes_that_do_not_see_each_other_are_refused(recipe_of, monkeypatch):
-    recipe = recipe_of("run")
-    trainer_module.training_arguments(recipe)
+    recipe = recipe_of("run", ", use_cpu: true", "")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="`trainer: use_cpu` must be true for several processes on a CPU"):
         train(recipe)
