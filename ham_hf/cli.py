@@ -57,7 +57,8 @@ CHECKPOINT. Needs a token that may write: hf auth login, or the environment vari
 TRAIN_EXAMPLES = """\
 examples:
   ham-hf train recipe.yaml
-  accelerate launch --num-processes 2 -m ham_hf.cli train recipe.yaml
+  accelerate launch --num_processes 2 -m ham_hf.cli train recipe.yaml   (two GPUs)
+  torchrun --nproc-per-node 2 -m ham_hf.cli train recipe.yaml           (two processes on a CPU, with use_cpu: true)
 
 Run it again to go on where it was interrupted. A recipe to start from: ham_hf/training/examples/small.yaml
 """

@@ -171,7 +171,7 @@ class PackedRows(IterableDataset):
             self.documents.load_state_dict(source)
         texts: list[str] = []
         state, characters = source, 0
-        for document in self.documents:
+        for document in self._documents():
             texts.append(self._text(document))
             characters += 1 + len(texts[-1])
             if characters >= CHARACTERS_AT_A_TIME:
@@ -179,6 +179,12 @@ class PackedRows(IterableDataset):
                 texts, state, characters = [], self.documents.state_dict(), 0
         if texts:
             yield state, *self._encode(texts)
+
+    def _documents(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.documents
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`data` must be UTF-8 text in every file: {error}.") from error
 
     def _text(self, document: dict[str, Any]) -> str:
         text = document.get(self.recipe.column)

@@ -379,6 +379,8 @@ class TrainRecipe:
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if self.trainer.get(key, 1) <= 0:
                 raise ValueError(f"`trainer: {key}` must be above 0, got {self.trainer[key]}.")
+        for key in ("learning_rate", "weight_decay", "max_grad_norm"):
+            _at_least(f"trainer: {key}", self.trainer.get(key), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values under the YAML's keys; every default but a section's absence is written out."""

@@ -332,7 +332,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         return output / FINAL
     set_seed(recipe.seed)
     with arguments.main_process_first():
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer_path)
+        tokenizer = load_tokenizer(recipe)
         model = build_model(recipe, tokenizer)
         rows, held_out, calibration = build_data(recipe, tokenizer, rows_per_step(arguments))
     schedule = schedule_for(recipe, model.config)
@@ -391,9 +391,18 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "logging_nan_inf_filter": False,
     }
     try:
-        return TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
+        arguments = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
+        found = arguments.world_size
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"`trainer` has a value that Trainer does not take: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != started:
+        # Each would train by itself, and write into the folder of the others.
+        raise ValueError(
+            f"`trainer: use_cpu` must be true for several processes on a CPU, got {arguments.use_cpu}: of {started} "
+            f"processes that were started each sees {found}."
+        )
+    return arguments
 
 
 def check_optimizer(arguments: TrainingArguments, model: HAMForCausalLM) -> None:
@@ -423,6 +432,8 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
     """Refuses, with `ValueError`, a folder with other things in it, and one another training that has `begun`."""
     if not begun:
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"`output` must be a folder, got the file {output}.")
         if output.is_dir() and any(x.name not in {"recipe.json", "log.jsonl", PARTIAL} for x in output.iterdir()):
             raise ValueError(f"`output` must be a new or empty folder, or that of an earlier training, got {output}.")
         return
@@ -453,7 +464,9 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         ValueError: if it cannot be, or does not go with the tokenizer.
     """
     source = recipe.model.from_
-    model = new_model(recipe, tokenizer) if source is None else load_model(source)
+    model = (
+        new_model(recipe, tokenizer) if source is None else HAMForCausalLM.from_pretrained(source, dtype=torch.float32)
+    )
     if recipe.distillation is not None and recipe.distillation.open_gates is not None:
         open_gates(model, recipe.distillation.open_gates)
     config = model.config
@@ -465,12 +478,30 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     return model if recipe.lora is None else add_adapters(model, recipe.lora, recipe.thresholds_learn)
 
 
-def load_model(path: str) -> HAMForCausalLM:
-    """The checkpoint that a training starts from; `ValueError` if it is none of a HAM."""
-    kind = HAMConfig.get_config_dict(path)[0].get("model_type")
+def load_tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe; `ValueError` if there is none, or the checkpoint that should have it is no HAM."""
+    if recipe.model.from_ is not None:
+        check_checkpoint(recipe.model.from_)
+    path = recipe.model.tokenizer_path
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model: tokenizer` must be a folder, or a name on the Hub, that holds a tokenizer, got {path!r}"
+            f"{'' if recipe.model.tokenizer else ', by `model: from`'}: {error}"
+        ) from error
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuses, with `ValueError`, what is no checkpoint of a HAM."""
+    try:
+        kind = HAMConfig.get_config_dict(path)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        missing = "" if Path(path).is_dir() else ", no folder here"
+        raise ValueError(f"`model: from` must be a HAM checkpoint, got {path!r}{missing}: {error}") from error
     if kind != HAMConfig.model_type:
-        raise ValueError(f"`model: from` must be a HAM checkpoint, got one of type {kind!r}: {path}.")
-    return HAMForCausalLM.from_pretrained(path, dtype=torch.float32)
+        found = "without a config.json that names a model" if kind is None else f"of type {kind!r}"
+        raise ValueError(f"`model: from` must be a HAM checkpoint, got {path!r} {found}.")
 
 
 def new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMForCausalLM:

@@ -69,6 +69,7 @@ def test_the_example_is_a_recipe(tmp_path, monkeypatch):
         ("evaluation: {data: {files: b.txt}}", "`evaluation: data`: `files` must be files"),
         ("trainer: {learning_rat: 1}", "`trainer` has no key `learning_rat`: did you mean `learning_rate`"),
         ("trainer: {learning_rate: fast}", "`trainer: learning_rate` must be a number, got 'fast'"),
+        ("trainer: {learning_rate: -1e-3}", "`trainer: learning_rate` must be at least 0, got -0.001"),
         ("trainer: {max_steps: 3}", "`trainer: max_steps` must be left out: it is set by `steps`"),
         ("trainer: {save_only_model: true}", "`trainer: save_only_model` must be left out"),
         ("trainer: {per_device_train_batch_size: 0}", "`trainer: per_device_train_batch_size` must be above 0"),

@@ -35,6 +35,8 @@ trainer:
   {{per_device_train_batch_size: 2, gradient_accumulation_steps: 2, save_steps: 3, logging_steps: 1, use_cpu: true}}
 """
 
+NEW = RECIPE.splitlines()[2].strip()
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -343,6 +345,21 @@ def test_an_output_with_other_files_is_left_alone(recipe_of):
         train(recipe)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they see each other")
+def test_processes_that_do_not_see_each_other_are_refused(recipe_of, monkeypatch):
+    recipe = recipe_of("run", ", use_cpu: true", "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="`trainer: use_cpu` must be true for several processes on a CPU"):
+        train(recipe)
+
+
+def test_an_output_that_is_a_file_is_refused(recipe_of, tmp_path):
+    recipe = recipe_of("run")
+    Path(recipe.output).write_text("mine")
+    with pytest.raises(ValueError, match="`output` must be a folder, got the file"):
+        train(recipe)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -353,10 +370,15 @@ def test_an_output_with_other_files_is_left_alone(recipe_of):
         ("schedule: [[0, 1.0], [6, 0.25]]", "target: [0.5]", "one entry per hybrid layer \\(2\\), got 1"),
         ("use_cpu: true", "use_cpu: true, optim: adafactor", "`trainer: optim` must be SGD, or .*, got 'adafactor'"),
         ("use_cpu: true", "use_cpu: true, optim: adamx", "`trainer` has a value that Trainer does not take"),
+        ("text.txt", "binary.txt", "`data` must be UTF-8 text in every file"),
+        (NEW, "from: {folder}", "`model: from` must be a HAM checkpoint, got '.*' without a config.json"),
+        (NEW, "from: {folder}/nowhere", "`model: from` must be a HAM checkpoint, got '.*', no folder here: "),
+        (NEW, NEW + "\n  tokenizer: {folder}", "`model: tokenizer` must be a folder, .* that holds a tokenizer, got "),
         ("new: {{", "new: {{layer_types: [linear_attention, linear_attention], ", "`usage` must be left out"),
     ],
 )
-def test_refusals(recipe_of, old, new, message):
+def test_refusals(recipe_of, tmp_path, old, new, message):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     recipe = recipe_of("run", old, new)
     with pytest.raises(ValueError, match=message):
         train(recipe)
