@@ -60,7 +60,7 @@ class HAMTrainer(Trainer):
 
     Thresholds have groups of their own in the optimiser, keep their learning rate and are not clipped. A checkpoint
     appears under its name when it is whole. Nothing is saved once a number is not finite. An evaluation measures the
-    loss and the fraction kept at several settings, and how routing scores are spread. The model may be wrapped by peft.
+    loss and the fraction kept at several settings, and how routing scores are spread. The model may be a PeftModel.
 
     Args:
         recipe: what the arguments below were made of.
