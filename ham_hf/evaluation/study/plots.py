@@ -13,7 +13,8 @@ from .report import LEARNED, ORDER, Result, arms_of, recall_accuracy, select
 matplotlib.use("Agg")
 from matplotlib import colormaps, pyplot
 
-COLOURS = {arm: colormaps["tab20"](place) for place, arm in enumerate(ORDER)}
+# Ten strong colours first: neighbours in this map are shades of one.
+COLOURS = {arm: colormaps["tab20"]((2 * place) % 20 + place // 10) for place, arm in enumerate(ORDER)}
 
 
 def _save(figure: Any, path: Path) -> Path:
