@@ -269,14 +269,14 @@ def test_usage_follows_a_falling_target(router, tiny_config):
 
 
 def test_a_model_that_kept_nothing_comes_to_its_target(tiny_config):
-    """Thresholds of 1.01, above all scores, are those of a converted Gated DeltaNet: 20 steps bring them down."""
+    """Thresholds of 1.01, above all scores, are those of a converted Gated DeltaNet: 50 steps bring them down."""
     model = HAMForCausalLM(tiny_config())
     for layer in model.model.layers:
         layer.mixer.threshold.data.fill_(1.01)
-    usage, thresholds = train(model, UsageSchedule(((0, 0.5),)), 50)
+    usage, thresholds = train(model, UsageSchedule(((0, 0.5),)), 80)
     assert usage[0].max() == 0
-    assert thresholds.diff(dim=0)[0].max() < -0.05, "towards the scores from the first step on"
-    for window in usage[20:].split(15):
+    assert thresholds.diff(dim=0)[0].max() < -0.009, "towards the scores from the first step on"
+    for window in usage[50:].split(15):
         assert (window.mean(0) - 0.5).abs().max() < 0.03, window.mean(0)
 
 
@@ -284,7 +284,7 @@ def test_a_model_that_kept_nothing_comes_to_its_target(tiny_config):
 @pytest.mark.parametrize("target", [0.0, 1.0])
 def test_an_extreme_target_is_met_without_winding_up(target, scope, tiny_config):
     usage, thresholds = train(HAMForCausalLM(tiny_config(threshold_scope=scope)), UsageSchedule(((0, target),)), 100)
-    assert (usage[-30:].mean() - target).abs() < 0.005
+    assert (usage[-30:].mean() - target).abs() < 0.02
     assert thresholds.min() > -0.2, "a step of at most 0.2 below 0"
     assert thresholds.max() < 1.2, "a step of at most 0.2 above 1"
 
