@@ -133,8 +133,8 @@ def short_convolution(
     width = weight.shape[1]
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
-    final_state = convolution_state(x, initial_state, real)
-    x = torch.cat([initial_state, x], dim=1)
+    new, x = x, torch.cat([initial_state, x], dim=1)
+    final_state = x[:, length:].clone() if real is None else convolution_state(new, initial_state, real)
     if real is None and seq_idx is None:
         return _ShortConvolution.apply(x, weight), final_state
 

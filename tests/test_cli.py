@@ -306,7 +306,7 @@ def test_refused_prompts(capsys, checkpoint, tmp_path, monkeypatch):
     assert "UTF-8" in message("caf\udce9")
     assert "--score" in message("a", "--score")
     assert "'a'" in message("--threshold", "0.5", "a")  # PROMPT behind --threshold: the message says where it goes
-    assert "generate|demo|card|push|run" in refusal(capsys)
+    assert "generate|demo|train|study|card|push|run" in refusal(capsys)
 
 
 def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatch):

@@ -123,6 +123,8 @@ def test_training_is_measured_at_the_wanted_usage(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
     for name, value in small.items():
         monkeypatch.setitem(bench.SHAPE, name, value)
+    # Where another test has loaded flash-linear-attention, Transformers sends Qwen3-Next there, which needs a GPU.
+    monkeypatch.setattr(bench, "build_qwen3_next", bench.build_llama)
     torch.manual_seed(0)
     ham = bench.build_ham(2)
     with torch.no_grad():

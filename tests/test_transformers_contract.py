@@ -466,7 +466,8 @@ class TestOutputs:
         ):
             found, expected = model(**arguments, output_attentions=True), model(**arguments)
             real = arguments.get("attention_mask", torch.ones(1, 12)).bool()
-            torch.testing.assert_close(found.logits[real], expected.logits[real], atol=1e-6, rtol=1e-5)
+            # Dense weights and blocks add up in another order: 1.9e-6 measured.
+            torch.testing.assert_close(found.logits[real], expected.logits[real], atol=4e-6, rtol=1e-5)
             if expected.past_key_values is not None:
                 assert torch.equal(found.past_key_values.kept_tokens(), expected.past_key_values.kept_tokens())
 

@@ -400,7 +400,7 @@ def read_recipe(path: str | Path) -> TrainRecipe:
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
-        content = yaml.load(text, Loader=RecipeLoader)
+        content = RecipeLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return _read_section(TrainRecipe, content, "")
