@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ham_hf import HAMForCausalLM, cli
+from ham_hf import HAMConfig, HAMForCausalLM, cli
 from ham_hf.evaluation.study import language, report, study
 from ham_hf.evaluation.study.fitting import Training, build_model, fit
 from ham_hf.evaluation.study.gradients import GRADIENTS, use_gradient
@@ -275,7 +275,7 @@ def test_the_studies_of_the_package_are_sound(name):
         if job.part != "language":
             RecallTask(**job.settings["task"])
         with torch.device("meta"):
-            HAMForCausalLM(study.HAMConfig(**job.settings["model"]))
+            HAMForCausalLM(HAMConfig(**job.settings["model"]))
 
 
 class TestLanguage:

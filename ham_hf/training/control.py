@@ -100,6 +100,11 @@ def _is_threshold(name: str) -> bool:
     return name.rpartition(".")[2] == "threshold"
 
 
+def thresholds_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The learned thresholds `[Hk]` of every hybrid layer, by name and in the order of the layers."""
+    return {name: parameter for name, parameter in model.named_parameters() if _is_threshold(name)}
+
+
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,

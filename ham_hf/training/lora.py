@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..modeling_ham import HAMForCausalLM
+from .control import thresholds_of
 from .recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -46,11 +47,6 @@ def add_adapters(model: HAMForCausalLM, recipe: LoraRecipe, train_thresholds: bo
     for threshold in thresholds_of(model).values():
         threshold.requires_grad_(train_thresholds)
     return adapted
-
-
-def thresholds_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The learned thresholds `[Hk]` of every layer, by name."""
-    return {name: x for name, x in model.named_parameters() if name.rpartition(".")[2] == "threshold"}
 
 
 def save_thresholds(model: "PeftModel", folder: Path) -> None:

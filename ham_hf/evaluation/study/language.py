@@ -13,7 +13,8 @@ from ...modeling_ham import HAMForCausalLM
 from ...training.ham_tiny import TokenSampler
 from ..calibration import calibrate
 from ..usage import held_out_windows
-from .fitting import Training, build_model, fit
+from .fitting import fit
+from .job import Job
 
 # Batches for calibration and needles are drawn from here on, where no training batch is.
 EVALUATION_SEED = 10**9
@@ -43,48 +44,29 @@ class Texts:
         return held_out_windows(self.corpus, self.tokenizer, context, per_document)
 
 
-def run_language(
-    settings: dict[str, Any],
-    parameters: int,
-    texts: Texts,
-    task: dict[str, Any],
-    training: Training,
-    usages: list[float],
-    seed: int,
-    name: str,
-    device: str,
-) -> dict[str, Any]:
-    """Trains one model on text and measures it.
+def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
+    """Trains one model on text and measures it, at its learned thresholds and at the study's usages.
 
-    Args:
-        settings: fields of its HAMConfig.
-        parameters: how many parameters it is to have, about.
-        texts: what it reads.
-        task: `context`, tokens of a row; `repeats`, the fractions of rows that repeat text and random tokens;
-            `windows`, how many held-out windows of each work are read; `distances`, tokens before a question.
-        training: how.
-        usages: fractions to keep when it is measured.
-        seed: of weights and batches.
-        name: shown beside the progress.
-        device: where.
+    The settings of its task are `context`, tokens of a row; `repeats`, the fractions of rows that repeat text and
+    random tokens; `windows`, how many held-out windows of each work are read; `distances`, tokens before a question.
 
     Returns:
         `parameters`; `losses` of training (means of 50 steps); `held_out`, by usage, the loss (nats per token) of
         every window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's
         tokens that are foreseen; `traces` of hybrid models, see `_traces`.
     """
-    sampler = texts.training
-    model = build_model(settings | {"vocab_size": sampler.vocab_size}, parameters, seed).to(device)  # type: ignore[arg-type]  # torch wraps it
+    task, training, sampler = job.settings["task"], job.training, texts.training
+    model = job.build(sampler.vocab_size, device)
 
     def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = sampler.batch(seed * 1_000_003 + step, training.rows, task["context"], tuple(task["repeats"]))
+        ids = sampler.batch(job.seed * 1_000_003 + step, training.rows, task["context"], tuple(task["repeats"]))
         return ids, ids
 
-    losses = fit(model, batch_at, training, name)
+    losses = fit(model, batch_at, training, job.name)
     asked: list[float | None] = [None]
     if model.config.num_hybrid_layers:
         calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task["context"]) for i in range(CALIBRATION_BATCHES)))
-        asked += usages
+        asked += job.settings["usages"]
     windows = texts.held_out(task["context"], task["windows"])
     held_out, usage, needle = {}, {}, {}
     for kv_usage in asked:

@@ -3,51 +3,21 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tqdm import tqdm
 
-from ...configuration_ham import HAMConfig
 from ...files import write_whole
-from ...modeling_ham import HAMForCausalLM
-from .fitting import Training
 from .gradients import GRADIENTS
+from .job import Job
 from .language import Texts, run_language
-from .recall import RecallTask
 from .recall_study import run_recall
 
 STUDIES = Path(__file__).parent
 PARTS = ("recall", "gradients", "language")
 PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to train and measure.
-
-    Attributes:
-        part: one of `PARTS`.
-        task: its name in the study file.
-        arm: the model's name there.
-        seed: of weights and data.
-        settings: all else that decides the result: `model` (fields of its HAMConfig), `equal_to` (those of the model
-            whose number of parameters it is to have), `task`, `training`, `gradient`, `usages` and `pairs`.
-    """
-
-    part: str
-    task: str
-    arm: str
-    seed: int
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Unique in a study."""
-        return f"{self.part}.{self.task}.{self.arm}.{self.seed}"
 
 
 def read_study(name: str) -> dict[str, Any]:
@@ -122,35 +92,10 @@ def _settings(plan: dict[str, Any], task: str, arm: dict[str, Any]) -> dict[str,
 
 def run_job(job: Job, texts: Texts | None, device: str) -> dict[str, Any]:
     """Trains the model of a job and measures it; `texts` are for language."""
-    settings = job.settings
-    with torch.device("meta"):
-        parameters = HAMForCausalLM(HAMConfig(**settings["equal_to"])).num_parameters()
-    training = Training(**settings["training"])
-    if job.part == "language":
-        assert texts is not None
-        return run_language(
-            settings["model"],
-            parameters,
-            texts,
-            settings["task"],
-            training,
-            settings["usages"],
-            job.seed,
-            job.name,
-            device,
-        )
-    return run_recall(
-        settings["model"],
-        parameters,
-        RecallTask(**settings["task"]),
-        training,
-        settings["usages"],
-        settings["pairs"],
-        job.seed,
-        job.name,
-        settings["gradient"],
-        device,
-    )
+    if job.part != "language":
+        return run_recall(job, device)
+    assert texts is not None
+    return run_language(job, texts, device)
 
 
 def check_results(jobs: list[Job], output: Path) -> None:

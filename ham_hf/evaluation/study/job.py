@@ -1,0 +1,48 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""One model of a study: its name, all that decides its result, and how it is built."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...configuration_ham import HAMConfig
+from ...modeling_ham import HAMForCausalLM
+from .fitting import Training, build_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train and measure.
+
+    Attributes:
+        part: `"recall"`, `"gradients"` or `"language"`.
+        task: its name in the study file.
+        arm: the model's name there.
+        seed: of weights and data.
+        settings: all else that decides the result: `model` (fields of its HAMConfig), `equal_to` (those of the model
+            whose number of parameters it is to have), `task`, `training`, `gradient`, `usages` and `pairs`.
+    """
+
+    part: str
+    task: str
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Unique in a study."""
+        return f"{self.part}.{self.task}.{self.arm}.{self.seed}"
+
+    @property
+    def training(self) -> Training:
+        """How the model is trained."""
+        return Training(**self.settings["training"])
+
+    def build(self, vocab_size: int, device: str) -> HAMForCausalLM:
+        """The model with its first weights."""
+        with torch.device("meta"):
+            parameters = HAMForCausalLM(HAMConfig(**self.settings["equal_to"])).num_parameters()
+        model = build_model(self.settings["model"] | {"vocab_size": vocab_size}, parameters, self.seed)
+        return model.to(device)  # type: ignore[arg-type]  # torch wraps it
