@@ -180,7 +180,8 @@ class UsageRecipe:
     """What the thresholds are driven to keep, see `UsageSchedule` and `parameter_groups`.
 
     Attributes:
-        target: fraction of tokens to keep, or one per hybrid layer. Default: the configuration's `target_kv_usage`.
+        target: fraction of tokens to keep, or one per hybrid layer. Default: the configuration's `target_kv_usage`,
+            which may hold them.
         schedule: pairs of a step and a target instead, with straight lines between.
         freeze_steps: thresholds are held for so many steps at first.
         threshold_learning_rate: of the thresholds, which no warm-up and no decay changes.

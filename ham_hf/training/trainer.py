@@ -563,9 +563,9 @@ def schedule_for(recipe: TrainRecipe, config: HAMConfig) -> UsageSchedule | None
     if not recipe.thresholds_learn:
         return None
     default = config.target_kv_usage
-    if default is None:
-        default = 0.5
-    schedule = recipe.usage.usage_schedule(default)
+    if default is None and recipe.usage.target is None and recipe.usage.schedule is None:
+        return None
+    schedule = recipe.usage.usage_schedule(0.5 if default is None else default)
     for _, target in schedule.points:
         check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
     return schedule

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import ham_hf.training.trainer as trainer_module
 from ham_hf.cli import main
-from ham_hf.training.recipe import read_recipe
+from ham_hf.training.recipe import UsageRecipe, read_recipe
 from ham_hf.training.trainer import HAMTrainer, StopOnSignal, train
 
 RECIPE = """\
@@ -407,3 +407,15 @@ def test_data_is_told_of_what_is_missing(recipe_of, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "`data`: `files` must be files, folders" in error
+
+
+def test_thresholds_that_the_configuration_holds_are_held(recipe_of):
+    """Without a word on usage in the recipe; a target in it has them learn."""
+    held = NEW.replace("}}", ", target_kv_usage: null}}")
+    recipe = recipe_of("held", NEW, held)
+    model = AutoModelForCausalLM.from_pretrained(train(replace(recipe, usage=UsageRecipe(), steps=2)))
+    assert all((layer.mixer.threshold == 0.5).all() for layer in model.model.layers)
+    assert model.config.target_kv_usage is None
+    recipe = replace(recipe, usage=UsageRecipe(target=0.1), steps=2, output=f"{recipe.output}-not")
+    model = AutoModelForCausalLM.from_pretrained(train(recipe))
+    assert any((layer.mixer.threshold != 0.5).all() for layer in model.model.layers)
