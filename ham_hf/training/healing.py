@@ -359,7 +359,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     top.axhline(results["trained_on"]["loss"], color="black", linestyle="-.", label="source, trained on")
     top.set(ylabel="held-out loss (nats/token)", title="Healing a converted Llama")
     bottom.set(xlabel="step", ylabel="tokens kept (%)", ylim=(0, 105))
-    top.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
