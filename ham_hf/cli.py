@@ -444,13 +444,14 @@ def study_command(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with failing_as("argument STUDY"):
-        jobs = list(jobs_of(study, parts))
-    if not arguments.report:
-        with failing_as("argument --output"):
-            check_results(jobs, arguments.output)
-        run_study(jobs, arguments.output, texts, str(pick_device(arguments.device)))
+        jobs = list(jobs_of(study, [part for part in PARTS if part in study]))
     with failing_as("argument --output"):
-        written = write_report(read_results(arguments.output), arguments.output)
+        check_results(jobs, arguments.output)
+    if not arguments.report:
+        wanted = [job for job in jobs if job.part in parts]
+        run_study(wanted, arguments.output, texts, str(pick_device(arguments.device)))
+    with failing_as("argument --output"):
+        written = write_report(read_results(jobs, arguments.output), list(study["arms"]), arguments.output)
     print((arguments.output / "study.md").read_text())
     print(f"Wrote {', '.join(map(str, written))}")
 

@@ -3,16 +3,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ham_hf import HAMConfig, HAMForCausalLM, cli
-from ham_hf.evaluation.study import language, report, study
-from ham_hf.evaluation.study.fitting import Training, build_model, fit
+from ham_hf.evaluation.study import language, recall_study, report, study
+from ham_hf.evaluation.study.fitting import Training, block_means, build_model, config_of_size, fit
 from ham_hf.evaluation.study.gradients import GRADIENTS, use_gradient
 from ham_hf.evaluation.study.recall import IGNORED, RecallTask
 from ham_hf.reference_ham import naive_sparse_attention
+from ham_hf.training.control import thresholds_of
 
 SMALL = {
     "vocab_size": 24,
@@ -29,6 +31,7 @@ arms:
   cosine: {router: cosine}
   learned: {router: learned}
   log-bias: {router: learned, gradient: log_bias}
+  of-my-own: {router: residual}
 recall:
   seeds: 2
   arms: [gdn, cosine, learned]
@@ -41,13 +44,17 @@ recall:
   pairs: [2, 4, 8]
 gradients:
   seeds: 1
-  arms: [log-bias]
+  arms: [of-my-own, log-bias]
   tasks: {pattern: {filler: pattern, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
   model: *model
   training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10, usage_from: 1.0}
   usages: [0.1, 0.5]
   pairs: [2, 4]
 """
+
+
+def small_model(settings, parameters):
+    return build_model(config_of_size(settings, parameters), seed=0)
 
 
 @pytest.fixture
@@ -111,7 +118,7 @@ class TestGradients:
 
         def make(gradient):
             torch.manual_seed(0)
-            model = build_model(SMALL | {"router": "learned"}, 6000, seed=0)
+            model = small_model(SMALL | {"router": "learned"}, 6000)
             use_gradient(model, gradient)
             mixer = model.model.layers[0].mixer
             q, k, v = (torch.randn(1, 7, 2, 8, dtype=torch.float64) for _ in range(3))
@@ -147,7 +154,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("gradient", GRADIENTS)
     def test_each_lets_a_router_learn(self, gradient):
-        model = build_model(SMALL | {"router": "learned"}, 6000, seed=0).train()
+        model = small_model(SMALL | {"router": "learned"}, 6000).train()
         use_gradient(model, gradient)
         ids = torch.randint(24, (2, 20))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -157,15 +164,15 @@ class TestGradients:
 class TestFitting:
     def test_models_of_a_study_have_equal_parameters(self):
         for kind in ({"layer_types": ["full_attention"] * 2}, {"layer_types": ["linear_attention"] * 2}, {}):
-            parameters = build_model(SMALL | kind, 20_000, seed=0).num_parameters()
+            parameters = small_model(SMALL | kind, 20_000).num_parameters()
             assert abs(parameters - 20_000) <= 3 * 16 * 2 / 2, "half of what one more channel of the MLPs would add"
 
     def test_too_few_parameters_are_refused(self):
         with pytest.raises(ValueError, match="`parameters` must be at least"):
-            build_model(SMALL, 100, seed=0)
+            small_model(SMALL, 100)
 
     def test_usage_falls_to_its_target(self):
-        model = build_model(SMALL, 6000, seed=0)
+        model = small_model(SMALL, 6000)
         targets = []
         training = Training(steps=10, rows=1, learning_rate=1e-3, warmup=2, usage_from=1.0, usage_ramp=0.5)
         ids = torch.randint(24, (1, 12))
@@ -180,12 +187,87 @@ class TestFitting:
         assert len(losses) == 10
         assert not model.training
 
+    @pytest.mark.parametrize("kind", ["linear_attention", "full_attention", "hybrid"])
+    def test_all_but_thresholds_warm_up_and_come_to_rest(self, kind, monkeypatch):
+        model = small_model(SMALL | {"layer_types": [kind] * 2}, 20_000)
+        rates = []
+
+        class Watched(torch.optim.AdamW):
+            def step(self):
+                thresholds = {id(x) for x in thresholds_of(model).values()}
+                rates.append([g["lr"] for g in self.param_groups if id(g["params"][0]) not in thresholds])
+                super().step()
+
+        monkeypatch.setattr(torch.optim, "AdamW", Watched)
+        ids = torch.randint(24, (1, 12))
+        fit(model, lambda step: (ids, ids), Training(10, 1, 1e-3, warmup=2), "x")
+        assert len(rates[0]) == 2, "matrices, and what does not decay"
+        for at_first, highest, at_last in zip(rates[0], rates[1], rates[-1], strict=True):
+            assert at_first == pytest.approx(5e-4)
+            assert highest > 9e-4
+            assert at_last < 5e-5
+
+    def test_losses_are_told_in_means_of_blocks_and_of_what_is_left(self):
+        assert block_means([1.0] * 50 + [3.0] * 10) == [1.0, 3.0]
+
     def test_a_loss_that_is_no_number_stops_the_run(self):
-        model = build_model(SMALL, 6000, seed=0)
+        model = small_model(SMALL, 6000)
         torch.nn.init.constant_(model.model.norm.weight, torch.nan)
         ids = torch.randint(24, (1, 12))
         with pytest.raises(RuntimeError, match="The loss of x is nan at step 0"):
             fit(model, lambda step: (ids, ids), Training(2, 1, 1e-3), "x")
+
+
+class Oracle:
+    """A model without hybrid layers that foresees, by a window of tokens, what followed it the first time."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(num_hybrid_layers=0, layer_types=["full_attention"], num_hidden_layers=1, vocab_size=500)
+
+    def __init__(self, window):
+        self.window = window
+
+    def __call__(self, input_ids, logits_to_keep=0, **_):
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            followed_by = {}
+            for i in range(self.window, len(ids) + 1):
+                seen = tuple(ids[i - self.window : i])
+                if seen in followed_by:
+                    logits[row, i - 1, followed_by[seen]] = 1
+                elif i < len(ids):
+                    followed_by[seen] = ids[i]
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+class TestMeasuring:
+    def test_one_who_remembers_all_pairs_names_all_values(self):
+        task = RecallTask("pattern", marked=True)
+        for pairs in (4, 32, 64):
+            assert recall_study._measure(Oracle(1), task, pairs, None) == (1.0, 1.0)
+        assert recall_study._measure(Oracle(200), task, 4, None)[0] < 0.1
+
+    def test_one_who_remembers_the_text_foresees_all_needles(self):
+        windows = list(torch.arange(480).view(4, 1, 120))
+        for distance in (60, 300):
+            assert language._needle(Oracle(2), windows, distance, None) == 1.0
+            assert language._needle(Oracle(400), windows, distance, None) < 0.1
+
+    def test_training_calibration_and_evaluation_share_no_batch(self, study_file, monkeypatch):
+        drawn, real = [], RecallTask.batch
+
+        def batch(task, seed, rows, pairs=None):
+            drawn.append((seed, pairs))
+            return real(task, seed, rows, pairs)
+
+        monkeypatch.setattr(RecallTask, "batch", batch)
+        job = next(x for x in study.jobs_of(study.read_study(str(study_file)), ["recall"]) if x.arm == "cosine")
+        study.run_job(job, None, "cpu")
+        evaluated = {seed for seed, pairs in drawn if pairs is not None}
+        others = [seed for seed, pairs in drawn if pairs is None]
+        assert len(evaluated) == 3
+        assert len(others) == len(set(others)) == 1 + 50 + recall_study.CALIBRATION_BATCHES
+        assert not evaluated & set(others)
 
 
 def run(study_file, output, *parts):
@@ -209,12 +291,12 @@ class TestRunning:
         assert len(list(output.glob("*.json"))) == 3
         monkeypatch.setattr(study, "run_job", lambda job, *rest: trained.append(job.name) or real(job, *rest))
         assert run(study_file, output, "recall", "gradients") == 0
-        assert len(trained) == len(set(trained)) == 7
+        assert len(trained) == len(set(trained)) == 8
         assert trained[0] == "recall.pattern.gdn.0"
         table = (output / "study.md").read_text()
         assert table in capsys.readouterr().out
         assert "| cosine - gdn | pattern | 2 |" in table
-        assert "| log-bias | 1 |" in table
+        assert table.index("| log-bias | 1 |") < table.index("| of-my-own | 1 |"), "in the order of `arms`"
         for plot in ("recall.png", "gradients.png"):
             assert (output / plot).read_bytes().startswith(b"\x89PNG")
         result = json.loads((output / "recall.pattern.learned.1.json").read_text())
@@ -223,6 +305,17 @@ class TestRunning:
         assert result["usage"]["0.5"]["4"] == pytest.approx(0.5, abs=0.15)
         assert len(result["losses"]) == 1
         assert len(result["flicker"]) == 1
+
+    def test_the_report_is_of_this_study_alone(self, study_file, tmp_path):
+        output = tmp_path / "out"
+        assert run(study_file, output, "gradients") == 0
+        (output / "recall.pattern.gdn.7.json").write_text("{}")
+        for file in ("study.md", "gradients.png"):
+            (output / file).unlink()
+        assert cli.main(["study", str(study_file), "--output", str(output), "--report"]) == 0
+        assert "gdn" not in (output / "study.md").read_text()
+        assert (output / "gradients.png").exists()
+        assert not (output / "recall.png").exists()
 
     def test_a_job_is_a_function_of_its_settings(self, study_file):
         job = next(x for x in study.jobs_of(study.read_study(str(study_file)), ["recall"]) if x.arm == "learned")
@@ -243,6 +336,15 @@ class TestRunning:
             ("  usages: [0.1, 0.5]\n  pairs: [2, 4, 8]", "  usages: [0.1, 0.5]", "`recall` must have the keys"),
             ("arms: [gdn, cosine, learned]", "arms: [gnd]", "`recall.arms` names ['gnd']"),
             ("log_bias", "log", "`arms.log-bias.gradient` must be one of"),
+            ("cosine: {router: cosine}", "cosine:", "names ['cosine'], which `arms` does not define as a mapping"),
+            ("cosine: {router: cosine}", "cosine: {ruter: cosine}", "`arms.cosine` has no key `ruter`"),
+            ("hidden_size", "hiden_size", "`recall.model` has no key `hiden_size`: did you mean `hidden_size`?"),
+            ("steps: 50", "stepps: 50", "`recall.training` has no key `stepps`: did you mean `steps`?"),
+            ("steps: 50", "steps: 0", "`steps` must be at least 1"),
+            ("seeds: 2", "seeds: 0", "`recall.seeds` must be a whole number of at least 1"),
+            ("usages: [0.1, 0.5]", "usages: []", "`recall.usages` must be a list that is not empty"),
+            ("filler: pattern", "fillers: pattern", "`recall.tasks.pattern` has no key `fillers`"),
+            ("pairs: [2, 4, 8]", "pairs: [2, 4, 13]", "`pairs` must lie between 1 and 12, the number of keys"),
             ("arms:\n", "arms: [\n", "is not YAML"),
         ],
     )
@@ -270,12 +372,16 @@ def test_the_studies_of_the_package_are_sound(name):
     assert len({job.name for job in jobs}) == len(jobs)
     assert plan["recall"]["seeds"] >= 5
     for job in jobs:
-        assert job.arm in report.ORDER
-        Training(**job.settings["training"])
-        if job.part != "language":
-            RecallTask(**job.settings["task"])
+        vocab_size = 5000 if job.part == "language" else RecallTask(**job.settings["task"]).vocab_size
         with torch.device("meta"):
-            HAMForCausalLM(HAMConfig(**job.settings["model"]))
+            equal_to = HAMForCausalLM(HAMConfig(**job.settings["equal_to"] | {"vocab_size": vocab_size}))
+        config = job.config(vocab_size)
+        with torch.device("meta"):
+            model = HAMForCausalLM(config)
+        assert model.config.vocab_size == vocab_size
+        # One more channel of the MLPs is as near as it gets.
+        channel = 3 * config.hidden_size * config.num_hidden_layers
+        assert abs(model.num_parameters() - equal_to.num_parameters()) <= channel / 2
 
 
 class TestLanguage:
@@ -292,7 +398,7 @@ class TestLanguage:
         assert places == {8, 40, 72}
 
     def test_traces_are_those_of_the_model(self):
-        model = build_model(SMALL | {"vocab_size": 50}, 8000, seed=0).eval()
+        model = small_model(SMALL | {"vocab_size": 50}, 8000).eval()
         windows = [torch.randint(50, (1, 40)) for _ in range(2)]
         traces = language._traces(model, windows)
         assert torch.tensor(traces["scores"]).shape == (2, 40)
@@ -307,10 +413,17 @@ class TestLanguage:
         torch.testing.assert_close(decay[0], g.exp()[0].mean(-1), rtol=0, atol=1e-6)
 
 
-def test_differences_are_paired_by_seed():
-    def result(arm, seed, value):
-        return {"task": "t", "arm": arm, "seed": seed, "accuracy": {"learned": {"4": value}}}
+def test_differences_are_paired_by_seed_and_part():
+    def result(part, arm, seed, value, kept):
+        figures = {"accuracy": {"learned": {"4": value}}, "usage": {"learned": {"4": kept}}}
+        return {"part": part, "task": "t", "arm": arm, "seed": seed, **figures}
 
-    results = [result("cosine", 0, 0.5), result("cosine", 1, 0.9), result("gdn", 1, 0.7), result("gdn", 0, 0.1)]
+    results = [
+        result("recall", "cosine", 0, 0.5, 0.2),
+        result("recall", "cosine", 1, 0.9, 0.3),
+        result("recall", "gdn", 1, 0.7, 0.0),
+        result("recall", "gdn", 0, 0.1, 0.0),
+        result("gradients", "cosine", 0, 1.0, 0.1),
+    ]
     table = report.differences(results, [("cosine", "gdn")])
-    assert "| cosine - gdn | t | 2 | 0.300 ± 0.141 | 2 |" in table
+    assert table.splitlines()[2:] == ["| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 | 2 |"]

@@ -47,6 +47,7 @@ class Recipe:
     context: int = 512
     tokens_per_step: int = 2048
     text_repeat_rows: float = 0.1
+    name_rows: float = 0.0
     late_from: int = 3000
     late_context: int = 1024
     late_tokens_per_step: int = 4096
@@ -87,9 +88,9 @@ class Recipe:
         return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
 
 
-# What goes on from a finished checkpoint: long windows only, and all of the run is its decay.
+# What goes on from a finished checkpoint: long windows only, names in some, and all of the run is its decay.
 CONTINUED = Recipe(
-    seed=1, steps=1600, decay_from=50, repeat_until=0, late_from=0, matrix_lr=0.006, other_lr=2e-3, threshold_lr=2e-3
+    steps=1600, decay_from=50, repeat_until=0, late_from=0, name_rows=0.3, matrix_lr=0.006, other_lr=2e-3
 )
 
 
@@ -132,7 +133,9 @@ class TokenSampler:
         self.probabilities = np.array(weights) / sum(weights)
         self.vocab_size = len(tokenizer)
 
-    def batch(self, seed: int, rows: int, length: int, repeats: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
+    def batch(
+        self, seed: int, rows: int, length: int, repeats: tuple[float, float] = (0.0, 0.0), names: float = 0.0
+    ) -> torch.Tensor:
         """`[rows, length]` token ids, each row a window of one document, unless it repeats its beginning to its end.
 
         Args:
@@ -140,6 +143,7 @@ class TokenSampler:
             rows: how many windows.
             length: tokens in each.
             repeats: fractions of rows that repeat 4 to `length / 2` tokens of text, and as many random tokens.
+            names: fraction of rows that are told 1 to 4 names, of 2 to 6 random tokens each, at 4 to 16 places.
         """
         random = np.random.default_rng(seed)
         windows = []
@@ -155,6 +159,13 @@ class TokenSampler:
                 if kind >= repeats[0]:
                     row[:period] = random.integers(self.vocab_size, size=period)
                 row[:] = np.resize(row[:period], length)
+        for row in batch:
+            if random.uniform() < names:
+                lengths = random.integers(2, 7, size=random.integers(1, 5))
+                known = [random.integers(self.vocab_size, size=n) for n in lengths]
+                told = [known[i] for i in random.integers(len(known), size=random.integers(4, 17))]
+                places = np.repeat(random.integers(length, size=len(told)), [len(name) for name in told])
+                row[:] = np.insert(row, places, np.concatenate(told))[:length]
         return torch.from_numpy(batch)
 
 
@@ -308,7 +319,7 @@ def train(
     with tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step", mininterval=10) as progress:
         for step in progress:
             seed = recipe.seed * 1_000_003 + step
-            tokens = sampler.batch(seed, *recipe.batch_shape(step), recipe.repeats_at(step))
+            tokens = sampler.batch(seed, *recipe.batch_shape(step), recipe.repeats_at(step), recipe.name_rows)
             entry = {"step": step, "loss": train_step(model, optimizers, tokens, recipe, step)}
             progress.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             if step % CALIBRATE_EVERY == CALIBRATE_EVERY - 1:
@@ -325,6 +336,14 @@ def train(
     return model.eval()
 
 
+def earlier_recipes(start: Path | None) -> list[dict]:
+    """What a checkpoint went through, one recipe after the other."""
+    if start is None or not (start / "recipe.json").exists():
+        return []
+    recipes = json.loads((start / "recipe.json").read_text())
+    return recipes if isinstance(recipes, list) else [recipes]
+
+
 def main() -> None:
     """Trains and writes the checkpoint, its tokenizer, log and recipe to `--output`."""
     parser = argparse.ArgumentParser(description="Trains ham-tiny; run again to resume.")
@@ -339,7 +358,8 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    recipe = Recipe() if arguments.start is None else CONTINUED
+    before = earlier_recipes(arguments.start)
+    recipe = Recipe() if arguments.start is None else replace(CONTINUED, seed=len(before))
     recipe = replace(recipe, steps=arguments.steps or recipe.steps)
     model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe, arguments.start)
     checkpoint = arguments.output / "ham-tiny"
@@ -348,12 +368,7 @@ def main() -> None:
     half = HAMForCausalLM.from_pretrained(arguments.output / "float32", dtype=torch.bfloat16)
     half.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(checkpoint)
-    recipes = [asdict(recipe)]
-    if arguments.start is not None and (arguments.start / "recipe.json").exists():
-        # What a checkpoint went through, one recipe after the other.
-        before = json.loads((arguments.start / "recipe.json").read_text())
-        recipes = (before if isinstance(before, list) else [before]) + recipes
-    write_whole(checkpoint / "recipe.json", json.dumps(recipes, indent=2) + "\n")
+    write_whole(checkpoint / "recipe.json", json.dumps([*before, asdict(recipe)], indent=2) + "\n")
     print(f"Wrote {checkpoint}")
 
 

@@ -102,10 +102,7 @@ class ModelRecipe:
     def __post_init__(self) -> None:
         if (self.from_ is None) == (self.new is None):
             raise ValueError("`model` must have one of `from` (a HAM checkpoint) and `new` (fields of HAMConfig).")
-        known = [x.name for x in dataclasses.fields(HAMConfig) if not x.name.startswith("_")]
-        for key in self.new or {}:
-            if key not in known:
-                raise ValueError(unknown_key("model: new", key, known))
+        check_config_keys("model: new", self.new or {})
 
     @property
     def tokenizer_path(self) -> str:
@@ -143,7 +140,7 @@ class DataRecipe:
             raise ValueError("must have one of `files` (paths) and `name` (of a data set).")
         if self.document not in DOCUMENTS:
             raise ValueError(f"`document` must be one of {DOCUMENTS}, got {self.document!r}.")
-        _at_least("shuffle_rows", self.shuffle_rows, 1)
+        at_least("shuffle_rows", self.shuffle_rows, 1)
         if self.files is not None:
             self.paths()
 
@@ -197,11 +194,11 @@ class UsageRecipe:
     def __post_init__(self) -> None:
         if self.target is not None and self.schedule is not None:
             raise ValueError("must have at most one of `target` and `schedule`.")
-        _at_least("threshold_learning_rate", self.threshold_learning_rate, 0)
-        _at_least("router_learning_rate", self.router_learning_rate, 0)
+        at_least("threshold_learning_rate", self.threshold_learning_rate, 0)
+        at_least("router_learning_rate", self.router_learning_rate, 0)
         if self.schedule is not None or self.target is not None:
             self.usage_schedule(0.5)
-        _at_least("freeze_steps", self.freeze_steps, 0)
+        at_least("freeze_steps", self.freeze_steps, 0)
 
     def usage_schedule(self, default: float | list[float]) -> UsageSchedule:
         """The schedule, of `default` where neither a target nor a schedule is given; errors in the recipe's words."""
@@ -261,7 +258,7 @@ class LoraRecipe:
     merge: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("rank", self.rank, 1)
+        at_least("rank", self.rank, 1)
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"`alpha` must be above 0, got {self.alpha}.")
         if not 0 <= self.dropout < 1:
@@ -290,8 +287,8 @@ class EvaluationRecipe:
     thresholds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 1)
-        _at_least("rows", self.rows, 1)
+        at_least("every", self.every, 1)
+        at_least("rows", self.rows, 1)
         for usage in self.usages:
             if not 0 <= usage <= 1:
                 raise ValueError(f"`usages` must be fractions from 0 to 1, got {usage}.")
@@ -331,9 +328,9 @@ class TrainRecipe:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least("steps", self.steps, 1)
-        _at_least("context", self.context, 2)
-        _at_least("seed", self.seed, 0)
+        at_least("steps", self.steps, 1)
+        at_least("context", self.context, 2)
+        at_least("seed", self.seed, 0)
         if self.usage.freeze_steps > self.steps:
             raise ValueError(
                 f"`usage: freeze_steps` must be at most `steps` ({self.steps}), got {self.usage.freeze_steps}."
@@ -381,7 +378,7 @@ class TrainRecipe:
             if self.trainer.get(key, 1) <= 0:
                 raise ValueError(f"`trainer: {key}` must be above 0, got {self.trainer[key]}.")
         for key in ("learning_rate", "weight_decay", "max_grad_norm"):
-            _at_least(f"trainer: {key}", self.trainer.get(key), 0)
+            at_least(f"trainer: {key}", self.trainer.get(key), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values under the YAML's keys; every default but a section's absence is written out."""
@@ -404,7 +401,7 @@ def read_recipe(path: str | Path) -> TrainRecipe:
         content = RecipeLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return _read_section(TrainRecipe, content, "")
+    return read_section(TrainRecipe, content, "")
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -431,7 +428,16 @@ def unknown_key(section: str, key: Any, known: Iterable[str]) -> str:
     return f"{f'`{section}`' if section else 'The recipe'} has no key `{key}`: {takes}"
 
 
-def _read_section(kind: type[Section], content: Any, where: str) -> Section:
+def check_config_keys(section: str, keys: Iterable[Any]) -> None:
+    """Refuses, with `ValueError`, what is no field of HAMConfig, which itself takes any keyword, as its kind does."""
+    known = [x.name for x in dataclasses.fields(HAMConfig) if not x.name.startswith("_")]
+    for key in keys:
+        if key not in known:
+            raise ValueError(unknown_key(section, key, known))
+
+
+def read_section(kind: type[Section], content: Any, where: str) -> Section:
+    """A dataclass from what YAML holds of it; `TypeError` and `ValueError` say under which key something is wrong."""
     name = f"`{where}`" if where else "The recipe"
     hints = typing.get_type_hints(kind)
     fields = {x.name.rstrip("_"): x for x in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -445,7 +451,7 @@ def _read_section(kind: type[Section], content: Any, where: str) -> Section:
         hint = hints[fields[key].name]
         section = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
         if section is not None and (value is not None or section is LoraRecipe):  # `lora:` alone would train all
-            value = _read_section(section, value, path)  # type: ignore[arg-type]
+            value = read_section(section, value, path)  # type: ignore[arg-type]
         elif not _matches(value, hint):
             raise TypeError(f"`{path}` must be {_describe(hint)}, got {value!r}.")
         values[fields[key].name] = value
@@ -466,7 +472,7 @@ def _matches(value: Any, hint: Any) -> bool:
         return any(_matches(value, x) for x in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    if typing.get_origin(hint) is list:
+    if typing.get_origin(hint) in (list, tuple):
         return isinstance(value, list) and all(_matches(x, typing.get_args(hint)[0]) for x in value)
     if typing.get_origin(hint) is dict:
         return isinstance(value, dict)
@@ -479,7 +485,7 @@ def _describe(hint: Any) -> str:
     """A type in the words of a user of YAML."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_describe(x) for x in typing.get_args(hint) if x is not types.NoneType)
-    if typing.get_origin(hint) is list:
+    if typing.get_origin(hint) in (list, tuple):
         return f"a list of {_describe(typing.get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
         return "a section of keys with values"
@@ -487,6 +493,7 @@ def _describe(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _at_least(name: str, value: float | None, least: int) -> None:
+def at_least(name: str, value: float | None, least: int) -> None:
+    """Refuses, with `ValueError`, a number that is smaller, or infinite."""
     if value is not None and not least <= value < math.inf:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")

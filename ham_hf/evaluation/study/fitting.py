@@ -2,6 +2,7 @@
 """Builds and trains the small models of the studies, all in one way."""
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,11 @@ from ...configuration_ham import HAMConfig
 from ...modeling_ham import HAMForCausalLM
 from ...training.control import Target, UsageSchedule, clipped_parameters, parameter_groups
 from ...training.ham_tiny import initialize_recall
+from ...training.recipe import at_least
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+# Steps of which results tell the mean loss.
+LOSS_BLOCK = 50
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Training:
     usage_from: float | None = None
     usage_ramp: float = 0.3
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "warmup"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "router_learning_rate", "weight_decay"):
+            at_least(name, getattr(self, name), 0)
+
     def rate(self, step: int) -> float:
         """Factor of the learning rates."""
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -53,17 +63,20 @@ class Training:
         return UsageSchedule(((0, self.usage_from), (round(self.usage_ramp * self.steps), target)))
 
 
-def build_model(settings: dict[str, Any], parameters: int, seed: int) -> HAMForCausalLM:
-    """A model that starts with copying layers, its MLP as wide as brings it closest to a number of parameters."""
-    settings = settings | {"intermediate_size": matching_width(settings, parameters)}
+def build_model(config: HAMConfig, seed: int) -> HAMForCausalLM:
+    """A model that starts with copying layers."""
     torch.manual_seed(seed)
-    model = HAMForCausalLM(HAMConfig(**settings))
+    model = HAMForCausalLM(config)
     initialize_recall(model)
     return model
 
 
-def matching_width(settings: dict[str, Any], parameters: int) -> int:
-    """The MLP width at which a model of these settings has about so many parameters."""
+def config_of_size(settings: dict[str, Any], parameters: int) -> HAMConfig:
+    """Of these settings, but with the MLP width that brings the model closest to a number of parameters.
+
+    Raises:
+        ValueError: if it has more without an MLP.
+    """
     sizes = []
     for width in (1, 2):
         with torch.device("meta"):
@@ -73,7 +86,7 @@ def matching_width(settings: dict[str, Any], parameters: int) -> int:
     width = round((parameters - sizes[0]) / slope) + 1
     if width < 1:
         raise ValueError(f"`parameters` must be at least {sizes[0]} for these settings, got {parameters}.")
-    return width
+    return HAMConfig(**settings | {"intermediate_size": width})
 
 
 def fit(
@@ -99,14 +112,15 @@ def fit(
         model, training.learning_rate, training.weight_decay, router_learning_rate=training.router_learning_rate
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    # Thresholds, which only hybrid layers have, follow their usage at one pace.
+    scheduled = optimizer.param_groups[:-1] if model.config.num_hybrid_layers else optimizer.param_groups
+    peaks = [group["lr"] for group in scheduled]
     assert model.config.target_kv_usage is not None
     schedule = training.schedule(model.config.target_kv_usage)
     model.train()
     losses = []
     for step in tqdm(range(training.steps), desc=name, leave=False, mininterval=2):
-        # Thresholds, the last group, follow their usage at one pace.
-        for group, peak in zip(optimizer.param_groups[:-1], peaks[:-1], strict=True):
+        for group, peak in zip(scheduled, peaks, strict=True):
             group["lr"] = peak * training.rate(step)
         model.config.target_kv_usage = schedule.target_at(step)
         ids, labels = batch_at(step)
@@ -123,3 +137,8 @@ def fit(
             watch(step)
     model.eval()
     return losses
+
+
+def block_means(losses: list[float]) -> list[float]:
+    """The means of every `LOSS_BLOCK` losses, and of the rest if they do not fill the last block."""
+    return [statistics.mean(losses[i : i + LOSS_BLOCK]) for i in range(0, len(losses), LOSS_BLOCK)]

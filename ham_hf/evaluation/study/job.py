@@ -8,7 +8,7 @@ import torch
 
 from ...configuration_ham import HAMConfig
 from ...modeling_ham import HAMForCausalLM
-from .fitting import Training, build_model
+from .fitting import Training, build_model, config_of_size
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ class Job:
         """How the model is trained."""
         return Training(**self.settings["training"])
 
+    def config(self, vocab_size: int) -> HAMConfig:
+        """The model's, its MLP as wide as makes it equal in parameters."""
+        vocabulary = {"vocab_size": vocab_size}
+        with torch.device("meta"):
+            parameters = HAMForCausalLM(HAMConfig(**self.settings["equal_to"] | vocabulary)).num_parameters()
+        return config_of_size(self.settings["model"] | vocabulary, parameters)
+
     def build(self, vocab_size: int, device: str) -> HAMForCausalLM:
         """The model with its first weights."""
-        with torch.device("meta"):
-            parameters = HAMForCausalLM(HAMConfig(**self.settings["equal_to"])).num_parameters()
-        model = build_model(self.settings["model"] | {"vocab_size": vocab_size}, parameters, self.seed)
-        return model.to(device)  # type: ignore[arg-type]  # torch wraps it
+        return build_model(self.config(vocab_size), self.seed).to(device)  # type: ignore[arg-type]  # torch wraps it

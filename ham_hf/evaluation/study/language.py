@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Language modelling and needles for one model of the study: loss against usage, recall against distance, scores."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import AutoTokenizer
 
 from ...modeling_ham import HAMForCausalLM
 from ...training.ham_tiny import TokenSampler
+from ...training.recipe import at_least
 from ..calibration import calibrate
 from ..usage import held_out_windows
-from .fitting import fit
+from .fitting import block_means, fit
 from .job import Job
 
 # Batches for calibration and needles are drawn from here on, where no training batch is.
@@ -24,6 +26,31 @@ NEEDLE, QUESTION = 10, 2
 NEEDLES = 24
 # Fractions of the text before the question at which needles lie.
 DEPTHS = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """What is trained on and measured.
+
+    Attributes:
+        context: tokens of a row.
+        repeats: the fractions of rows that repeat text and random tokens.
+        windows: how many held-out windows of each work are read.
+        distances: tokens before a question.
+    """
+
+    context: int
+    repeats: tuple[float, float]
+    windows: int
+    distances: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.repeats) != 2 or min(self.repeats) < 0 or sum(self.repeats) > 1:
+            raise ValueError(f"`repeats` must be two fractions of rows, of text and of noise, got {self.repeats}.")
+        at_least("windows", self.windows, 1)
+        at_least("context", self.context, 2 * NEEDLE)
+        for distance in self.distances:
+            at_least("distances", distance, NEEDLE)
 
 
 class Texts:
@@ -47,35 +74,32 @@ class Texts:
 def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
     """Trains one model on text and measures it, at its learned thresholds and at the study's usages.
 
-    The settings of its task are `context`, tokens of a row; `repeats`, the fractions of rows that repeat text and
-    random tokens; `windows`, how many held-out windows of each work are read; `distances`, tokens before a question.
-
     Returns:
-        `parameters`; `losses` of training (means of 50 steps); `held_out`, by usage, the loss (nats per token) of
+        `parameters`; `losses` of training, see `block_means`; `held_out`, by usage, the loss (nats per token) of
         every window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's
         tokens that are foreseen; `traces` of hybrid models, see `_traces`.
     """
-    task, training, sampler = job.settings["task"], job.training, texts.training
+    task, training, sampler = LanguageTask(**job.settings["task"]), job.training, texts.training
     model = job.build(sampler.vocab_size, device)
 
     def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = sampler.batch(job.seed * 1_000_003 + step, training.rows, task["context"], tuple(task["repeats"]))
+        ids = sampler.batch(job.seed * 1_000_003 + step, training.rows, task.context, task.repeats)
         return ids, ids
 
     losses = fit(model, batch_at, training, job.name)
     asked: list[float | None] = [None]
     if model.config.num_hybrid_layers:
-        calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task["context"]) for i in range(CALIBRATION_BATCHES)))
+        calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task.context) for i in range(CALIBRATION_BATCHES)))
         asked += job.settings["usages"]
-    windows = texts.held_out(task["context"], task["windows"])
+    windows = texts.held_out(task.context, task.windows)
     held_out, usage, needle = {}, {}, {}
     for kv_usage in asked:
         key = "learned" if kv_usage is None else str(kv_usage)
         held_out[key], usage[key] = _held_out(model, windows, kv_usage)
-        needle[key] = {x: _needle(model, windows, x, kv_usage) for x in task["distances"]}
+        needle[key] = {x: _needle(model, windows, x, kv_usage) for x in task.distances}
     result = {
         "parameters": model.num_parameters(),
-        "losses": [sum(losses[i : i + 50]) / 50 for i in range(0, len(losses), 50)],
+        "losses": block_means(losses),
         "held_out": held_out,
         "usage": usage,
         "needle": needle,

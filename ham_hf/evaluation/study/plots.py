@@ -8,13 +8,18 @@ from typing import Any
 
 import matplotlib
 
-from .report import LEARNED, ORDER, Result, arms_of, recall_accuracy, select
+from .fitting import LOSS_BLOCK
+from .report import LEARNED, Result, arms_of, recall_accuracy, select
 
 matplotlib.use("Agg")
 from matplotlib import colormaps, pyplot
 
-# Ten strong colours first: neighbours in this map are shades of one.
-COLOURS = {arm: colormaps["tab20"]((2 * place) % 20 + place // 10) for place, arm in enumerate(ORDER)}
+Colours = dict[str, Any]
+
+
+def colours_of(arms: list[str]) -> Colours:
+    """Ten strong colours first, as neighbours in this map are shades of one; after twenty they come again."""
+    return {arm: colormaps["tab20"]((2 * place) % 20 + place // 10 % 2) for place, arm in enumerate(arms)}
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -25,17 +30,17 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _line(axis: Any, x: Sequence[float], seeds: list[list[float]], arm: str, **style: Any) -> None:
+def _line(axis: Any, x: Sequence[float], seeds: list[list[float]], arm: str, colours: Colours) -> None:
     """The mean over seeds as a line, and one standard deviation around it."""
     mean = [statistics.mean(y) for y in zip(*seeds, strict=True)]
-    axis.plot(x, mean, "o-", color=COLOURS[arm], label=arm, markersize=4, **style)
+    axis.plot(x, mean, "o-", color=colours[arm], label=arm, markersize=4)
     if len(seeds) > 1:
         deviation = [statistics.stdev(y) for y in zip(*seeds, strict=True)]
         low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
-        axis.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+        axis.fill_between(x, low, high, color=colours[arm], alpha=0.15, linewidth=0)
 
 
-def plot_recall(results: list[Result], path: Path) -> Path:
+def plot_recall(results: list[Result], colours: Colours, path: Path) -> Path:
     """Accuracy against the number of pairs, and against the fraction kept, for each filler."""
     tasks = sorted({x["task"] for x in results})
     figure, axes = pyplot.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 7.5), layout="constrained", squeeze=False)
@@ -45,16 +50,15 @@ def plot_recall(results: list[Result], path: Path) -> Path:
             if not runs:
                 continue
             pairs = [int(x) for x in runs[0]["accuracy"][LEARNED]]
-            _line(upper, pairs, [list(x["accuracy"][LEARNED].values()) for x in runs], arm)
+            _line(upper, pairs, [list(x["accuracy"][LEARNED].values()) for x in runs], arm, colours)
             usages = [x for x in runs[0]["settings"]["usages"] if str(x) in runs[0]["accuracy"]]
             if usages:
                 by_usage = [[recall_accuracy(x, str(usage)) for usage in usages] for x in runs]
-                _line(lower, [100 * x for x in usages], by_usage, arm)
+                _line(lower, [100 * x for x in usages], by_usage, arm, colours)
             else:
                 level = statistics.mean(recall_accuracy(x) for x in runs)
-                lower.axhline(level, color=COLOURS[arm], linestyle="--", label=arm)
-        target = results[0]["settings"]["equal_to"]["target_kv_usage"]
-        upper.set(title=f"{task} filler, {target:.0%} kept", xlabel="pairs", ylabel="accuracy", xscale="log")
+                lower.axhline(level, color=colours[arm], linestyle="--", label=arm)
+        upper.set(title=f"{task} filler, learned thresholds", xlabel="pairs", ylabel="accuracy", xscale="log")
         upper.set_xticks(pairs, [str(x) for x in pairs])
         upper.minorticks_off()
         lower.set(title=f"{task} filler, all numbers of pairs", xlabel="tokens kept (%)", ylabel="accuracy")
@@ -65,16 +69,16 @@ def plot_recall(results: list[Result], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_gradients(results: list[Result], path: Path) -> Path:
+def plot_gradients(results: list[Result], colours: Colours, path: Path) -> Path:
     """Accuracy of every seed by way of training the router, and the losses on the way."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for place, arm in enumerate(arms_of(results)):
         runs = select(results, arm=arm)
         scores = [recall_accuracy(x) for x in runs]
-        left.plot([place] * len(scores), scores, "o", color=COLOURS[arm], alpha=0.6)
-        left.plot([place - 0.25, place + 0.25], [statistics.mean(scores)] * 2, color=COLOURS[arm], linewidth=3)
-        steps = [50 * (i + 1) for i in range(len(runs[0]["losses"]))]
-        _line(right, steps, [x["losses"] for x in runs], arm)
+        left.plot([place] * len(scores), scores, "o", color=colours[arm], alpha=0.6)
+        left.plot([place - 0.25, place + 0.25], [statistics.mean(scores)] * 2, color=colours[arm], linewidth=3)
+        steps = [LOSS_BLOCK * (i + 1) for i in range(len(runs[0]["losses"]))]
+        _line(right, steps, [x["losses"] for x in runs], arm, colours)
     left.set_xticks(range(len(arms_of(results))), arms_of(results), rotation=30, ha="right", fontsize=8)
     left.set(ylabel="accuracy", title="Each seed, and the mean")
     right.set(xlabel="step", ylabel="loss (nats per answer)", title="Training")
@@ -84,7 +88,7 @@ def plot_gradients(results: list[Result], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_language(results: list[Result], path: Path) -> Path:
+def plot_language(results: list[Result], colours: Colours, path: Path) -> Path:
     """Held-out loss against the fraction kept, and needles against distance."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for arm in arms_of(results):
@@ -92,12 +96,12 @@ def plot_language(results: list[Result], path: Path) -> Path:
         asked = [str(x) for x in runs[0]["settings"]["usages"] if str(x) in runs[0]["held_out"]]
         if asked:
             kept = [100 * statistics.mean(x["usage"][u] for x in runs) for u in asked]
-            _line(left, kept, [[statistics.mean(x["held_out"][u]) for u in asked] for x in runs], arm)
+            _line(left, kept, [[statistics.mean(x["held_out"][u]) for u in asked] for x in runs], arm, colours)
         else:
             level = statistics.mean(statistics.mean(x["held_out"][LEARNED]) for x in runs)
-            left.axhline(level, color=COLOURS[arm], linestyle="--", label=arm)
+            left.axhline(level, color=colours[arm], linestyle="--", label=arm)
         distances = [int(x) for x in runs[0]["needle"][LEARNED]]
-        _line(right, distances, [list(x["needle"][LEARNED].values()) for x in runs], arm)
+        _line(right, distances, [list(x["needle"][LEARNED].values()) for x in runs], arm, colours)
     left.set(xlabel="tokens kept (%)", ylabel="held-out loss (nats/token)", title="Loss, moved by threshold alone")
     right.set(xlabel="tokens before the question", ylabel="fraction foreseen", title="Needles", xscale="log")
     right.set_xticks(distances, [str(x) for x in distances])
@@ -109,7 +113,7 @@ def plot_language(results: list[Result], path: Path) -> Path:
 
 
 def plot_scores(results: list[Result], path: Path) -> Path:
-    """Of the cosine router: scores and decay along a sequence with a needle, and mean scores by position and layer."""
+    """Scores and decay along a sequence with a needle, and mean scores by position and layer, of the cosine router."""
     runs = [x for x in select(results, arm="cosine") if "traces" in x] or [x for x in results if "traces" in x]
     traces = runs[0]["traces"]
     layers = range(len(traces["scores"]))

@@ -1,10 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Multi-query associative recall: pairs hidden among filler, then keys whose values are to be named."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from ...training.recipe import at_least
 
 FILLERS = ("random", "pattern")
 IGNORED = -100
@@ -40,8 +43,14 @@ class RecallTask:
     def __post_init__(self) -> None:
         if self.filler not in FILLERS:
             raise ValueError(f"`filler` must be one of {FILLERS}, got {self.filler!r}.")
-        if min(self.pairs) < 1 or max(self.pairs) > self.keys:
-            raise ValueError(f"`pairs` must lie between 1 and {self.keys}, the number of keys, got {self.pairs}.")
+        for name in ("length", "queries", "keys", "values", "period"):
+            at_least(name, getattr(self, name), 1)
+        self.check_pairs(self.pairs)
+
+    def check_pairs(self, pairs: Sequence[int]) -> None:
+        """Refuses, with `ValueError`, numbers of pairs for which there are not enough keys."""
+        if not pairs or min(pairs) < 1 or max(pairs) > self.keys:
+            raise ValueError(f"`pairs` must lie between 1 and {self.keys}, the number of keys, got {pairs}.")
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +66,8 @@ class RecallTask:
             pairs: in every row, instead of a number drawn for each; it may be one that training does not see.
         """
         random = np.random.default_rng(seed)
-        length = max(self.length, 3 * (pairs or max(self.pairs)))
+        most = pairs or max(self.pairs)
+        length = max(self.length, 3 * most, 2 * most + 2 * min(most, self.queries))
         drawn = [self._row(random, pairs or int(random.choice(self.pairs)), length) for _ in range(rows)]
         tokens, labels = (torch.from_numpy(np.stack(x)) for x in zip(*drawn, strict=True))
         return tokens, labels

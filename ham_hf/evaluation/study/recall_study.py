@@ -8,7 +8,7 @@ import torch
 from ...modeling_ham import HAMForCausalLM
 from ...training.control import UsageMeter, thresholds_of
 from ..calibration import calibrate
-from .fitting import fit
+from .fitting import block_means, fit
 from .gradients import use_gradient
 from .job import Job
 from .recall import IGNORED, RecallTask
@@ -25,7 +25,7 @@ def run_recall(job: Job, device: str) -> dict[str, Any]:
     """Trains one model and measures what it recalls, at its learned thresholds and at the study's usages.
 
     Returns:
-        `parameters`; `losses`, a mean of every 50 steps; `flicker`, the fraction of masks that one update changed,
+        `parameters`; `losses`, see `block_means`; `flicker`, the fraction of masks that one update changed,
         every 50 steps; `accuracy` and `usage`, by what was asked for (`"learned"` or a fraction) and number of pairs.
     """
     task, training = RecallTask(**job.settings["task"]), job.training
@@ -51,7 +51,7 @@ def run_recall(job: Job, device: str) -> dict[str, Any]:
         usage[key] = {pairs: x[1] for pairs, x in measured.items()}
     return {
         "parameters": model.num_parameters(),
-        "losses": [sum(losses[i : i + PROBE_EVERY]) / PROBE_EVERY for i in range(0, len(losses), PROBE_EVERY)],
+        "losses": block_means(losses),
         "flicker": probe.flicker,
         "accuracy": accuracy,
         "usage": usage,
@@ -68,7 +68,7 @@ def _measure(model: HAMForCausalLM, task: RecallTask, pairs: int, kv_usage: floa
         usage = meter.read()["usage"].mean().item()
     else:
         logits = model(input_ids=ids, use_cache=False).logits
-        usage = float("full_attention" in model.config.layer_types)
+        usage = model.config.layer_types.count("full_attention") / model.config.num_hidden_layers
     asked = labels[:, 1:] != IGNORED
     right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[asked]
     return right.float().mean().item(), usage

@@ -20,14 +20,8 @@ def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
 
 
 def arms_of(results: Iterable[Result]) -> list[str]:
-    """The arms, each once, in the order that plots and tables share."""
-    return sorted({x["arm"] for x in results}, key=ORDER.index)
-
-
-# Baselines first, then HAM by router, then other ways to train a learned router.
-ORDER = (
-    "transformer interleaved gdn cosine residual learned learned-error random learned-ramp log-bias straight-through"
-).split()
+    """The arms, each once, in the order of the results."""
+    return list(dict.fromkeys(x["arm"] for x in results))
 
 
 def spread(values: list[float]) -> str:
@@ -41,6 +35,11 @@ def recall_accuracy(result: Result, kept: str = LEARNED) -> float:
     """The mean over numbers of pairs; a model without hybrid layers has one figure, whatever is asked for."""
     accuracy = result["accuracy"]
     return statistics.mean(accuracy.get(kept, accuracy[LEARNED]).values())
+
+
+def kept_fraction(result: Result) -> float:
+    """The fraction of tokens kept at the learned thresholds, the mean over numbers of pairs."""
+    return statistics.mean(result["usage"][LEARNED].values())
 
 
 def recall_table(results: list[Result]) -> str:
@@ -57,7 +56,7 @@ def recall_table(results: list[Result]) -> str:
             runs = select(results, task=task, arm=arm)
             if not runs:
                 continue
-            kept = statistics.mean(statistics.mean(x["usage"][LEARNED].values()) for x in runs)
+            kept = statistics.mean(kept_fraction(x) for x in runs)
             cells = [spread([x["accuracy"][LEARNED][n] for x in runs]) for n in pairs]
             hybrid = usages[0] in runs[0]["accuracy"]
             cells += [spread([recall_accuracy(x, u) for x in runs]) if hybrid else "" for u in usages]
@@ -66,19 +65,20 @@ def recall_table(results: list[Result]) -> str:
 
 
 def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -> str:
-    """A row per comparison, part and task: the difference in accuracy of two arms, seed by seed."""
-    lines = ["| comparison | filler | seeds | difference | seeds in which it is above 0 |", "|---|---|---|---|---|"]
+    """A row per comparison, part and task: how far two arms lie apart, paired by seed, and what both kept."""
+    heads = "comparison | filler | seeds | kept | difference in accuracy | seeds in which it is above 0"
+    lines = [f"| {heads} |", "|---" * 6 + "|"]
     for first, second in comparisons:
-        for task in sorted({x["task"] for x in results}):
-            scores = [
-                {x["seed"]: recall_accuracy(x) for x in select(results, task=task, arm=y)} for y in (first, second)
-            ]
-            common = sorted(scores[0].keys() & scores[1].keys())
+        for part, task in sorted({(x["part"], x["task"]) for x in results}):
+            runs = [{x["seed"]: x for x in select(results, part=part, task=task, arm=arm)} for arm in (first, second)]
+            common = sorted(runs[0].keys() & runs[1].keys())
             if not common:
                 continue
-            gaps = [scores[0][seed] - scores[1][seed] for seed in common]
+            kept = [f"{statistics.mean(kept_fraction(x[seed]) for seed in common):.0%}" for x in runs]
+            gaps = [recall_accuracy(runs[0][seed]) - recall_accuracy(runs[1][seed]) for seed in common]
             above = sum(gap > 0 for gap in gaps)
-            lines.append(f"| {first} - {second} | {task} | {len(gaps)} | {spread(gaps)} | {above} |")
+            cells = f"{first} - {second} | {task} | {len(gaps)} | {' - '.join(kept)} | {spread(gaps)} | {above}"
+            lines.append(f"| {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,33 +89,52 @@ def gradient_table(results: list[Result]) -> str:
     for arm in arms_of(results):
         runs = select(results, arm=arm)
         scores = [recall_accuracy(x) for x in runs]
-        third = max(1, len(runs[0]["flicker"]) // 3)
-        early = statistics.mean(statistics.mean(x["flicker"][:third]) for x in runs)
-        late = statistics.mean(statistics.mean(x["flicker"][-third:]) for x in runs)
         each = ", ".join(f"{x:.2f}" for x in scores)
-        lines.append(f"| {arm} | {len(runs)} | {spread(scores)} | {each} | {early:.1%} | {late:.1%} |")
+        lines.append(f"| {arm} | {len(runs)} | {spread(scores)} | {each} | {' | '.join(_flicker(runs))} |")
     return "\n".join(lines) + "\n"
+
+
+def _flicker(runs: list[Result]) -> tuple[str, str]:
+    """Masks that an update changed in the first and in the last third of training; nothing where none were watched."""
+    third = max(1, len(runs[0]["flicker"]) // 3)
+    if not runs[0]["flicker"]:
+        return "", ""
+    early, late = (
+        statistics.mean(statistics.mean(x["flicker"][part]) for x in runs)
+        for part in (slice(None, third), slice(-third, None))
+    )
+    return f"{early:.1%}", f"{late:.1%}"
 
 
 def language_table(results: list[Result]) -> str:
-    """A row per arm: held-out loss by usage, and recall of needles by distance at the learned thresholds."""
+    """A row per arm: held-out loss by usage (and what that kept of this text), and recall of needles by distance.
+
+    The loss without a usage, and needles, are at the learned thresholds.
+    """
     usages = [str(x) for x in results[0]["settings"]["usages"]]
     distances = list(results[0]["needle"][LEARNED])
-    heads = [f"loss, {float(x):.0%} kept" for x in usages] + [f"needle, {x} tokens" for x in distances]
-    lines = [f"| model | parameters | loss | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    heads = [f"loss, {float(x):.0%} asked" for x in usages] + [f"needle, {x} tokens" for x in distances]
+    lines = [f"| model | parameters | seeds | loss (kept) | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
     for arm in arms_of(results):
         runs = select(results, arm=arm)
-        cells = [spread([statistics.mean(x["held_out"][LEARNED]) for x in runs])]
-        hybrid = usages[0] in runs[0]["held_out"]
-        cells += [spread([statistics.mean(x["held_out"][u]) for x in runs]) if hybrid else "" for u in usages]
+        asked = usages if usages[0] in runs[0]["held_out"] else [""] * len(usages)
+        cells = [_loss_and_kept(runs, usage) if usage else "" for usage in (LEARNED, *asked)]
         cells += [spread([x["needle"][LEARNED][n] for x in runs]) for n in distances]
-        lines.append(f"| {arm} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {arm} | {runs[0]['parameters']:,} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _loss_and_kept(runs: list[Result], usage: str) -> str:
+    kept = statistics.mean(x["usage"][usage] for x in runs)
+    return f"{spread([statistics.mean(x['held_out'][usage]) for x in runs])} ({kept:.0%})"
 
 
 # Which arms the paper's claims, and what it leaves open, are about: the first minus the second.
 QUESTIONS = (
     ("cosine", "gdn"),
+    ("cosine-10", "gdn"),
+    ("cosine-50", "gdn"),
+    ("cosine-50", "interleaved"),
     ("cosine", "random"),
     ("learned", "cosine"),
     ("learned-error", "learned"),
@@ -126,29 +145,36 @@ QUESTIONS = (
 )
 
 
-def write_report(results: list[Result], output: Path) -> list[Path]:
+def write_report(results: list[Result], arms: list[str], output: Path) -> list[Path]:
     """Writes `study.md`, `differences.md` and the plots of the parts that have results; returns what was written.
 
+    Args:
+        results: of a study, all of whose arms are in `arms`.
+        arms: their order in tables, and who has which colour in the plots of all parts.
+        output: folder of what is written.
+
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no results.
     """
     from . import plots
 
     if not results:
         raise ValueError(f"`results` is empty: there is nothing to report in {output}.")
+    results = sorted(results, key=lambda x: arms.index(x["arm"]))
+    colours = plots.colours_of(arms)
     recall = [x for x in results if x["part"] == "recall"]
     routers = [x for x in results if x["part"] == "gradients"]
     language = [x for x in results if x["part"] == "language"]
     sections, written = [], []
     if recall:
         sections += ["## Recall\n", recall_table(recall)]
-        written.append(plots.plot_recall(recall, output / "recall.png"))
+        written.append(plots.plot_recall(recall, colours, output / "recall.png"))
     if routers:
         sections += ["## Routers, and gradients of a learned one\n", recall_table(routers), gradient_table(routers)]
-        written.append(plots.plot_gradients(routers, output / "gradients.png"))
+        written.append(plots.plot_gradients(routers, colours, output / "gradients.png"))
     if language:
         sections += ["## Language and needles\n", language_table(language)]
-        written.append(plots.plot_language(language, output / "language.png"))
+        written.append(plots.plot_language(language, colours, output / "language.png"))
         written.append(plots.plot_scores(language, output / "scores.png"))
     if recall or routers:
         compared = differences(recall + routers, QUESTIONS)

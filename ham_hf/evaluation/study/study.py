@@ -10,9 +10,12 @@ import yaml
 from tqdm import tqdm
 
 from ...files import write_whole
+from ...training.recipe import RecipeLoader, check_config_keys, read_section
+from .fitting import Training
 from .gradients import GRADIENTS
 from .job import Job
-from .language import Texts, run_language
+from .language import LanguageTask, Texts, run_language
+from .recall import RecallTask
 from .recall_study import run_recall
 
 STUDIES = Path(__file__).parent
@@ -33,7 +36,7 @@ def read_study(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(x.stem for x in STUDIES.glob("*.yaml")))
         raise ValueError(f"no file {name!r}, takes a YAML file or one of {known}")
     try:
-        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+        study = RecipeLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is not YAML: {error}") from error
     if not isinstance(study, dict) or not isinstance(study.get("arms"), dict):
@@ -41,7 +44,7 @@ def read_study(name: str) -> dict[str, Any]:
     unknown = sorted(set(study) - {*PARTS, "arms"})
     if unknown:
         raise ValueError(f"{name} has unknown keys {unknown}; takes arms, {', '.join(PARTS)}.")
-    for part in set(PARTS) & set(study):
+    for part in (part for part in PARTS if part in study):
         _check_plan(part, study[part], study["arms"])
     return study
 
@@ -52,13 +55,26 @@ def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
     if not isinstance(plan, dict) or set(plan) != wanted:
         found = sorted(plan) if isinstance(plan, dict) else plan
         raise ValueError(f"`{part}` must have the keys {sorted(wanted)}, got {found}.")
-    unknown = [arm for arm in plan["arms"] if arm not in arms]
+    if not isinstance(plan["seeds"], int) or plan["seeds"] < 1:
+        raise ValueError(f"`{part}.seeds` must be a whole number of at least 1, got {plan['seeds']!r}.")
+    for key in sorted(wanted & {"arms", "usages", "pairs"}):
+        if not isinstance(plan[key], list) or not plan[key]:
+            raise ValueError(f"`{part}.{key}` must be a list that is not empty, got {plan[key]!r}.")
+    unknown = [arm for arm in plan["arms"] if not isinstance(arms.get(arm), dict)]
     if unknown:
-        raise ValueError(f"`{part}.arms` names {unknown}, which `arms` does not define.")
+        raise ValueError(f"`{part}.arms` names {unknown}, which `arms` does not define as a mapping.")
+    check_config_keys(f"{part}.model", plan["model"])
     for arm in plan["arms"]:
+        check_config_keys(f"arms.{arm}", arms[arm].keys() - {"gradient", "training"})
         gradient = arms[arm].get("gradient")
         if gradient is not None and gradient not in GRADIENTS:
             raise ValueError(f"`arms.{arm}.gradient` must be one of {sorted(GRADIENTS)}, got {gradient!r}.")
+        read_section(Training, plan["training"] | arms[arm].get("training", {}), f"{part}.training")
+    for name, task in plan["tasks"].items():
+        if part == "language":
+            read_section(LanguageTask, task, f"{part}.tasks.{name}")
+        else:
+            read_section(RecallTask, task, f"{part}.tasks.{name}").check_pairs(plan["pairs"])
 
 
 def jobs_of(study: dict[str, Any], parts: list[str]) -> Iterator[Job]:
@@ -116,6 +132,7 @@ def run_study(jobs: list[Job], output: Path, texts: Texts | None, device: str) -
         write_whole(output / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results in a folder, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.*.*.*.json"))]
+def read_results(jobs: list[Job], output: Path) -> list[dict[str, Any]]:
+    """The results that `output` holds of these jobs, in their order."""
+    paths = [output / f"{job.name}.json" for job in jobs]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
