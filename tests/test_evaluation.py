@@ -56,6 +56,17 @@ def test_calibration_survives_saving_and_leaves_the_mode(model, tmp_path):
         assert torch.equal(ours.mixer.score_quantiles, theirs.mixer.score_quantiles)
 
 
+def test_padding_and_labels_do_not_count_in_calibration(model):
+    tokens = batches(1)[0]
+    calibrate(model, [tokens])
+    plain = [layer.mixer.score_quantiles.clone() for layer in model.model.layers]
+    padded = torch.cat([torch.zeros_like(tokens[:, :7]), tokens], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 7).expand(len(tokens), -1).long()
+    calibrate(model, [{"input_ids": padded, "attention_mask": mask, "labels": padded}])
+    for before, layer in zip(plain, model.model.layers, strict=True):
+        torch.testing.assert_close(layer.mixer.score_quantiles, before, rtol=0, atol=1e-5)
+
+
 def test_calibration_refuses_what_it_cannot_use(model, tiny_config):
     with pytest.raises(ValueError, match="batches"):
         calibrate(model, [])

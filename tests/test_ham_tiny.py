@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The recipe of ham-tiny resumes exactly, and the embedded checkpoint is what its card says."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run(sources / "broken")
     with safe_open(sources / "broken" / "state.safetensors", framework="pt") as state:
-        assert state.metadata() == {"step": "2"}
+        assert state.metadata()["step"] == "2"
     monkeypatch.setattr(ham_tiny, "train_step", step)
     resumed = run(sources / "broken").state_dict()
     for name, x in unbroken.items():
@@ -88,7 +89,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeyp
 @needs_muon
 def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
     """It starts with its weights, not with copying layers, and tells both recipes."""
-    monkeypatch.setattr(ham_tiny, "Recipe", lambda: recipe)
+    monkeypatch.setattr(ham_tiny, "Recipe", lambda **fields: replace(recipe, **fields))
     monkeypatch.setattr(ham_tiny, "CONTINUED", replace(recipe, steps=2, matrix_lr=0.0, other_lr=0.0, threshold_lr=0.0))
     arguments = ["x", "--corpus", str(sources), "--tokenizer", str(sources / "tokenizer"), "--output"]
     monkeypatch.setattr("sys.argv", [*arguments, str(sources / "first")])
@@ -99,7 +100,10 @@ def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
     states = [AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (first, sources / "second" / "ham-tiny")]
     assert all(torch.equal(states[0][name], x) for name, x in states[1].items() if "quantiles" not in name)
     recipes = json.loads((sources / "second" / "ham-tiny" / "recipe.json").read_text())
-    assert [x["steps"] for x in recipes] == [9, 2]
+    assert [(x["steps"], x["seed"]) for x in recipes] == [(9, 0), (2, 1)], "the second run draws other windows"
+    monkeypatch.setattr("sys.argv", [*arguments, str(sources / "first"), "--start", str(first)])
+    with pytest.raises(ValueError, match="is of a run with another recipe"):
+        ham_tiny.main()
 
 
 def test_usage_of_a_step_is_drawn_as_the_recipe_says():
@@ -152,6 +156,22 @@ def test_rows_repeat_text_or_random_tokens(sources):
     assert len(noise.unique()) > 2 * len(text.unique())
     mixed = sampler.batch(3, 16, 64, (0.3, 0.3))
     assert any(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True)), "the others stay as they are"
+
+
+def test_names_are_told_several_times_within_the_text(sources):
+    tokenizer = AutoTokenizer.from_pretrained(sources / "tokenizer")
+    sampler = ham_tiny.TokenSampler(sources, "train", tokenizer)
+    plain, told = sampler.batch(3, 16, 256), sampler.batch(3, 16, 256, names=1.0)
+    assert plain.shape == told.shape
+    ordinary = set(plain.flatten().tolist())
+    for before, row in zip(plain.tolist(), told.tolist(), strict=True):
+        strange = [(a, b) for a, b in itertools.pairwise(row) if {a, b} - ordinary]
+        repeated = [x for x in strange if strange.count(x) > 1]
+        assert repeated, "a name comes again"
+        tokens = iter(row)
+        assert all(x in tokens for x in before[:160]), "the text goes on behind a name"
+    some = sampler.batch(3, 16, 256, names=0.3)
+    assert 0 < sum(torch.equal(a, b) for a, b in zip(plain, some, strict=True)) < 16
 
 
 def test_a_copying_layer_recalls_before_any_training(tokenizer):

@@ -18,7 +18,8 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor | dict[str, 
     Args:
         model: the model; its buffers change, so save it afterwards.
         batches: `[B, T]` token ids without padding, of the kind and length the model will be used on; or
-            dictionaries of `input_ids` and what else a call takes, such as the `position_ids` of packed rows.
+            dictionaries of `input_ids` and what else a call takes, such as the `position_ids` of packed rows or an
+            `attention_mask`, whose padding does not count; `labels` are not needed.
 
     Raises:
         ValueError: if there is no batch, or the model has no hybrid layer.
@@ -32,11 +33,13 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor | dict[str, 
     try:
         for batch in batches:
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
-            inputs = {name: x.to(model.device) for name, x in inputs.items()}
+            inputs = {name: x.to(model.device) for name, x in inputs.items() if name != "labels"}
+            mask = inputs.get("attention_mask")
             # The whole model: under FSDP its parts cannot be called by themselves.
             outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_routing_scores=True)
             for collected, layer_scores in zip(scores, outputs.routing_scores, strict=True):
-                collected.append(layer_scores.flatten(0, 1).float().cpu())
+                real = layer_scores[mask.bool()] if mask is not None else layer_scores.flatten(0, 1)
+                collected.append(real.float().cpu())
     finally:
         model.train(training)
     if not scores[0]:

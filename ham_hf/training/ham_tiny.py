@@ -258,20 +258,28 @@ def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, fl
     return result
 
 
-def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list) -> None:
-    """Writes parameters, buffers and optimiser moments to one safetensors file, whole or not at all."""
+def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list, recipe: Recipe) -> None:
+    """Writes parameters, buffers, optimiser moments and recipe to one safetensors file, whole or not at all."""
     tensors = {f"model.{name}": x for name, x in model.state_dict().items() if name != "lm_head.weight"}
     for i, optimizer in enumerate(optimizers):
         for n, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{n}.{name}": torch.as_tensor(x).clone() for name, x in moments.items()}
-    save_file({name: x.contiguous() for name, x in tensors.items()}, f"{path}.partial", metadata={"step": str(step)})
+    metadata = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
+    save_file({name: x.contiguous() for name, x in tensors.items()}, f"{path}.partial", metadata=metadata)
     os.replace(f"{path}.partial", path)
 
 
-def load_state(path: Path, model: HAMForCausalLM, optimizers: list) -> int:
-    """Takes over what `save_state` wrote; returns the step after which it was written."""
+def load_state(path: Path, model: HAMForCausalLM, optimizers: list, recipe: Recipe) -> int:
+    """Takes over what `save_state` wrote; returns the step after which it was written.
+
+    Raises:
+        ValueError: if it was written by another recipe, but for the number of steps.
+    """
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
+        written_by = Recipe(**json.loads(file.metadata()["recipe"]))
+        if replace(written_by, steps=recipe.steps) != recipe:
+            raise ValueError(f"{path} is of a run with another recipe, {written_by}: give another `--output`.")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     parameters = {k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}
     model.load_state_dict(parameters | {"lm_head.weight": parameters["model.embed_tokens.weight"]})
@@ -312,7 +320,7 @@ def train(
 
     state, log_path, first = output / "state.safetensors", output / "log.jsonl", 0
     if state.exists():
-        first = 1 + load_state(state, model, optimizers)
+        first = 1 + load_state(state, model, optimizers, recipe)
         print(f"Resuming at step {first}")
     log = read_log(log_path, first)
     started = time.monotonic()
@@ -331,7 +339,7 @@ def train(
             if step % SAVE_EVERY == SAVE_EVERY - 1 or step == recipe.steps - 1:
                 # The log first: what it says of steps after the last state is dropped when the run resumes.
                 write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
-                save_state(state, step, model, optimizers)
+                save_state(state, step, model, optimizers, recipe)
     calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
     return model.eval()
 
