@@ -273,6 +273,11 @@ def checkpoints(model: Model, hardware: Hardware) -> bool:
     return row + memory_of_weights(model.config, hardware.gpus) > USABLE * hardware.memory
 
 
+def fits_alone(model: Model, hardware: Hardware) -> bool:
+    """Whether one GPU holds weights, gradients and moments."""
+    return memory_of_weights(model.config, 1) <= hardware.memory
+
+
 def compute_seconds(model: Model, hardware: Hardware) -> float:
     """Seconds of forward and backward of a token on one GPU, with checkpoints where a row needs them."""
     again = checkpoints(model, hardware)
@@ -285,14 +290,15 @@ def compute_seconds(model: Model, hardware: Hardware) -> float:
 def message_seconds(way: str, config: HAMConfig, gpus: int, hardware: Hardware) -> float:
     """Seconds of a step's messages between `gpus`, by DDP, FSDP2 or HSDP (FSDP2 in a machine, DDP between them).
 
-    A ring goes as fast as its slowest link, which leads to another machine as soon as there are two.
+    Rings through several machines leave each by all of its cards at once; a ring goes as fast as its slowest link.
+    Of HSDP's rings between machines each has the card of one GPU, and that GPU's share of the gradients.
     """
     inside, outside = hardware.within * hardware.link, hardware.between * hardware.link
     if way == "HSDP" and gpus > hardware.gpus:
         machines, shard = gpus // hardware.gpus, Traffic(all_reduce=WIDE * parameters(config).total / hardware.gpus)
         return sharded_traffic(config).sent(hardware.gpus) / inside + shard.sent(machines) / outside
     traffic = data_parallel_traffic(config) if way == "DDP" else sharded_traffic(config)
-    return traffic.sent(gpus) / (inside if gpus <= hardware.gpus else outside)
+    return traffic.sent(gpus) / (inside if gpus <= hardware.gpus else min(inside, hardware.gpus * outside))
 
 
 def tensor_parallel_speedup(model: Model, ranks: int, hardware: Hardware) -> float:
@@ -393,10 +399,10 @@ def time_table(hardware: Hardware) -> str:
                 continue
             compute = alone * model.batch / gpus
             ways = [message_seconds(way, model.config, gpus, hardware) for way in ("DDP", "FSDP2", "HSDP")]
-            shares = [f"{x:.2f} s ({compute / max(compute, x):.0%})" for x in ways]
-            if memory_of_weights(model.config, 1) > hardware.memory:
+            shares = [f"{x:.3f} s ({compute / max(compute, x):.0%})" for x in ways]
+            if not fits_alone(model, hardware):
                 shares[0] = "does not fit"
-            rows.append([model.name, f"{gpus}", f"{model.batch // gpus:,}", f"{compute:.2f} s", *shares])
+            rows.append([model.name, f"{gpus}", f"{model.batch // gpus:,}", f"{compute:.3f} s", *shares])
     return table("model | GPUs | tokens on each | computing | DDP's messages | FSDP2's | HSDP's", rows)
 
 
@@ -407,7 +413,8 @@ def limit_table(hardware: Hardware) -> str:
         cells = [model.name, f"{model.batch // model.context}"]
         for way in ("DDP", "FSDP2", "HSDP"):
             tokens = message_seconds(way, model.config, 1024, hardware) / compute_seconds(model, hardware)
-            cells += [f"{tokens:,.0f}", f"{model.batch / tokens:,.0f}"]
+            fits = way != "DDP" or fits_alone(model, hardware)
+            cells += [f"{tokens:,.0f}", f"{model.batch / tokens:,.0f}"] if fits else ["does not fit", ""]
         rows.append([*cells, *(f"{tensor_parallel_speedup(model, ranks, hardware):.1f}" for ranks in (2, 4, 8))])
     return table(
         "model | rows in a batch | DDP: fewest tokens | most GPUs | FSDP2: fewest tokens | most GPUs | "
@@ -444,7 +451,8 @@ and tensor parallelism within 1% of what two processes sent (`tests/training/tes
 Assumed of a GPU: {memory} GB; {operations} TFLOP/s in bfloat16, of which projections, MLP and head reach {matrices},
 RNN and attention {sequence}, what kernels compute twice included; {within} GB/s to the {gpus} GPUs of a machine and
 {between} GB/s to other machines, each way, of which {link} are reached. The rates are those that NVIDIA states for an
-H100 SXM with a card of 400 Gbit/s for each GPU; the efficiencies are guesses, and the seconds are as good as they are.
+H100 SXM with a card of 400 Gbit/s for each GPU, and rings through several machines use all of a machine's cards; the
+efficiencies are guesses, and the seconds are as good as they are. Latency is not counted.
 Messages and computing overlap completely, which is the best case. Parameters, gradients and Adam's moments are
 float32 (16 bytes a parameter), activations and gathered weights bfloat16, gradients are reduced in float32.
 
@@ -499,9 +507,10 @@ stands the share of time spent computing, if they overlap:
 - **Rows.** A GPU computes at least one row, so a batch of 0.5M tokens in rows of 16k tokens ends at 32 GPUs. There
   is no parallelism along a row (context parallelism): the RNN's state would have to travel from GPU to GPU.
 - **Messages.** The fewest tokens a GPU needs in a step, at many machines, and the GPUs that the batch feeds at that.
-  Past it the time of a step stays and only the bill grows. HSDP needs the fewest tokens of the ways that share a
-  large model; accumulated gradients count, as DDP and FSDP2 reduce once a step (FSDP2 gathers in every part of it,
-  though).
+  Past it the time of a step stays and only the bill grows. By bytes HSDP needs the most, because gradients are summed
+  within a machine and again between machines; what speaks for it is latency, as no layer waits for weights of another
+  machine. In all three the batch runs out of rows first. Accumulated gradients count, as DDP and FSDP2 reduce once a
+  step (FSDP2 gathers in every part of it, though).
 - **Tensor parallelism** divides projections, MLP, embedding and head, and each rank repeats RNN and attention. It
   saves memory and some time within a machine, and is no way to scale further. Its ranks see the same rows.
 - **Pipelines** are declared in the plan of Transformers and not tested.

@@ -118,13 +118,20 @@ def test_the_kernel_of_the_rnn_saves_its_inputs_and_an_inverse_a_chunk():
 
 
 def test_what_costs_more_in_the_tables():
-    """More tokens kept, less sharing, more machines, and messages that all cross between them."""
+    """More tokens kept, less sharing, more machines, and gradients that are summed twice."""
     model, hardware = cost.MODELS[1], cost.Hardware()
     assert cost.compute_seconds(model._replace(usage=1.0), hardware) > cost.compute_seconds(model, hardware)
     assert cost.memory_of_weights(model.config, 8) < cost.memory_of_weights(model.config, 1)
     seconds = [cost.message_seconds("HSDP", model.config, gpus, hardware) for gpus in (8, 16, 64)]
     assert seconds == sorted(seconds)
-    assert seconds[2] < cost.message_seconds("FSDP2", model.config, 64, hardware)
+    assert seconds[2] > cost.message_seconds("FSDP2", model.config, 64, hardware)
+
+
+def test_rings_leave_a_machine_by_all_of_its_cards_and_are_no_faster_than_inside():
+    config, slow, fast = cost.MODELS[1].config, cost.Hardware(between=1e9), cost.Hardware(between=1e12)
+    sent = cost.sharded_traffic(config).sent(64)
+    assert cost.message_seconds("FSDP2", config, 64, slow) == pytest.approx(sent / (8 * 1e9 * slow.link))
+    assert cost.message_seconds("FSDP2", config, 64, fast) == pytest.approx(sent / (fast.within * fast.link))
 
 
 def test_the_page_is_what_the_script_writes():
