@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -270,7 +271,7 @@ def add_study_arguments(parser: Parser) -> None:
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
     parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--report", action="store_true", help="train nothing: tell and draw what is stored")
+    parser.add_argument("--report", action="store_true", help="train nothing: tell and draw all that is stored")
     parser.set_defaults(execute=study_command)
 
 
@@ -431,6 +432,10 @@ def study_command(arguments: argparse.Namespace) -> None:
 
     with failing_as("argument STUDY"):
         study = read_study(arguments.study)
+    if arguments.report and arguments.parts:
+        raise CommandError("argument --parts: not with --report, which tells of all parts that have results")
+    if find_spec("matplotlib") is None:  # found out before the training, not behind it
+        raise CommandError("the plots need matplotlib, which the extra `eval` brings: pip install 'ham-hf[eval]'")
     parts = arguments.parts or [part for part in PARTS if part in study]
     for part in parts:
         if part not in study:

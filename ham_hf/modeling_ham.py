@@ -852,7 +852,10 @@ class HAMModel(HAMPreTrainedModel):
         )
 
     def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tensor:
-        """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits."""
+        """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits.
+
+        Such a loss tells nothing of how many calls an update has, so that each adds a whole step to the thresholds.
+        """
         return AddGradient.apply(hidden_states, *_control_loop(controls, self.config, hidden_states.device))
 
     def layer_thresholds(

@@ -259,8 +259,8 @@ def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -
 def logit_unit(thresholds: torch.Tensor) -> torch.Tensor:
     """How far a step may go at a threshold: as far as the sigmoid's slope, 1 at 0.5, and 0.1 near 0 and 1 and beyond.
 
-    Learned scores saturate. Where most lay between 0.94 and 1, steps of one length for all thresholds let usage jump
-    between 0 and 0.5 from batch to batch; steps of one length in logits keep it within some points of its target.
+    Learned scores saturate: where most lie close to 1, a step that does well at 0.5 passes nearly all of them. Steps
+    of one length in logits pass about as many everywhere.
     """
     return (4 * thresholds * (1 - thresholds)).clamp(min=0.1)
 

@@ -90,7 +90,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeyp
 def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
     """It starts with its weights, not with copying layers, and tells both recipes."""
     monkeypatch.setattr(ham_tiny, "Recipe", lambda **fields: replace(recipe, **fields))
-    monkeypatch.setattr(ham_tiny, "CONTINUED", replace(recipe, steps=2, matrix_lr=0.0, other_lr=0.0, threshold_lr=0.0))
+    monkeypatch.setattr(
+        ham_tiny, "CONTINUED", replace(recipe, steps=2, decay_from=1, matrix_lr=0.0, other_lr=0.0, threshold_lr=0.0)
+    )
     arguments = ["x", "--corpus", str(sources), "--tokenizer", str(sources / "tokenizer"), "--output"]
     monkeypatch.setattr("sys.argv", [*arguments, str(sources / "first")])
     ham_tiny.main()

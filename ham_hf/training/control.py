@@ -121,8 +121,8 @@ def parameter_groups(
         model: a HAM, also wrapped by DDP, FSDP (which must keep the parameters' names), peft or `torch.compile`.
         learning_rate: of everything else.
         weight_decay: of matrices; norms, biases, decay rates and thresholds have none.
-        threshold_learning_rate: of the thresholds. With 0.2 a step goes about half of the way to the target; with 0.5
-            single batches already overshoot by half of their tokens.
+        threshold_learning_rate: of the thresholds. Too high a rate has usage swing from batch to batch, too low a rate
+            has it come late.
         router_learning_rate: of learned routers; `learning_rate` by default.
 
     Returns:
@@ -208,7 +208,9 @@ class UsageMeter:
         self._thresholds: list[torch.Tensor | None] = [None] * len(self.mixers)
 
     def __enter__(self) -> Self:
-        """Begins to measure."""
+        """Begins to measure; `RuntimeError` inside of another `with` of the same meter."""
+        if self._handles:
+            raise RuntimeError("This meter measures already: leave its `with` first.")
         # A backward pass calls layers again, but not the decoder.
         self._handles = [
             self.decoder.register_forward_pre_hook(lambda *_: self._enter_decoder(True)),
@@ -325,6 +327,8 @@ class ThresholdCallback(TrainerCallback):
             )
         if not any(mixer.threshold.requires_grad for mixer in meter.mixers):
             raise ValueError("`model` has no threshold that learns: set `requires_grad_(True)` on these parameters.")
+        if self._meter is not None:
+            self._meter.__exit__()  # of a training that broke off within a step
         self._meter = meter
 
     def on_step_begin(

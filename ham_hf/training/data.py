@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Text as rows of tokens for training: read as it is needed, packed without leaks, in an order that can be resumed."""
 
+import glob
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def open_documents(recipe: DataRecipe, seed: int) -> datasets.IterableDataset:
     random.Random(seed).shuffle(paths)
     kind = FORMATS[paths[0].suffix]
     options = {"sample_by": SAMPLE_BY[recipe.document]} if kind == "text" else {}
-    files = [str(path.resolve()) for path in paths]
+    files = [glob.escape(str(path.resolve())) for path in paths]
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 

@@ -197,7 +197,10 @@ def initialize_recall(model: HAMForCausalLM) -> None:
 
 
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest, and thresholds without weight decay at their own rate."""
+    """Muon for the layers' matrices, AdamW for the rest, and thresholds without weight decay at their own rate.
+
+    Not the groups of `ham_hf.training.control`, which are newer: this stays what made the checkpoint.
+    """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(f"This recipe needs `torch.optim.Muon` of PyTorch 2.9 or newer, found {torch.__version__}.")
     mixer_matrices = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "z_proj.weight")
@@ -369,6 +372,8 @@ def main() -> None:
     before = earlier_recipes(arguments.start)
     recipe = Recipe() if arguments.start is None else replace(CONTINUED, seed=len(before))
     recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    if recipe.steps <= recipe.decay_from:
+        parser.error(f"--steps must be above {recipe.decay_from}, where the decay begins, got {recipe.steps}")
     model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe, arguments.start)
     checkpoint = arguments.output / "ham-tiny"
     model.save_pretrained(arguments.output / "float32")

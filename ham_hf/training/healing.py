@@ -289,13 +289,20 @@ class Study:
         return json.loads(path.read_text())
 
     def results(self, runs: Iterable[str] = RUNS) -> dict[str, Any]:
-        """Every stage, in order; of the ways to heal, those that are named."""
+        """Every stage, in order; of the ways to heal, those that are named.
+
+        Raises:
+            ValueError: if `output` holds stages of other settings.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
+        settings = asdict(self.settings)
+        if (before := self.stored("settings", lambda: settings)) != settings:
+            raise ValueError(f"`output` {self.output} holds stages of other settings, {before}: give another folder.")
         if not self.source.exists():
             self.train_source()
         if not self.converted.exists():
             subprocess.run([sys.executable, str(CONVERT), str(self.source), str(self.converted)], check=True)
-        results = {"settings": asdict(self.settings), "windows": len(self.windows)}
+        results = {"settings": settings, "windows": len(self.windows)}
         results["unhealed"] = self.stored("unhealed", self.unhealed)
         results["trained_on"] = self.stored("trained_on", self.trained_on)
         return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
@@ -333,8 +340,8 @@ def to_markdown(results: dict[str, Any], settings: Settings) -> str:
     tail = (
         f"{results['windows']} windows of {settings.context} tokens; ± are standard errors over windows, of one seed. "
         f"The source was trained for {settings.source_steps} steps of {tokens} tokens, healing takes "
-        f"{settings.steps}, and is at 50% after the first {settings.half_until}. There and in the end the learned "
-        "thresholds decide what is kept, elsewhere those of score quantiles."
+        f"{settings.steps}, and is at 50% after the first {settings.half_until}. On the way, and in the end at 25%, "
+        "the learned thresholds decide what is kept; where a usage was asked for, score quantiles do."
     )
     return "\n".join([*lines, "", tail]) + "\n"
 

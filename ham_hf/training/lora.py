@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """LoRA with peft: adapters on a HAM's projections; beside them thresholds learn, which peft does not save."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def add_adapters(model: HAMForCausalLM, recipe: LoraRecipe, train_thresholds: bo
     )
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ValueError(f"`lora: target_modules` does not go with this model: {error}") from error
     for threshold in thresholds_of(model).values():
         threshold.requires_grad_(train_thresholds)

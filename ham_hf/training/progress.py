@@ -119,16 +119,13 @@ class Progress(TrainerCallback):
             speed = (state.global_step - self.seen[0]) * self.tokens / (now - self.seen[1])
             self.seen = (state.global_step, now)
             kept = f"  kept {logs['kv_usage']:6.1%}" if "kv_usage" in logs else ""
-            self._print(
+            tqdm.write(
                 f"step {state.global_step:6,}  loss {logs['loss']:.4f}{kept}  lr {logs['learning_rate']:.2e}  "
                 f"gradient {logs['grad_norm']:.2f}  {speed:,.0f} tokens/s"
             )
         elif "eval_loss" in logs:
-            self._print(table_of(state.global_step, logs))
+            tqdm.write(table_of(state.global_step, logs))
             self.seen = (state.global_step, time.monotonic())
-
-    def _print(self, text: str) -> None:
-        tqdm.write(text)
 
 
 def table_of(step: int, metrics: dict[str, float]) -> str:

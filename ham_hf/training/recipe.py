@@ -40,12 +40,15 @@ OWN_KEYS = {
 SETTLED = {
     "accelerator_config",
     "auto_find_batch_size",
+    "bf16_full_eval",
     "dataloader_drop_last",
     "dataloader_num_workers",
     "do_predict",
     "do_train",
     "enable_jit_checkpoint",
+    "eval_accumulation_steps",
     "fp16",
+    "fp16_full_eval",
     "hub_always_push",
     "hub_model_id",
     "hub_private_repo",
@@ -59,6 +62,7 @@ SETTLED = {
     "local_rank",
     "logging_nan_inf_filter",
     "metric_for_best_model",
+    "prediction_loss_only",
     "push_to_hub",
     "remove_unused_columns",
     "restore_callback_states_from_checkpoint",
@@ -141,15 +145,23 @@ class DataRecipe:
         if self.document not in DOCUMENTS:
             raise ValueError(f"`document` must be one of {DOCUMENTS}, got {self.document!r}.")
         at_least("shuffle_rows", self.shuffle_rows, 1)
-        if self.files is not None:
-            self.paths()
+        if self.files is None:
+            return
+        for name, default in (("config", None), ("split", "train"), ("streaming", True)):
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}` must be left out beside `files`: it is for a data set's `name`.")
+        if self.document != "file" and (kind := FORMATS[self.paths()[0].suffix]) != "text":
+            raise ValueError(f"`document` must be left out: each record of {kind} files is a document.")
+        self.paths()
 
     def paths(self) -> list[Path]:
         """The files, sorted; `ValueError` if there are none, or they are of several formats or an unknown one."""
         found = []
         for name in [self.files] if isinstance(self.files, str) else self.files or []:
             path = Path(name).expanduser()
-            if path.is_dir():
+            if path.is_file():
+                matches = [path]
+            elif path.is_dir():
                 matches = [x for x in path.rglob("*") if x.is_file() and x.suffix in FORMATS]
             else:
                 root = path.anchor
@@ -220,7 +232,7 @@ class DistillationRecipe:
 
     Attributes:
         teacher: folder or name on the Hub of the source; may be left out where `weight` is 0.
-        weight: share of the divergence from the teacher in the loss; next tokens have the rest.
+        weight: share of the loss that the divergence from the teacher has; that on next tokens has the rest.
         temperature: what the logits of both are divided by.
         open_gates: bias from which training opens the gates that conversion left shut; null leaves them.
     """
@@ -350,6 +362,12 @@ class TrainRecipe:
     def _check_lora(self, lora: LoraRecipe) -> None:
         if self.model.from_ is None:
             raise ValueError("`lora` must have `model: from`, a checkpoint to adapt, got `model: new`.")
+        opened = self.distillation is not None and self.distillation.open_gates is not None
+        if opened and not lora.merge:
+            raise ValueError(
+                "`lora: merge` must be true where `distillation: open_gates` is not null, got false: what peft saves "
+                "of an adapter cannot hold the opened gates."
+            )
         if self.thresholds_learn and not lora.merge:
             raise ValueError(
                 "`lora: merge` must be true where `usage` has a `target` or a `schedule`, got false: thresholds learn "
@@ -377,6 +395,12 @@ class TrainRecipe:
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if self.trainer.get(key, 1) <= 0:
                 raise ValueError(f"`trainer: {key}` must be above 0, got {self.trainer[key]}.")
+        schedule = self.trainer.get("lr_scheduler_type")
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`trainer: lr_scheduler_type` must be a schedule that depends on the step alone, got {schedule!r}, "
+                "which would lower the thresholds' rate, too."
+            )
         for key in ("learning_rate", "weight_decay", "max_grad_norm"):
             at_least(f"trainer: {key}", self.trainer.get(key), 0)
 

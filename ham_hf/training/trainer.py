@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,7 +53,7 @@ DATA_STATE = "data_state.json"
 # Rows of training text that score quantiles are measured on.
 CALIBRATION_ROWS = 16
 # What may change between two parts of a training without changing its losses.
-FREE_TRAINER_KEYS = {"disable_tqdm", "logging_dir", "report_to", "run_name", "save_total_limit", "save_steps"}
+FREE_TRAINER_KEYS = {"disable_tqdm", "report_to", "run_name", "save_total_limit", "save_steps"}
 
 
 class HAMTrainer(Trainer):
@@ -76,7 +77,9 @@ class HAMTrainer(Trainer):
 
     def __init__(self, recipe: TrainRecipe, calibration: list[dict[str, torch.Tensor]], **arguments: Any):
         check_optimizer(arguments["args"], arguments["model"])
+        use_cache = arguments["model"].config.use_cache
         super().__init__(**arguments)
+        self.use_cache = use_cache  # which Trainer has switched off in the configuration
         self.recipe = recipe
         self.calibration = calibration
         self.first_step = 0  # of this part of the training
@@ -267,7 +270,8 @@ class HAMTrainer(Trainer):
                 save_thresholds(self.model, whole)
             replace_folder(whole, output / whole.name)
             checkpoints = sort_checkpoints(str(output))
-            for old in checkpoints[: -(self.args.save_total_limit or len(checkpoints))]:
+            limit = self.args.save_total_limit or 0  # which may be negative: no limit, to Trainer
+            for old in checkpoints[:-limit] if limit > 0 else []:
                 # Out of the way first, so that no half of it is left under its name.
                 os.replace(old, output / PARTIAL / Path(old).name)
             shutil.rmtree(output / PARTIAL)
@@ -277,7 +281,8 @@ class HAMTrainer(Trainer):
 class StopOnSignal(TrainerCallback):
     """Inside of `with`, Ctrl-C and SIGTERM let the step end, and have it saved, before the training stops.
 
-    The same signal a second time interrupts at once, which costs the steps since the last checkpoint.
+    Another signal after the first second interrupts at once, which costs the steps since the last checkpoint. Before
+    that it is the same request, which reaches a process from the terminal and once more from what launched it.
 
     Attributes:
         asked: whether to stop.
@@ -285,6 +290,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -299,9 +305,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._asked_at = True, now
+        elif now - self._asked_at > 1:
             raise KeyboardInterrupt
-        self.asked = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -327,7 +335,7 @@ def train(recipe: TrainRecipe) -> Path | None:
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
     last = get_last_checkpoint(output) if output.is_dir() else None
-    check_output(recipe, output, begun=last is not None or (output / FINAL).is_dir())
+    check_output(recipe, output, begun=last is not None or (output / FINAL).exists())
     if (output / FINAL).is_dir():
         return output / FINAL
     set_seed(recipe.seed)
@@ -367,8 +375,11 @@ def train(recipe: TrainRecipe) -> Path | None:
     else:
         with stop:
             trainer.train(resume_from_checkpoint=last)
-    if trainer.first_step != recipe.steps and trainer.state.global_step < recipe.steps:
-        return None
+        if trainer.state.global_step < recipe.steps:
+            return None
+    if schedule is not None:
+        # Not what the last step was driven to, if it was: a model whose thresholds were held to the end has a target.
+        trainer.ham.config.target_kv_usage = schedule.points[-1][1]
     write_model(trainer, output)
     return output / FINAL
 
@@ -402,7 +413,22 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
             f"`trainer: use_cpu` must be true for several processes on a CPU, got {arguments.use_cpu}: of {started} "
             f"processes that were started each sees {found}."
         )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process must have one GPU, and sees {arguments.n_gpu}: start one for each with `accelerate launch`, "
+            "or leave one visible with CUDA_VISIBLE_DEVICES."
+        )
+    most = arguments.per_device_eval_batch_size
+    arguments.per_device_eval_batch_size = evaluation_batch(recipe.evaluation.rows, found, most)
     return arguments
+
+
+def evaluation_batch(rows: int, processes: int, most: int) -> int:
+    """The largest batch of at most so many rows that divides each process' share: short ones would be filled up."""
+    share, left = divmod(rows, processes)
+    if left:
+        raise ValueError(f"`evaluation: rows` must be a multiple of the {processes} processes, got {rows}.")
+    return max(n for n in range(1, most + 1) if share % n == 0)
 
 
 def check_optimizer(arguments: TrainingArguments, model: HAMForCausalLM) -> None:
@@ -431,11 +457,13 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
     """Refuses, with `ValueError`, a folder with other things in it, and one another training that has `begun`."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output` must be a folder, got the file {output}.")
+    ours = (output / "recipe.json").is_file()
+    unfinished = {"recipe.json.partial", PARTIAL}
+    if output.is_dir() and not ours and (begun or any(x.name not in unfinished for x in output.iterdir())):
+        raise ValueError(f"`output` must be a new or empty folder, or that of an earlier training, got {output}.")
     if not begun:
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"`output` must be a folder, got the file {output}.")
-        if output.is_dir() and any(x.name not in {"recipe.json", "log.jsonl", PARTIAL} for x in output.iterdir()):
-            raise ValueError(f"`output` must be a new or empty folder, or that of an earlier training, got {output}.")
         return
     before = _flat(json.loads((output / "recipe.json").read_text()))
     now = _flat(json.loads(json.dumps(recipe.to_dict())))
@@ -468,7 +496,10 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         new_model(recipe, tokenizer) if source is None else HAMForCausalLM.from_pretrained(source, dtype=torch.float32)
     )
     if recipe.distillation is not None and recipe.distillation.open_gates is not None:
-        open_gates(model, recipe.distillation.open_gates)
+        try:
+            open_gates(model, recipe.distillation.open_gates)
+        except ValueError as error:
+            raise ValueError(f"`distillation: open_gates` must be null for this checkpoint: {error}") from error
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -560,14 +591,29 @@ def schedule_for(recipe: TrainRecipe, config: HAMConfig) -> UsageSchedule | None
         if recipe.usage != UsageRecipe():
             raise ValueError("`usage` must be left out: the model has no layer of type 'hybrid', so nothing is kept.")
         return None
+    if recipe.usage.router_learning_rate is not None and not config.router.startswith("learned"):
+        raise ValueError(
+            "`usage: router_learning_rate` must be left out, as the model's router learns nothing: it is "
+            f"{config.router!r}."
+        )
     if not recipe.thresholds_learn:
         return None
     default = config.target_kv_usage
     if default is None and recipe.usage.target is None and recipe.usage.schedule is None:
+        held = UsageRecipe(router_learning_rate=recipe.usage.router_learning_rate)
+        if recipe.usage != held:
+            raise ValueError(
+                "`usage` must have a `target` or a `schedule` beside `freeze_steps` and `threshold_learning_rate`, "
+                "got neither: the model's `target_kv_usage` is null, so its thresholds are held."
+            )
         return None
     schedule = recipe.usage.usage_schedule(0.5 if default is None else default)
     for _, target in schedule.points:
-        check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
+        try:
+            check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
+        except ValueError as error:
+            key = "target" if recipe.usage.schedule is None else "schedule"
+            raise ValueError(str(error).replace("`target_kv_usage`", f"`usage: {key}`")) from None
     return schedule
 
 
@@ -591,6 +637,7 @@ def write_model(trainer: HAMTrainer, output: Path) -> None:
         trainer.model = trainer.model.merge_and_unload()
     if trainer.ham.config.num_hybrid_layers:
         calibrate(trainer.ham, trainer.calibration)
+    trainer.ham.config.use_cache = trainer.use_cache
     partial = output / PARTIAL / FINAL
     trainer.save_model(str(partial))
     if not trainer.args.should_save:

@@ -174,6 +174,14 @@ def test_what_is_computed_again_is_not_measured_again(reentrant, tiny_config):
     assert meter.read()["tokens"] == ids.numel()
 
 
+def test_a_meter_is_entered_once(tiny_config):
+    meter = UsageMeter(HAMForCausalLM(tiny_config()))
+    with meter, pytest.raises(RuntimeError, match="measures already"):
+        meter.__enter__()
+    with meter:
+        pass
+
+
 def test_the_meter_leaves_nothing_on_the_model(tiny_config):
     model = HAMForCausalLM(tiny_config())
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]

@@ -129,15 +129,24 @@ def test_rows_held_out_are_never_trained_on(tmp_path, tokenizer, texts):
     assert len({tuple(x) for x in seen}) < 100  # several passes
 
 
+def test_names_of_files_are_no_patterns(tmp_path, tokenizer, texts):
+    expected = take(packed(tmp_path, tokenizer), 20)
+    folder = tmp_path / "texts[1]"
+    folder.mkdir()
+    for old, new in (("a.txt", "a*.txt"), ("b.txt", "b?[2].txt")):
+        (tmp_path / old).rename(folder / new)
+    assert take(packed(tmp_path, tokenizer, files=str(folder)), 20) == expected
+
+
 def test_formats_and_data_sets_give_the_same_rows(tmp_path, tokenizer, texts):
     lines = tmp_path / "lines" / "a.jsonl"
     lines.parent.mkdir()
     lines.write_text("".join(json.dumps({"body": x, "n": 1}) + "\n" for x in texts))
-    expected = take(packed(lines.parent, tokenizer, column="body"), 30)
+    expected = take(packed(lines.parent, tokenizer, column="body", document="file"), 30)
     table = datasets.Dataset.from_dict({"body": texts})
     (tmp_path / "table").mkdir()
     table.to_parquet(tmp_path / "table" / "a.parquet")
-    assert take(packed(tmp_path / "table", tokenizer, column="body"), 30) == expected
+    assert take(packed(tmp_path / "table", tokenizer, column="body", document="file"), 30) == expected
     for streaming in (True, False):
         recipe = DataRecipe(name=str(tmp_path / "table"), column="body", shuffle_rows=7, streaming=streaming)
         assert take(PackedRows(recipe, tokenizer, CONTEXT, 0), 30) == expected
@@ -147,10 +156,10 @@ def test_refusals(tmp_path, tokenizer, texts):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.jsonl").write_text('{"body": "x", "n": 1}\n')
     with pytest.raises(ValueError, match=r"`data: column`.*'text' and columns \['body', 'n'\]"):
-        take(packed(tmp_path / "c", tokenizer), 1)
+        take(packed(tmp_path / "c", tokenizer, document="file"), 1)
     with pytest.raises(ValueError, match=r"`data: column`.*'n' and int there"):
-        take(packed(tmp_path / "c", tokenizer, column="n"), 1)
+        take(packed(tmp_path / "c", tokenizer, document="file", column="n"), 1)
     with pytest.raises(ValueError, match="too little text"):
-        take(packed(tmp_path / "c", tokenizer, column="body"), 1)
+        take(packed(tmp_path / "c", tokenizer, document="file", column="body"), 1)
     with pytest.raises(ValueError, match=r"too little text.*1000 for evaluation"):
         take(packed(tmp_path, tokenizer, held_out=1000, files=f"{tmp_path}/*.txt"), 1)

@@ -2,6 +2,7 @@
 """The study of healing goes from nothing to its table and plot, and takes up what is done."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def test_the_table_compares_with_the_source_window_by_window():
     assert "| healed: distilled, gates opened; on the way, at 50% | 50.0% | 3.0700 | +2.33% ± 0.33% |" in table
     assert "| healed: distilled, gates opened; in the end, at 25% | 50.0% | 3.1300 | +4.33% ± 0.33% |" in table
     assert not any("random" in line for line in table), "what was not run is left out"
+
+
+def test_stages_of_other_settings_are_not_taken_for_these(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(healing.Settings(seed=0))))
+    study = healing.Study.__new__(healing.Study)  # without a corpus
+    study.output, study.settings = tmp_path, healing.Settings(seed=1)
+    with pytest.raises(ValueError, match="holds stages of other settings"):
+        study.results()
+    assert [x.name for x in tmp_path.iterdir()] == ["settings.json"]
 
 
 @pytest.mark.slow

@@ -201,6 +201,17 @@ def test_adapters_alone(recipe_of, folder):
         ("rank: 4", "target_modules: []", "`lora`: `target_modules` must name at least one module"),
         ("rank: 4", "target_modules: 3", "`lora: target_modules` must be text or a list of text, got 3"),
         ("lora: {{rank: 4, alpha: 8, dropout: 0.1}}", "lora:", "`lora` must hold keys with values .*, got None"),
+        ("rank: 4", "target_modules: '*'", "`lora: target_modules` does not go with this model: nothing to repeat"),
+        (
+            "lora: {{rank: 4",
+            "distillation: {{weight: 0}}\nlora: {{merge: false",
+            "`lora: merge` must be true where `distillation: open_gates` is not null",
+        ),
+        (
+            "lora: {{rank: 4",
+            "distillation: {{weight: 0}}\nlora: {{rank: 4",
+            "`distillation: open_gates` must be null for this checkpoint: .* no shut gate",
+        ),
         ("rank: 4", "merge: false", "`lora: merge` must be true where `usage` has a `target`"),
         ("target: 0.25", "freeze_steps: 2", "`usage` must have a `target` or a `schedule` beside `freeze_steps`"),
         ("from: {folder}/base", "new: {{hidden_size: 16}}", "`lora` must have `model: from`"),

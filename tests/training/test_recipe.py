@@ -31,7 +31,9 @@ def test_values_and_defaults(read):
     recipe = read("trainer: {learning_rate: 1e-3}\nusage: {schedule: [[0, 1.0], [10, 0.5]], freeze_steps: 2}\n")
     assert recipe.trainer["learning_rate"] == 0.001
     assert recipe.usage.usage_schedule(0.3).target_at(5) == 0.75
+    assert recipe.usage.usage_schedule(0.3).target_at(1) is None, "frozen"
     assert read("usage: {freeze_steps: 2}").usage.usage_schedule(0.3).target_at(5) == 0.3
+    assert read("usage: {freeze_steps: 2}").usage.usage_schedule(0.3).target_at(1) is None
     assert recipe.to_dict()["model"]["from"] is None
     assert recipe.to_dict()["trainer"]["save_total_limit"] == 2
 
@@ -73,6 +75,11 @@ def test_the_example_is_a_recipe(tmp_path, monkeypatch):
         ("trainer: {max_steps: 3}", "`trainer: max_steps` must be left out: it is set by `steps`"),
         ("trainer: {save_only_model: true}", "`trainer: save_only_model` must be left out"),
         ("trainer: {per_device_train_batch_size: 0}", "`trainer: per_device_train_batch_size` must be above 0"),
+        (
+            "trainer: {lr_scheduler_type: greedy}",
+            "`trainer: lr_scheduler_type` must be a schedule that depends",
+        ),
+        ("trainer: {prediction_loss_only: true}", "`trainer: prediction_loss_only` must be left out"),
         ("steps: 5", "`steps` is given twice"),
         ("[", "is not valid YAML"),
     ],
@@ -92,6 +99,8 @@ def test_refusals(read, text, message):
         ("a.txt", "b.txt", "b.txt' finds none"),
         ("files:", "name: x, files:", "`data`: must have one of `files`"),
         ("data: {{files", "data: {{document: page, files", "`data`: `document` must be one of"),
+        ("data: {{files", "data: {{split: test, files", "`data`: `split` must be left out beside `files`"),
+        ("data: {{files", "data: {{streaming: false, files", "`data`: `streaming` must be left out beside `files`"),
     ],
 )
 def test_refusals_of_what_must_be_there(read, old, new, message):
@@ -99,6 +108,18 @@ def test_refusals_of_what_must_be_there(read, old, new, message):
     with pytest.raises((TypeError, ValueError)) as error:
         read(base=BASE.replace(old, new))
     assert message in str(error.value)
+
+
+def test_a_way_to_find_documents_is_for_text_files(read, tmp_path):
+    (tmp_path / "b.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="`document` must be left out: each record of json files is a document"):
+        read(base=BASE.replace("files: {folder}/a.txt", "document: line, files: {folder}/b.jsonl"))
+
+
+def test_a_file_is_found_by_its_name_before_that_is_a_pattern(read, tmp_path):
+    (tmp_path / "b[1].txt").write_text("Some text.")
+    (tmp_path / "b1.txt").write_text("Other text.")
+    assert read(base=BASE.replace("{folder}/a.txt", "'{folder}/b[1].txt'")).data.paths() == [tmp_path / "b[1].txt"]
 
 
 def test_files_of_two_formats_are_refused(read, tmp_path):

@@ -146,6 +146,25 @@ def test_what_cannot_be_followed_is_refused_before_the_first_step(trainer_of, sc
     assert not trainer.targets
 
 
+def test_a_training_that_broke_off_within_a_step_leaves_no_meter_to_the_next(trainer_of):
+    def meters_on(module):
+        return [hook for hook in module._forward_hooks.values() if "UsageMeter" in hook.__qualname__]
+
+    class BreakOff(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(callbacks=[breaking := BreakOff()])
+    mixer = trainer.model.model.layers[0].mixer
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert len(meters_on(mixer)) == 1
+    trainer.remove_callback(breaking)
+    trainer.train()
+    assert not meters_on(mixer)
+
+
 def test_thresholds_that_do_not_learn_are_refused(trainer_of, tiny_config):
     model = HAMForCausalLM(tiny_config())
     for layer in model.model.layers:

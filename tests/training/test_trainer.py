@@ -208,6 +208,28 @@ def test_an_interrupted_training_goes_on_to_the_same_losses(unbroken, recipe_of,
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_model_that_is_written_later_is_the_same(unbroken, recipe_of, monkeypatch):
+    later = recipe_of("later")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "write_model", lambda *_: None)
+        train(later)
+    assert not (Path(later.output) / "model").exists()
+    train(later)
+    configurations = [json.loads((Path(x.output) / "model" / "config.json").read_text()) for x in (unbroken, later)]
+    assert configurations[0] == configurations[1]
+    assert configurations[0]["target_kv_usage"] == 0.25, "the schedule's last"
+    assert configurations[0].get("use_cache", True), "Trainer switches it off"
+    a, b = (AutoModelForCausalLM.from_pretrained(x.output + "/model").state_dict() for x in (unbroken, later))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(-1, [3, 6, 7]), (1, [7])])
+def test_old_checkpoints_are_removed_down_to_a_limit(recipe_of, limit, kept):
+    recipe = recipe_of("run", "use_cpu", f"save_total_limit: {limit}, use_cpu")
+    train(recipe)
+    assert checkpoints_of(recipe) == [f"checkpoint-{step}" for step in kept]
+
+
 @pytest.mark.parametrize(
     "file", ["optimizer.pt", pytest.param("data_state.json", marks=pytest.mark.slow), "recipe.md"]
 )
@@ -260,6 +282,8 @@ def test_a_second_signal_interrupts_at_once():
     with StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)  # within a second: a launcher passes on what the terminal sent
+        stop._asked_at -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -337,12 +361,40 @@ def test_another_recipe_does_not_go_on(unbroken):
     train(replace(unbroken, trainer=unbroken.trainer | {"save_total_limit": 5}))
 
 
-def test_an_output_with_other_files_is_left_alone(recipe_of):
+@pytest.mark.parametrize("other", ["thesis.txt", "model", "checkpoint-3"])
+def test_an_output_with_other_files_is_left_alone(recipe_of, other):
     recipe = recipe_of("run")
-    (Path(recipe.output)).mkdir()
-    (Path(recipe.output) / "thesis.txt").write_text("mine")
+    (Path(recipe.output) / other).mkdir(parents=True)
     with pytest.raises(ValueError, match="`output` must be a new or empty folder"):
         train(recipe)
+    assert [x.name for x in Path(recipe.output).iterdir()] == [other]
+
+
+@pytest.mark.parametrize("left", [["recipe.json.partial"], ["recipe.json", "log.jsonl", "runs", "partial"]])
+def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(recipe_of, left):
+    recipe = recipe_of("run")
+    Path(recipe.output).mkdir()
+    for name in left:
+        if "." in name:
+            (Path(recipe.output) / name).write_text("{}\n")
+        else:
+            (Path(recipe.output) / name).mkdir()
+    train(replace(recipe, steps=2, usage=UsageRecipe()))
+    assert len(losses_of(recipe)) == 2
+
+
+def test_rows_are_evaluated_once_by_several_processes():
+    assert trainer_module.evaluation_batch(20, 2, 8) == 5
+    assert trainer_module.evaluation_batch(16, 1, 8) == 8
+    assert trainer_module.evaluation_batch(7, 1, 8) == 7
+    with pytest.raises(ValueError, match="`evaluation: rows` must be a multiple of the 2 processes, got 3"):
+        trainer_module.evaluation_batch(3, 2, 8)
+
+
+def test_a_process_with_several_gpus_is_refused(recipe_of, monkeypatch):
+    monkeypatch.setattr(trainer_module.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="One process must have one GPU, and sees 2: start one for each"):
+        train(recipe_of("run"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they see each other")
@@ -367,7 +419,12 @@ def test_an_output_that_is_a_file_is_refused(recipe_of, tmp_path):
         ("train_batch_size: 2", "train_batch_size: 200", "`data` has too little text: .* and 400 for each step"),
         ("hidden_size: 16", "hidden_size: 15", "`model: new` is no HAM: RoPE needs an even `head_dim`"),
         ("new: {{", "new: {{vocab_size: 9, ", "an embedding for each of the 4096 tokens.*`vocab_size` 9"),
-        ("schedule: [[0, 1.0], [6, 0.25]]", "target: [0.5]", "one entry per hybrid layer \\(2\\), got 1"),
+        ("schedule: [[0, 1.0], [6, 0.25]]", "target: [0.5]", "`usage: target` must have one entry per hybrid layer"),
+        (
+            "schedule: [[0, 1.0], [6, 0.25]]",
+            "router_learning_rate: 1",
+            "`usage: router_learning_rate` must be left out",
+        ),
         ("use_cpu: true", "use_cpu: true, optim: adafactor", "`trainer: optim` must be SGD, or .*, got 'adafactor'"),
         ("use_cpu: true", "use_cpu: true, optim: adamx", "`trainer` has a value that Trainer does not take"),
         ("text.txt", "binary.txt", "`data` must be UTF-8 text in every file"),
@@ -416,6 +473,8 @@ def test_thresholds_that_the_configuration_holds_are_held(recipe_of):
     model = AutoModelForCausalLM.from_pretrained(train(replace(recipe, usage=UsageRecipe(), steps=2)))
     assert all((layer.mixer.threshold == 0.5).all() for layer in model.model.layers)
     assert model.config.target_kv_usage is None
+    with pytest.raises(ValueError, match="`usage` must have a `target` or a `schedule` beside `freeze_steps`"):
+        train(replace(recipe, usage=UsageRecipe(freeze_steps=1), steps=2, output=f"{recipe.output}-refused"))
     recipe = replace(recipe, usage=UsageRecipe(target=0.1), steps=2, output=f"{recipe.output}-not")
     model = AutoModelForCausalLM.from_pretrained(train(recipe))
     assert any((layer.mixer.threshold != 0.5).all() for layer in model.model.layers)
