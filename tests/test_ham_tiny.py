@@ -108,6 +108,21 @@ def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
         ham_tiny.main()
 
 
+@needs_muon
+def test_the_weights_that_a_run_started_with_have_their_share_in_the_result(sources, recipe):
+    first = ham_tiny.train(sources, sources / "tokenizer", sources / "first", recipe)
+    first.save_pretrained(sources / "start")
+    recipe = replace(recipe, seed=1)
+    runs = {}
+    for share in (0.0, 0.25):
+        output = sources / f"share-{share}"
+        with_share = replace(recipe, start_share=share)
+        runs[share] = ham_tiny.train(sources, sources / "tokenizer", output, with_share, sources / "start")
+    for start, end, mixed in zip(*(x.parameters() for x in (first, *runs.values())), strict=True):
+        torch.testing.assert_close(mixed, 0.25 * start + 0.75 * end, rtol=0, atol=1e-6)
+        assert start.shape != (32, 32) or not torch.equal(start, end), "the run changed it"
+
+
 def test_usage_of_a_step_is_drawn_as_the_recipe_says():
     recipe = ham_tiny.Recipe()
     usages = [recipe.usage_at(step) for step in range(recipe.steps)]

@@ -8,9 +8,9 @@ DEMO_INTRODUCTION = """\
 A HAM layer has two memories: an RNN that has read everything, and a KV cache
 of the tokens that the RNN predicted badly. Here one story is continued while
 the cache shrinks from every token to none. It breaks off within a name that
-its first sentence gave in full: Theodosia Quillinan. With half of the tokens
-kept the embedded checkpoint recalls most of it, with few less, with none
-nothing; what its cache is worth on the rest shows in the last column."""
+its first sentence gave in full: Theodosia Quillinan. With a quarter of the
+tokens the embedded checkpoint recalls most of it, with few or none it makes
+up another name; what its cache is worth on the rest shows in the last column."""
 
 DEMO_PROMPT = """\
 In the autumn of that year there came to live at Harrowmere a young lady of the name of Theodosia Quillinan, who \
@@ -28,7 +28,7 @@ and when she pleases; and if she should please to marry nobody at all, she shall
 bottle, and my blessing with them."
 
 Mr. Ashgrove bowed, and said that he envied the ship; and the next morning he was gone to London, without taking \
-leave of any body.
+leave of any body; and Theodosia Quillinan was not seen to weep for it.
 
 The winter passed away very slowly. The mill was stopped by the frost, the road to the Abbey was lost in the snow, \
 and the old captain, who could not be persuaded to sit by the fire, took a cold upon his chest, and talked of the \

@@ -58,6 +58,7 @@ class Recipe:
     threshold_lr: float = 2e-3
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
+    start_share: float = 0.0
 
     def learning_rate(self, step: int) -> float:
         """Factor of every learning rate: warm-up, constant, linear decay to 2%."""
@@ -88,9 +89,17 @@ class Recipe:
         return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
 
 
-# What goes on from a finished checkpoint: long windows only, names in some, and all of the run is its decay.
+# What goes on from a finished checkpoint: long windows only, names in some, and all of the run is its decay. The mean
+# of the weights before and after, of which the latter weigh three times as much, is better than both.
 CONTINUED = Recipe(
-    steps=1600, decay_from=50, repeat_until=0, late_from=0, name_rows=0.3, matrix_lr=0.006, other_lr=2e-3
+    steps=1600,
+    decay_from=50,
+    repeat_until=0,
+    late_from=0,
+    name_rows=0.3,
+    matrix_lr=0.006,
+    other_lr=2e-3,
+    start_share=0.25,
 )
 
 
@@ -343,8 +352,17 @@ def train(
                 # The log first: what it says of steps after the last state is dropped when the run resumes.
                 write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
                 save_state(state, step, model, optimizers, recipe)
+    if start is not None and recipe.start_share:
+        mix_in(model, HAMForCausalLM.from_pretrained(start, dtype=torch.float32), recipe.start_share)
     calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
     return model.eval()
+
+
+@torch.no_grad()
+def mix_in(model: HAMForCausalLM, other: HAMForCausalLM, share: float) -> None:
+    """Makes every parameter the mean of two models' in which `other` has this share."""
+    for parameter, its in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.lerp_(its, share)
 
 
 def earlier_recipes(start: Path | None) -> list[dict]:

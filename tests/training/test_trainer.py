@@ -172,13 +172,15 @@ def test_the_loss_of_an_evaluation_is_that_of_its_tokens(unbroken):
 
 
 def test_thresholds_keep_their_rate_and_are_not_clipped(recipe_of, monkeypatch):
-    seen = []
+    seen, found = [], []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
             thresholds = [p for name, p in model.named_parameters() if name.endswith("threshold")]
             others = [p for name, p in model.named_parameters() if not name.endswith("threshold")]
             rates = [group["lr"] for group in optimizer.param_groups]
+            routers = {id(p) for name, p in model.named_parameters() if ".router." in name}
+            found.append({group["lr"] for group in optimizer.param_groups if id(group["params"][0]) in routers})
             norm = torch.stack([p.grad.norm() for p in others if p.grad is not None]).norm().item()
             seen.append((rates, norm, max(p.grad.abs().max().item() for p in thresholds)))
 
@@ -188,8 +190,11 @@ def test_thresholds_keep_their_rate_and_are_not_clipped(recipe_of, monkeypatch):
         original(self, *args, callbacks=[*callbacks, Look()], **kwargs)
 
     monkeypatch.setattr(HAMTrainer, "__init__", init)
-    train(recipe_of("run", "use_cpu", "max_grad_norm: 1e-6, learning_rate: 0.01, warmup_steps: 3, use_cpu"))
-    assert all(rates[-1] == 0.2 for rates, _, _ in seen)
+    recipe = recipe_of("run", "use_cpu", "max_grad_norm: 1e-6, learning_rate: 0.01, warmup_steps: 3, use_cpu")
+    usage = replace(recipe.usage, threshold_learning_rate=0.3, router_learning_rate=0.03)
+    train(replace(recipe, usage=usage, model=replace(recipe.model, new=recipe.model.new | {"router": "learned"})))
+    assert all(rates[-1] == 0.3 for rates, _, _ in seen)
+    assert found[3] == {0.03}, "of all parameters of routers"
     assert [round(rates[0], 4) for rates, _, _ in seen[:4]] == [0, 0.0033, 0.0067, 0.01]
     assert all(norm < 1.1e-6 for _, norm, _ in seen)
     assert max(gradient for _, _, gradient in seen) > 1e-4
@@ -464,6 +469,14 @@ def test_data_is_told_of_what_is_missing(recipe_of, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "`data`: `files` must be files, folders" in error
+
+
+def test_a_model_without_hybrid_layers_is_trained(recipe_of):
+    recipe = recipe_of("run", "new: {{", "new: {{layer_types: [linear_attention, full_attention], ")
+    folder = train(replace(recipe, usage=UsageRecipe(), steps=2))
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hybrid_layers == 0
+    evaluation = log_of(recipe)[-1]
+    assert set(evaluation) == {"eval_loss", "step"}
 
 
 def test_thresholds_that_the_configuration_holds_are_held(recipe_of):
