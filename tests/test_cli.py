@@ -2,6 +2,7 @@
 """The command `ham-hf`: what it prints and writes, what it refuses, and that its numbers are the cache's own."""
 
 import io
+import json
 import os
 import re
 import shutil
