@@ -415,7 +415,9 @@ class TestLanguage:
 
 def test_differences_are_paired_by_seed_and_part():
     def result(part, arm, seed, value, kept):
-        figures = {"accuracy": {"learned": {"4": value}}, "usage": {"learned": {"4": kept}}}
+        tilt = 0.1 if arm == "cosine" else 0.0
+        accuracy = {"4": value + tilt, "8": value - tilt}
+        figures = {"accuracy": {"learned": accuracy}, "usage": {"learned": {"4": kept, "8": kept}}}
         return {"part": part, "task": "t", "arm": arm, "seed": seed, **figures}
 
     results = [
@@ -426,4 +428,6 @@ def test_differences_are_paired_by_seed_and_part():
         result("gradients", "cosine", 0, 1.0, 0.1),
     ]
     table = report.differences(results, [("cosine", "gdn")])
-    assert table.splitlines()[2:] == ["| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 | 2 |"]
+    assert table.splitlines()[2:] == [
+        "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 | 2 | 0.400 ± 0.141 | 0.200 ± 0.141 |"
+    ]

@@ -113,8 +113,11 @@ def plot_language(results: list[Result], colours: Colours, path: Path) -> Path:
 
 
 def plot_scores(results: list[Result], path: Path) -> Path:
-    """Scores and decay along a sequence with a needle, and mean scores by position and layer, of the cosine router."""
-    runs = [x for x in select(results, arm="cosine") if "traces" in x] or [x for x in results if "traces" in x]
+    """Scores and decay along a sequence with a needle, and mean scores by position and layer, of the cosine router.
+
+    Or of the first result, if there is none of it; all have traces.
+    """
+    runs = select(results, arm="cosine") or results
     traces = runs[0]["traces"]
     layers = range(len(traces["scores"]))
     figure, (top, middle, bottom) = pyplot.subplots(3, 1, figsize=(11, 9), layout="constrained")

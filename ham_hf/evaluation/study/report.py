@@ -43,7 +43,10 @@ def kept_fraction(result: Result) -> float:
 
 
 def recall_table(results: list[Result]) -> str:
-    """A row per arm and task: accuracy by number of pairs at the learned thresholds, and by usage over all pairs."""
+    """A row per arm and task: accuracy by usage over all pairs, and by number of pairs (with what was kept of those).
+
+    The latter are at the learned thresholds.
+    """
     pairs = list(results[0]["accuracy"][LEARNED])
     usages = [str(x) for x in results[0]["settings"]["usages"]]
     heads = [f"{x} pairs" for x in pairs] + [f"all, {float(x):.0%} kept" for x in usages]
@@ -57,28 +60,44 @@ def recall_table(results: list[Result]) -> str:
             if not runs:
                 continue
             kept = statistics.mean(kept_fraction(x) for x in runs)
-            cells = [spread([x["accuracy"][LEARNED][n] for x in runs]) for n in pairs]
             hybrid = usages[0] in runs[0]["accuracy"]
+            cells = [_accuracy_and_kept(runs, n) if hybrid else _accuracy(runs, n) for n in pairs]
             cells += [spread([recall_accuracy(x, u) for x in runs]) if hybrid else "" for u in usages]
             lines.append(f"| {task} | {arm} | {len(runs)} | {kept:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _accuracy(runs: list[Result], pairs: str) -> str:
+    return spread([x["accuracy"][LEARNED][pairs] for x in runs])
+
+
+def _accuracy_and_kept(runs: list[Result], pairs: str) -> str:
+    kept = statistics.mean(x["usage"][LEARNED][pairs] for x in runs)
+    return f"{_accuracy(runs, pairs)} ({kept:.0%})"
+
+
 def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -> str:
-    """A row per comparison, part and task: how far two arms lie apart, paired by seed, and what both kept."""
-    heads = "comparison | filler | seeds | kept | difference in accuracy | seeds in which it is above 0"
-    lines = [f"| {heads} |", "|---" * 6 + "|"]
+    """A row per comparison, part and task: how far two arms lie apart, paired by seed, and what both kept.
+
+    Over all numbers of pairs, and for the fewest and the most, which differ in how much there is to keep.
+    """
+    numbers = list(results[0]["accuracy"][LEARNED])
+    fewest, most = numbers[0], numbers[-1]
+    heads = f"comparison | filler | seeds | kept | difference | seeds above 0 | {fewest} pairs | {most} pairs"
+    lines = [f"| {heads} |", "|---" * 8 + "|"]
     for first, second in comparisons:
         for part, task in sorted({(x["part"], x["task"]) for x in results}):
             runs = [{x["seed"]: x for x in select(results, part=part, task=task, arm=arm)} for arm in (first, second)]
-            common = sorted(runs[0].keys() & runs[1].keys())
-            if not common:
+            both = [(runs[0][seed], runs[1][seed]) for seed in sorted(runs[0].keys() & runs[1].keys())]
+            if not both:
                 continue
-            kept = [f"{statistics.mean(kept_fraction(x[seed]) for seed in common):.0%}" for x in runs]
-            gaps = [recall_accuracy(runs[0][seed]) - recall_accuracy(runs[1][seed]) for seed in common]
-            above = sum(gap > 0 for gap in gaps)
-            cells = f"{first} - {second} | {task} | {len(gaps)} | {' - '.join(kept)} | {spread(gaps)} | {above}"
-            lines.append(f"| {cells} |")
+            kept = [f"{statistics.mean(kept_fraction(x) for x in arm):.0%}" for arm in zip(*both, strict=True)]
+            gaps = [recall_accuracy(x) - recall_accuracy(y) for x, y in both]
+            cells = [f"{first} - {second}", task, str(len(both)), " - ".join(kept)]
+            cells += [spread(gaps), str(sum(gap > 0 for gap in gaps))]
+            for pairs in (fewest, most):
+                cells.append(spread([x["accuracy"][LEARNED][pairs] - y["accuracy"][LEARNED][pairs] for x, y in both]))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -175,7 +194,9 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     if language:
         sections += ["## Language and needles\n", language_table(language)]
         written.append(plots.plot_language(language, colours, output / "language.png"))
-        written.append(plots.plot_scores(language, output / "scores.png"))
+        traced = [x for x in language if "traces" in x]
+        if traced:
+            written.append(plots.plot_scores(traced, output / "scores.png"))
     if recall or routers:
         compared = differences(recall + routers, QUESTIONS)
         sections += ["## Differences in accuracy\n", compared]
