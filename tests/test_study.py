@@ -413,6 +413,14 @@ class TestLanguage:
         torch.testing.assert_close(decay[0], g.exp()[0].mean(-1), rtol=0, atol=1e-6)
 
 
+def test_a_study_without_hybrid_layers_has_no_picture_of_scores(tmp_path):
+    result = {"part": "language", "task": "t", "arm": "gdn", "seed": 0, "parameters": 9, "settings": {"usages": [0.5]}}
+    figures = {"held_out": {"learned": [5.0]}, "usage": {"learned": 0.0}, "needle": {"learned": {"64": 0.5}}}
+    written = report.write_report([result | figures], ["gdn"], tmp_path)
+    assert [x.name for x in written] == ["study.md", "language.png"]
+    assert "| gdn | 9 | 1 | 5.000 (0%) |  | 0.500 |" in (tmp_path / "study.md").read_text()
+
+
 def test_differences_are_paired_by_seed_and_part():
     def result(part, arm, seed, value, kept):
         tilt = 0.1 if arm == "cosine" else 0.0
