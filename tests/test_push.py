@@ -237,7 +237,9 @@ def test_results_in_a_folder_are_in_its_card(hub, folder):
     shutil.copy(HAM_TINY.parents[2] / "model_cards/ham-tiny/usage.json", folder)
     push_folder(folder, "me/my-ham")
     commit = hub.sent()
-    assert "| 25% | 23.9% | 3.7662 |" in commit.card.text
+    results = json.loads((folder / "usage.json").read_text())["results"]
+    quarter = next(x for x in results if x["kv_usage"] == 0.25)
+    assert f"| 25% | {quarter['usage']:.1%} | {quarter['loss']:.4f} |" in commit.card.text
     assert "usage.json" in commit.files
 
 

@@ -138,7 +138,7 @@ def test_saved_caches_and_training_states_are_no_pickles(tiny_config, tmp_path):
     with pytest.raises(ValueError, match="is not a cache"):
         HAMCache.load(tmp_path / "planted", tiny_config())
     with pytest.raises(Exception, match=r"[Hh]eader"):
-        ham_tiny.load_state(tmp_path / "planted", HAMForCausalLM(tiny_config()), [])
+        ham_tiny.load_state(tmp_path / "planted", HAMForCausalLM(tiny_config()), [], ham_tiny.Recipe())
     assert not (tmp_path / "mark").exists()
 
 

@@ -14,6 +14,7 @@ Gated DeltaNet. Wheels that are carried along are enough, unpacked into a folder
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -89,7 +90,9 @@ def run_stage(name: str, command: list[str], seconds: float, **variables: str) -
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"} | variables
     env.pop("TRITON_INTERPRET", None)
     begin = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    # What a shell runs in the background inherits that SIGINT is ignored.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, preexec_fn=heeding)
     try:
         status = process.wait(max(seconds, 1))
         outcome = "passed" if status == 0 else f"failed, exit status {status}"

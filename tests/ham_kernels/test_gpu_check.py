@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -108,9 +109,16 @@ def test_a_benchmark_keeps_the_rows_it_had(ending, outcome, gpu_check, monkeypat
     assert stage["rows"] == [{"what": "first", "quick": True}]
 
 
-def test_a_stage_that_is_stopped_may_write_down_what_it_has(gpu_check, tmp_path):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_stage_that_is_stopped_may_write_down_what_it_has(gpu_check, tmp_path, handler):
+    """Also where the check itself runs in the background, where a shell has it ignore SIGINT."""
     program = f"import time\ntry: time.sleep(60)\nfinally: open({str(tmp_path / 'written')!r}, 'w').write('all')"
-    assert gpu_check.run_stage("sample", [sys.executable, "-c", program], 5)["outcome"] == "stopped after 5 s"
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        stage = gpu_check.run_stage("sample", [sys.executable, "-c", program], 5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stage["outcome"] == "stopped after 5 s"
     assert (tmp_path / "written").read_text() == "all"
 
 

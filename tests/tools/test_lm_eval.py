@@ -64,7 +64,8 @@ def test_threshold_decides_the_score(threshold, checkpoint, with_code, model, to
     assert found[0] == accuracy
     # Rows of a batch are padded, so matrix products add up in another order: 1.4e-5 measured, of sums about 20.
     torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(likelihoods), atol=1e-3, rtol=0)
-    assert accuracy == {0: 0.75, 2: 0.25}[threshold]
+    of_the_other = directly(model, tokenizer, 2 - threshold)[0]
+    assert (accuracy > of_the_other) is (threshold == 0), "what is kept is recalled"
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
@@ -74,10 +75,11 @@ def test_generation_takes_a_threshold_of_its_own(threshold, model, tokenizer):
     arguments = {"until": ["<|endoftext|>"], "max_gen_toks": 8, "do_sample": False, "threshold": threshold}
     requests = [Instance("generate_until", {}, (prompt, arguments), i) for i, prompt in enumerate(prompts)]
     found = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").generate_until(requests)
-    expected = []
+    expected = {0.0: [], 2.0: []}
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(ids, max_new_tokens=8, do_sample=False, threshold=threshold)
-        expected.append(tokenizer.decode(out[0, ids.shape[1] :]))
-    assert found == expected
-    assert expected[0].startswith({0.0: "arn", 2.0: "ayay"}[threshold])
+        for own, texts in expected.items():
+            out = model.generate(ids, max_new_tokens=8, do_sample=False, threshold=own)
+            texts.append(tokenizer.decode(out[0, ids.shape[1] :]))
+    assert found == expected[threshold]
+    assert expected[0.0][0] != expected[2.0][0]

