@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.distributed import DistributedConfig
@@ -86,7 +86,23 @@ def num_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """What ranks hold parts of, gathered in plain sight.
+
+    `DTensor.full_tensor` waits for a collective of another thread, and once in some twenty launches it crashes over
+    gloo (PyTorch 2.13: a double free or a segmentation fault in `wait_tensor`).
+    """
+    if not isinstance(x, DTensor):
+        return x
+    (placement,) = x.placements
+    if placement.is_replicate():
+        return x.to_local()
+    parts: list[torch.Tensor] = [torch.empty(0)] * x.device_mesh.size()
+    dist.all_gather_object(parts, x.to_local(), group=x.device_mesh.get_group())
+    if isinstance(placement, Shard):
+        return torch.cat(parts, dim=placement.dim)
+    if placement.is_partial("sum"):
+        return torch.stack(parts).sum(0)
+    raise ValueError(f"A tensor is divided in a way that is not expected here: {placement}.")
 
 
 def plain(name: str) -> str:
