@@ -428,7 +428,7 @@ def study_command(arguments: argparse.Namespace) -> None:
 
     from ham_hf.evaluation.study.language import Texts
     from ham_hf.evaluation.study.report import write_report
-    from ham_hf.evaluation.study.study import PARTS, check_results, jobs_of, read_results, read_study, run_study
+    from ham_hf.evaluation.study.study import check_results, jobs_of, parts_of, read_results, read_study, run_study
 
     with failing_as("argument STUDY"):
         study = read_study(arguments.study)
@@ -436,7 +436,7 @@ def study_command(arguments: argparse.Namespace) -> None:
         raise CommandError("argument --parts: not with --report, which tells of all parts that have results")
     if find_spec("matplotlib") is None:  # found out before the training, not behind it
         raise CommandError("the plots need matplotlib, which the extra `eval` brings: pip install 'ham-hf[eval]'")
-    parts = arguments.parts or [part for part in PARTS if part in study]
+    parts = arguments.parts or parts_of(study)
     for part in parts:
         if part not in study:
             raise CommandError(f"argument --parts: got {part!r}, takes some of {', '.join(study.keys() - {'arms'})}")
@@ -449,7 +449,7 @@ def study_command(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with failing_as("argument STUDY"):
-        jobs = list(jobs_of(study, [part for part in PARTS if part in study]))
+        jobs = list(jobs_of(study))
     with failing_as("argument --output"):
         check_results(jobs, arguments.output)
     if not arguments.report:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ham_hf.evaluation.study.report import write_report
-from ham_hf.evaluation.study.study import PARTS, check_results, jobs_of, read_results, read_study
+from ham_hf.evaluation.study.study import check_results, jobs_of, read_results, read_study
 from ham_hf.training.healing import Settings, to_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_healing_table_is_the_measured_one():
 
 def test_the_study_is_what_its_results_say(tmp_path):
     stored, study = ROOT / "model_cards/study", read_study("cpu")
-    jobs = list(jobs_of(study, list(PARTS)))
+    jobs = list(jobs_of(study))
     check_results(jobs, stored)
     results = read_results(jobs, stored)
     assert len(results) == len(jobs) == len(list(stored.glob("*.json"))), (

@@ -261,7 +261,7 @@ class TestMeasuring:
             return real(task, seed, rows, pairs)
 
         monkeypatch.setattr(RecallTask, "batch", batch)
-        job = next(x for x in study.jobs_of(study.read_study(str(study_file)), ["recall"]) if x.arm == "cosine")
+        job = next(x for x in study.jobs_of(study.read_study(str(study_file))) if x.arm == "cosine")
         study.run_job(job, None, "cpu")
         evaluated = {seed for seed, pairs in drawn if pairs is not None}
         others = [seed for seed, pairs in drawn if pairs is None]
@@ -318,7 +318,7 @@ class TestRunning:
         assert not (output / "recall.png").exists()
 
     def test_a_job_is_a_function_of_its_settings(self, study_file):
-        job = next(x for x in study.jobs_of(study.read_study(str(study_file)), ["recall"]) if x.arm == "learned")
+        job = next(x for x in study.jobs_of(study.read_study(str(study_file))) if x.arm == "learned")
         assert study.run_job(job, None, "cpu") == study.run_job(job, None, "cpu")
 
     def test_a_result_of_other_settings_is_not_taken_for_this_one(self, study_file, tmp_path, capsys):
@@ -339,6 +339,11 @@ class TestRunning:
             ("cosine: {router: cosine}", "cosine:", "names ['cosine'], which `arms` does not define as a mapping"),
             ("cosine: {router: cosine}", "cosine: {ruter: cosine}", "`arms.cosine` has no key `ruter`"),
             ("hidden_size", "hiden_size", "`recall.model` has no key `hiden_size`: did you mean `hidden_size`?"),
+            (
+                "training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10}",
+                "training:",
+                "must be a mapping, got None",
+            ),
             ("steps: 50", "stepps: 50", "`recall.training` has no key `stepps`: did you mean `steps`?"),
             ("steps: 50", "steps: 0", "`steps` must be at least 1"),
             ("seeds: 2", "seeds: 0", "`recall.seeds` must be a whole number of at least 1"),
@@ -368,7 +373,7 @@ class TestRunning:
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_the_studies_of_the_package_are_sound(name):
     plan = study.read_study(name)
-    jobs = list(study.jobs_of(plan, [part for part in study.PARTS if part in plan]))
+    jobs = list(study.jobs_of(plan))
     assert len({job.name for job in jobs}) == len(jobs)
     assert plan["recall"]["seeds"] >= 5
     for job in jobs:
@@ -424,8 +429,9 @@ def test_a_study_without_hybrid_layers_has_no_picture_of_scores(tmp_path):
 def test_differences_are_paired_by_seed_and_part():
     def result(part, arm, seed, value, kept):
         tilt = 0.1 if arm == "cosine" else 0.0
-        accuracy = {"4": value + tilt, "8": value - tilt}
-        figures = {"accuracy": {"learned": accuracy}, "usage": {"learned": {"4": kept, "8": kept}}}
+        fewest, most = ("4", "8") if part == "recall" else ("2", "4")
+        accuracy = {fewest: value + tilt, most: value - tilt}
+        figures = {"accuracy": {"learned": accuracy}, "usage": {"learned": {fewest: kept, most: kept}}}
         return {"part": part, "task": "t", "arm": arm, "seed": seed, **figures}
 
     results = [
@@ -434,8 +440,10 @@ def test_differences_are_paired_by_seed_and_part():
         result("recall", "gdn", 1, 0.7, 0.0),
         result("recall", "gdn", 0, 0.1, 0.0),
         result("gradients", "cosine", 0, 1.0, 0.1),
+        result("gradients", "gdn", 0, 0.5, 0.0),
     ]
     table = report.differences(results, [("cosine", "gdn")])
     assert table.splitlines()[2:] == [
-        "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 | 2 | 0.400 ± 0.141 | 0.200 ± 0.141 |"
+        "| cosine - gdn | t | 1 | 10% - 0% | 0.500 | 1 | 0.600 | 0.400 |",
+        "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 | 2 | 0.400 ± 0.141 | 0.200 ± 0.141 |",
     ]

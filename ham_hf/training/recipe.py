@@ -147,12 +147,12 @@ class DataRecipe:
         at_least("shuffle_rows", self.shuffle_rows, 1)
         if self.files is None:
             return
-        for name, default in (("config", None), ("split", "train"), ("streaming", True)):
-            if getattr(self, name) != default:
-                raise ValueError(f"`{name}` must be left out beside `files`: it is for a data set's `name`.")
-        if self.document != "file" and (kind := FORMATS[self.paths()[0].suffix]) != "text":
+        for x in dataclasses.fields(self):
+            if x.name in ("config", "split", "streaming") and getattr(self, x.name) != x.default:
+                raise ValueError(f"`{x.name}` must be left out beside `files`: it is for a data set's `name`.")
+        kind = FORMATS[self.paths()[0].suffix]
+        if self.document != "file" and kind != "text":
             raise ValueError(f"`document` must be left out: each record of {kind} files is a document.")
-        self.paths()
 
     def paths(self) -> list[Path]:
         """The files, sorted; `ValueError` if there are none, or they are of several formats or an unknown one."""
@@ -392,7 +392,13 @@ class TrainRecipe:
                 raise ValueError(unknown_key("trainer", key, open_keys))
             if not _matches(value, hints[key]):
                 raise TypeError(f"`trainer: {key}` must be {_describe(hints[key])}, got {value!r}.")
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+        for key in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+        ):
             if self.trainer.get(key, 1) <= 0:
                 raise ValueError(f"`trainer: {key}` must be above 0, got {self.trainer[key]}.")
         schedule = self.trainer.get("lr_scheduler_type")

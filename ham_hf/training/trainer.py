@@ -378,7 +378,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         if trainer.state.global_step < recipe.steps:
             return None
     if schedule is not None:
-        # Not what the last step was driven to, if it was: a model whose thresholds were held to the end has a target.
+        # A callback has set it, but not where only the model was to be written, and to None while thresholds froze.
         trainer.ham.config.target_kv_usage = schedule.points[-1][1]
     write_model(trainer, output)
     return output / FINAL
@@ -418,13 +418,17 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
             f"One process must have one GPU, and sees {arguments.n_gpu}: start one for each with `accelerate launch`, "
             "or leave one visible with CUDA_VISIBLE_DEVICES."
         )
-    most = arguments.per_device_eval_batch_size
-    arguments.per_device_eval_batch_size = evaluation_batch(recipe.evaluation.rows, found, most)
+    if found > 1:
+        most = arguments.per_device_eval_batch_size
+        arguments.per_device_eval_batch_size = evaluation_batch(recipe.evaluation.rows, found, most)
     return arguments
 
 
 def evaluation_batch(rows: int, processes: int, most: int) -> int:
-    """The largest batch of at most so many rows that divides each process' share: short ones would be filled up."""
+    """The largest batch of at most so many rows that divides each process' share.
+
+    Short batches of some ranks would be filled up with rows that others have, which the meter would count again.
+    """
     share, left = divmod(rows, processes)
     if left:
         raise ValueError(f"`evaluation: rows` must be a multiple of the {processes} processes, got {rows}.")

@@ -80,6 +80,7 @@ def test_the_example_is_a_recipe(tmp_path, monkeypatch):
             "`trainer: lr_scheduler_type` must be a schedule that depends",
         ),
         ("trainer: {prediction_loss_only: true}", "`trainer: prediction_loss_only` must be left out"),
+        ("trainer: {per_device_eval_batch_size: 0}", "`trainer: per_device_eval_batch_size` must be above 0"),
         ("steps: 5", "`steps` is given twice"),
         ("[", "is not valid YAML"),
     ],

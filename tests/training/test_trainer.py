@@ -390,8 +390,8 @@ def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(recipe_
 
 def test_rows_are_evaluated_once_by_several_processes():
     assert trainer_module.evaluation_batch(20, 2, 8) == 5
-    assert trainer_module.evaluation_batch(16, 1, 8) == 8
-    assert trainer_module.evaluation_batch(7, 1, 8) == 7
+    assert trainer_module.evaluation_batch(16, 2, 8) == 8
+    assert trainer_module.evaluation_batch(14, 2, 4) == 1
     with pytest.raises(ValueError, match="`evaluation: rows` must be a multiple of the 2 processes, got 3"):
         trainer_module.evaluation_batch(3, 2, 8)
 

@@ -81,9 +81,7 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
 
     Over all numbers of pairs, and for the fewest and the most, which differ in how much there is to keep.
     """
-    numbers = list(results[0]["accuracy"][LEARNED])
-    fewest, most = numbers[0], numbers[-1]
-    heads = f"comparison | filler | seeds | kept | difference | seeds above 0 | {fewest} pairs | {most} pairs"
+    heads = "comparison | filler | seeds | kept | difference | seeds above 0 | fewest pairs | most pairs"
     lines = [f"| {heads} |", "|---" * 8 + "|"]
     for first, second in comparisons:
         for part, task in sorted({(x["part"], x["task"]) for x in results}):
@@ -95,7 +93,8 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
             gaps = [recall_accuracy(x) - recall_accuracy(y) for x, y in both]
             cells = [f"{first} - {second}", task, str(len(both)), " - ".join(kept)]
             cells += [spread(gaps), str(sum(gap > 0 for gap in gaps))]
-            for pairs in (fewest, most):
+            numbers = list(both[0][0]["accuracy"][LEARNED])
+            for pairs in (numbers[0], numbers[-1]):
                 cells.append(spread([x["accuracy"][LEARNED][pairs] - y["accuracy"][LEARNED][pairs] for x, y in both]))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -44,7 +44,7 @@ def read_study(name: str) -> dict[str, Any]:
     unknown = sorted(set(study) - {*PARTS, "arms"})
     if unknown:
         raise ValueError(f"{name} has unknown keys {unknown}; takes arms, {', '.join(PARTS)}.")
-    for part in (part for part in PARTS if part in study):
+    for part in parts_of(study):
         _check_plan(part, study[part], study["arms"])
     return study
 
@@ -60,6 +60,9 @@ def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
     for key in sorted(wanted & {"arms", "usages", "pairs"}):
         if not isinstance(plan[key], list) or not plan[key]:
             raise ValueError(f"`{part}.{key}` must be a list that is not empty, got {plan[key]!r}.")
+    for key in ("tasks", "model", "training"):
+        if not isinstance(plan[key], dict):
+            raise ValueError(f"`{part}.{key}` must be a mapping, got {plan[key]!r}.")
     unknown = [arm for arm in plan["arms"] if not isinstance(arms.get(arm), dict)]
     if unknown:
         raise ValueError(f"`{part}.arms` names {unknown}, which `arms` does not define as a mapping.")
@@ -77,9 +80,14 @@ def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
             read_section(RecallTask, task, f"{part}.tasks.{name}").check_pairs(plan["pairs"])
 
 
-def jobs_of(study: dict[str, Any], parts: list[str]) -> Iterator[Job]:
-    """All jobs of some parts, seed by seed, so that an interrupted study has the same seeds of all models."""
-    for part in parts:
+def parts_of(study: dict[str, Any]) -> list[str]:
+    """The parts that a study has, in the order in which they are run."""
+    return [part for part in PARTS if part in study]
+
+
+def jobs_of(study: dict[str, Any]) -> Iterator[Job]:
+    """All jobs, part by part and seed by seed, so that an interrupted study has the same seeds of all models."""
+    for part in parts_of(study):
         plan = study[part]
         for seed in range(plan["seeds"]):
             for task in plan["tasks"]:
