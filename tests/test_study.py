@@ -444,6 +444,6 @@ def test_differences_are_paired_by_seed_and_part():
     ]
     table = report.differences(results, [("cosine", "gdn")])
     assert table.splitlines()[2:] == [
-        "| cosine - gdn | t | 1 | 10% - 0% | 0.500 | 1 | 0.600 | 0.400 |",
-        "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 | 2 | 0.400 ± 0.141 | 0.200 ± 0.141 |",
+        "| cosine - gdn | t | 1 | 10% - 0% | 0.500 (1) | 0.600 (1) | 0.400 (1) |",
+        "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 (2) | 0.400 ± 0.141 (2) | 0.200 ± 0.141 (2) |",
     ]
