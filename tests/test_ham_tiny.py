@@ -89,10 +89,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(sources, recipe, monkeyp
 @needs_muon
 def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
     """It starts with its weights, not with copying layers, and tells both recipes."""
-    monkeypatch.setattr(ham_tiny, "Recipe", lambda **fields: replace(recipe, **fields))
-    monkeypatch.setattr(
-        ham_tiny, "CONTINUED", replace(recipe, steps=2, decay_from=1, matrix_lr=0.0, other_lr=0.0, threshold_lr=0.0)
-    )
+    still = replace(recipe, steps=2, decay_from=1, matrix_lr=0.0, other_lr=0.0, threshold_lr=0.0)
+    recipes = {"first": recipe, "continued": still, "long": replace(still, steps=3)}
+    monkeypatch.setattr(ham_tiny, "RECIPES", recipes)
     arguments = ["x", "--corpus", str(sources), "--tokenizer", str(sources / "tokenizer"), "--output"]
     monkeypatch.setattr("sys.argv", [*arguments, str(sources / "first")])
     ham_tiny.main()
@@ -103,6 +102,11 @@ def test_a_finished_checkpoint_is_gone_on_from(sources, recipe, monkeypatch):
     assert all(torch.equal(states[0][name], x) for name, x in states[1].items() if "quantiles" not in name)
     recipes = json.loads((sources / "second" / "ham-tiny" / "recipe.json").read_text())
     assert [(x["steps"], x["seed"]) for x in recipes] == [(9, 0), (2, 1)], "the second run draws other windows"
+    again = [*arguments, str(sources / "third"), "--start", str(sources / "second" / "ham-tiny"), "--recipe", "long"]
+    monkeypatch.setattr("sys.argv", again)
+    ham_tiny.main()
+    recipes = json.loads((sources / "third" / "ham-tiny" / "recipe.json").read_text())
+    assert [(x["steps"], x["seed"]) for x in recipes] == [(9, 0), (2, 1), (3, 2)]
     monkeypatch.setattr("sys.argv", [*arguments, str(sources / "first"), "--start", str(first)])
     with pytest.raises(ValueError, match="is of a run with another recipe"):
         ham_tiny.main()

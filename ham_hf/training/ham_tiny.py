@@ -101,6 +101,18 @@ CONTINUED = Recipe(
     other_lr=2e-3,
     start_share=0.25,
 )
+# Many more tokens a step, for a GPU: also goes on from a finished checkpoint.
+LONG = replace(
+    CONTINUED,
+    steps=2000,
+    name_rows=0.1,
+    late_tokens_per_step=32768,
+    matrix_lr=0.01,
+    other_lr=3e-3,
+    weight_decay=0.1,
+    start_share=0.0,
+)
+RECIPES = {"first": Recipe(), "continued": CONTINUED, "long": LONG}
 
 
 def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
@@ -235,6 +247,7 @@ def train_step(model: HAMForCausalLM, optimizers: list, tokens: torch.Tensor, re
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * recipe.learning_rate(step)
+    tokens = tokens.to(model.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False, kv_usage=recipe.usage_at(step)).loss
     if not torch.isfinite(loss):
@@ -261,7 +274,7 @@ def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, fl
         "1": {"kv_usage": 1.0},
     }.items():
         losses, usages = [], []
-        for batch in batches:
+        for batch in (x.to(model.device) for x in batches):
             outputs = model(input_ids=batch, labels=batch, use_cache=True, **arguments)
             losses.append(outputs.loss.item())
             usages.append(outputs.past_key_values.kv_usage().mean().item())
@@ -313,7 +326,12 @@ def read_log(path: Path, before: int) -> list[dict]:
 
 
 def train(
-    corpus: Path, tokenizer_path: Path, output: Path, recipe: Recipe, start: Path | None = None
+    corpus: Path,
+    tokenizer_path: Path,
+    output: Path,
+    recipe: Recipe,
+    start: Path | None = None,
+    device: str = "cpu",
 ) -> HAMForCausalLM:
     """Trains from scratch, from `start` or from the last saved step in `output`; returns the calibrated model."""
     output.mkdir(parents=True, exist_ok=True)
@@ -327,7 +345,7 @@ def train(
         initialize_recall(model)
     else:
         model = HAMForCausalLM.from_pretrained(start, dtype=torch.float32)
-    model.train()
+    model.to(device).train()
     optimizers = build_optimizers(model, recipe)
 
     state, log_path, first = output / "state.safetensors", output / "log.jsonl", 0
@@ -353,7 +371,7 @@ def train(
                 write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
                 save_state(state, step, model, optimizers, recipe)
     if start is not None and recipe.start_share:
-        mix_in(model, HAMForCausalLM.from_pretrained(start, dtype=torch.float32), recipe.start_share)
+        mix_in(model, HAMForCausalLM.from_pretrained(start, dtype=torch.float32).to(device), recipe.start_share)
     calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
     return model.eval()
 
@@ -380,6 +398,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by ham_hf.training.tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="where state, log and the checkpoint go")
     parser.add_argument("--start", type=Path, help="finished checkpoint to go on from, with a recipe of its own")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: continued with --start, otherwise first")
+    parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--steps", type=int, help="updates in all (default: the recipe's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     arguments = parser.parse_args()
@@ -388,11 +408,11 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     before = earlier_recipes(arguments.start)
-    recipe = Recipe() if arguments.start is None else replace(CONTINUED, seed=len(before))
-    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    recipe = RECIPES[arguments.recipe or ("first" if arguments.start is None else "continued")]
+    recipe = replace(recipe, seed=len(before), steps=arguments.steps or recipe.steps)
     if recipe.steps <= recipe.decay_from:
         parser.error(f"--steps must be above {recipe.decay_from}, where the decay begins, got {recipe.steps}")
-    model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe, arguments.start)
+    model = train(arguments.corpus, arguments.tokenizer, arguments.output, recipe, arguments.start, arguments.device)
     checkpoint = arguments.output / "ham-tiny"
     model.save_pretrained(arguments.output / "float32")
     # Loading in bfloat16, unlike casting, leaves thresholds, quantiles and decays in float32.

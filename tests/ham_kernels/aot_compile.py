@@ -63,20 +63,62 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
         "arch": arch,
         "shared": compiled.metadata.shared,
         "transposed_product": transposes_product(compiled.asm["ttir"]),
+        "never_written": reads_before_writes(run_tool(compiled.asm["cubin"], "nvdisasm", "-c")),
         **resource_usage(compiled.asm["cubin"]),
     }
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and its bytes of stack and local memory: what does not fit into registers goes there."""
+def run_tool(cubin: bytes, tool: str, *options: str) -> str:
+    """What a tool that Triton brings prints of a compiled kernel."""
     import triton
 
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    program = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [cuobjdump, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([program, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def reads_before_writes(sass: str) -> list[str]:
+    """Instructions that read a uniform register which no instruction before them in the text has written.
+
+    ptxas 12.8 makes such from products on Hopper whose factor lies in shared memory, at an address in these registers.
+    """
+    written: set[int] = set()
+    found = []
+    for line in sass.splitlines():
+        match = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line)
+        if not match:
+            continue
+        op, operands = match[1], [x.strip() for x in match[2].split(",")]
+        wide = 2 if ".64" in op or ".WIDE" in op else 1
+        # The uniform operations, and the moves into uniform registers, name what they write first.
+        target = None
+        if op.startswith(("U", "S2UR", "R2UR", "VOTEU", "REDUX")) and (first := re.fullmatch(r"UR(\d+)", operands[0])):
+            target = int(first[1])
+            operands = operands[1:]
+        read: set[int] = set()
+        for i, operand in enumerate(operands):
+            if descriptor := re.search(r"gdesc\[UR(\d+)\]", operand):
+                # Two registers for each factor in memory; the second pair is the right one's.
+                left_in_registers = any(re.fullmatch(r"R\d+(\.reuse)?", x) for x in operands[1:i])
+                read |= {int(descriptor[1]) + k for k in range(2 * left_in_registers, 4)}
+                continue
+            # Wide multiplications take single registers and add a pair.
+            pair = op.startswith("U") and (".64" in op or (".WIDE" in op and i == 2))
+            pair = pair or "desc[" in operand or ".64" in operand
+            for number in re.findall(r"\bUR(\d+)\b", operand):
+                read |= {int(number) + k for k in range(1 + pair)}
+        if read - written:
+            found.append(line.strip())
+        if target is not None:
+            written |= set(range(target, target + wide))
+    return found
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and its bytes of stack and local memory: what does not fit into registers goes there."""
+    text = run_tool(cubin, "cuobjdump", "--dump-resource-usage")
     found = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
 

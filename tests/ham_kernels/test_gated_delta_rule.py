@@ -90,8 +90,14 @@ def call(function, **kwargs):
 
 
 def compare(inputs, assert_error_within, seq_idx=None, chunk_size=64):
-    """Every result against the float64 token loop, within twice the error of the same maths in PyTorch."""
+    """Every result against the float64 token loop, within twice the error of the same maths in PyTorch.
+
+    On a GPU within four times that in float32, which PyTorch multiplies exactly before it adds. The kernels multiply
+    pairs of TF32 numbers: 24 bits of each factor, but not the product of the two small halves, and the tensor cores
+    cut their sums off where float32 rounds them.
+    """
     q, v = inputs[0], inputs[2]
+    factor = 4.0 if v.is_cuda and v.dtype == torch.float32 else 2.0
     do = torch.randn(*q.shape[:3], v.shape[3], device=q.device)
     dstate = torch.randn(q.shape[0], v.shape[2], q.shape[3], v.shape[3], device=q.device)
     actual = with_gradients(
@@ -107,7 +113,17 @@ def compare(inputs, assert_error_within, seq_idx=None, chunk_size=64):
         alone = with_gradients(call(naive_gated_delta_rule_with_prediction), [x.double() for x in inputs], do, dstate)
     for name, reference in exact.items():
         baseline = reference + (plain[name].double() - alone[name])
-        assert_error_within(actual[name], reference, baseline, name=name)
+        assert_error_within(actual[name], reference, baseline, factor, name=name)
+
+
+def compare_step(inputs, assert_error_within):
+    """One token without gradients: within twice the error of the recurrence in PyTorch."""
+    with torch.no_grad():
+        actual = call(gated_delta_rule_with_prediction)(*inputs)
+        exact = call(naive_gated_delta_rule_with_prediction)(*(x.double() for x in inputs))
+        baseline = call(naive_gated_delta_rule_with_prediction)(*inputs)
+    for name, a, e, b in zip(("o", "prediction", "final_state"), actual, exact, baseline, strict=True):
+        assert_error_within(a, e, b.to(a.dtype), name=name)
 
 
 @pytest.mark.parametrize(
@@ -310,13 +326,7 @@ def test_documents_and_padding_score_as_they_predict(device):
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_agrees_with_the_token_loop(state, dtype, device, assert_error_within):
-    inputs = random_inputs(3, 1, 2, 4, 48, 80, dtype=dtype, device=device, state=state)
-    with torch.no_grad():
-        actual = call(gated_delta_rule_with_prediction)(*inputs)
-        exact = call(naive_gated_delta_rule_with_prediction)(*(x.double() for x in inputs))
-        baseline = call(naive_gated_delta_rule_with_prediction)(*inputs)
-    for name, a, e, b in zip(("o", "prediction", "final_state"), actual, exact, baseline, strict=True):
-        assert_error_within(a, e, b.to(a.dtype), name=name)
+    compare_step(random_inputs(3, 1, 2, 4, 48, 80, dtype=dtype, device=device, state=state), assert_error_within)
 
 
 def test_one_token_has_a_step_of_its_own_unless_a_gradient_is_needed(device, monkeypatch):
@@ -443,3 +453,24 @@ def test_real_shapes_on_the_gpu(dtype, kv_heads, group, key_dim, value_dim, pack
     inputs = random_inputs(2, 517, kv_heads, group, key_dim, value_dim, dtype=dtype, device="cuda")
     seq_idx = (torch.arange(517, device="cuda") // 150).expand(2, -1) if packed else None
     compare(inputs, assert_error_within, seq_idx=seq_idx)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        pytest.param(name, i, id=f"{name}-{i}")
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "tiles")
+        for i in range(len(kernel.tiles))
+    ],
+)
+def test_every_tile_shape_that_tuning_may_choose(kernel, tile, dim, assert_error_within, monkeypatch):
+    """The other tests run the first of each."""
+    tuned = getattr(module, kernel)
+    monkeypatch.setattr(tuned, "configs", [tuned.tiles[tile]])
+    length = 1 if kernel == "step_fwd_kernel" else 150
+    inputs = random_inputs(2, length, 2, 2, dim, dim, dtype=torch.bfloat16, device="cuda")
+    (compare_step if length == 1 else compare)(inputs, assert_error_within)

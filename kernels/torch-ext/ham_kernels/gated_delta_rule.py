@@ -53,6 +53,16 @@ def _configs(warps: tuple[int, ...], stages: tuple[int, ...], **tiles: tuple[int
     return [triton.Config(x, num_warps=w, num_stages=s) for x in shapes for w in warps for s in stages]
 
 
+def _no_wider_than_values(
+    configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
+) -> list[triton.Config]:
+    """Those with a tile that values fill: others are slower, and of one ptxas 12.8 made what `_read_tile` tells of."""
+    return [x for x in configs if x.kwargs["BV"] <= _tile(constants["V"], MAX_HEAD_DIM)] or configs[:1]
+
+
+NO_WIDER = {"early_config_prune": _no_wider_than_values}
+
+
 @triton.jit
 def _chunk(borders, i_c, T, NT, BT: tl.constexpr, PACKED: tl.constexpr):
     """First token of chunk `i_c` and the one past its last."""
@@ -176,7 +186,11 @@ def wy_apply_fwd_kernel(
         tl.store(w + offsets, b_w.to(w.dtype.element_ty), mask=mask)
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "K", "V", "BT", "PACKED", "bucket"])
+@tuned(
+    _configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)),
+    key=["HK", "K", "V", "BT", "PACKED", "bucket"],
+    prune_configs_by=NO_WIDER,
+)
 @triton.jit(do_not_specialize=["T", "NT", "bucket"])
 def state_fwd_kernel(
     k, w, u, gc, u_out, states, initial_state, final_state, sequences, T, NT, bucket,
@@ -290,7 +304,11 @@ def score_fwd_kernel(moments, beta, scores, count, PARTS: tl.constexpr, SCORE: t
     tl.store(scores + i, tl.minimum(tl.maximum(score, 0.0), 1.0), mask=mask)
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64, 128)), key=["HK", "GROUP", "K", "V", "BT"])
+@tuned(
+    _configs(warps=(4, 2), stages=(2, 3), BV=(32, 64, 128)),
+    key=["HK", "GROUP", "K", "V", "BT"],
+    prune_configs_by=NO_WIDER,
+)
 @triton.jit(do_not_specialize=["T", "NT"])
 def output_fwd_kernel(
     q, k, v, u, gc, states, o, prediction, moments, borders, scale, T, NT,
@@ -358,7 +376,11 @@ def step_fwd_kernel(
         tl.store(o + query * V + o_v, tl.sum(b_S * b_q, 0).to(o.dtype.element_ty), mask=in_v)
 
 
-@tuned(_configs(warps=(4, 2), stages=(2,), BV=(64, 128, 32)), key=["HK", "GROUP", "K", "V", "BT"])
+@tuned(
+    _configs(warps=(4, 2), stages=(2,), BV=(64, 128, 32)),
+    key=["HK", "GROUP", "K", "V", "BT"],
+    prune_configs_by=NO_WIDER,
+)
 @triton.jit(do_not_specialize=["T", "NT"])
 def local_bwd_kernel(
     q, k, gc, do, du, borders, scale, T, NT,
@@ -387,7 +409,11 @@ def local_bwd_kernel(
     tl.store(du + head * V + row[:, None] * (HK * V) + o_v[None, :], b_du.to(du.dtype.element_ty), mask=mask_v)
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT", "PACKED", "bucket"])
+@tuned(
+    _configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)),
+    key=["HK", "GROUP", "K", "V", "BT", "PACKED", "bucket"],
+    prune_configs_by=NO_WIDER,
+)
 @triton.jit(do_not_specialize=["T", "NT", "bucket"])
 def state_bwd_kernel(
     q, k, w, gc, do, du, du_out, dstates, dfinal_state, dinitial_state, sequences, scale, T, NT, bucket,
@@ -439,7 +465,9 @@ def state_bwd_kernel(
         tl.store(p_dS, b_dS, mask=in_square & (row_in >= 0))
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT"])
+@tuned(
+    _configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT"], prune_configs_by=NO_WIDER
+)
 @triton.jit(do_not_specialize=["T", "NT", "tokens"])
 def key_bwd_kernel(
     q, k, u, gc, states, do, du, dstates, dk, dw, dg, borders, scale, T, NT, tokens,
@@ -501,7 +529,12 @@ def key_bwd_kernel(
     tl.store(dk + head * K + offsets_k, b_dk.to(dk.dtype.element_ty), mask=mask_k)
 
 
-@tuned(_configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)), key=["HK", "GROUP", "K", "V", "BT"], restore_value=["dg"])
+@tuned(
+    _configs(warps=(4, 2), stages=(2, 3), BV=(32, 64)),
+    key=["HK", "GROUP", "K", "V", "BT"],
+    restore_value=["dg"],
+    prune_configs_by=NO_WIDER,
+)
 @triton.jit(do_not_specialize=["T", "NT", "tokens"])
 def query_bwd_kernel(
     q, k, u, gc, states, do, dq, dg, borders, scale, T, NT, tokens,
@@ -681,6 +714,15 @@ def _tile(dim: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(dim)))
 
 
+def _read_tile(dim: int) -> int:
+    """Columns of keys that the output stage multiplies at once: half of them at most.
+
+    Where one tile holds them all there is no loop, and ptxas 12.8, which Triton 3.6 and 3.7 bring, compiles the
+    product with the updates for Hopper so that it reads them at an address that was never computed.
+    """
+    return max(16, min(64, _tile(dim, MAX_HEAD_DIM) // 2))
+
+
 def _shape(k: torch.Tensor, v: torch.Tensor, chunks: Chunks) -> dict[str, Any]:
     """The constants that every kernel over chunks takes."""
     return {
@@ -774,7 +816,7 @@ def output_fwd(
     prediction, moments = _prediction_and_moments(v, score, predict, CHUNK_COLUMNS)
     output_fwd_kernel[lambda meta: (chunks.total * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
         q, k, v, u, gc, states, o, prediction, moments, chunks.borders, scale,
-        GROUP=q.shape[2] // k.shape[2], V=u.shape[3], BK=_tile(k.shape[3], 64), WIDTH=CHUNK_COLUMNS,
+        GROUP=q.shape[2] // k.shape[2], V=u.shape[3], BK=_read_tile(k.shape[3]), WIDTH=CHUNK_COLUMNS,
         **_shape(k, u, chunks),
     )  # fmt: skip
     if score is not None and moments is not None:
@@ -1047,9 +1089,9 @@ def _case(kernel: Any, dim: int, warps: int, stages: int, scored: bool = True, *
         "K": dim,
         "V": dim,
         "BT": 64,
-        "BK": 64,
-        "BV": 64,
-        "PARTS": dim // 64,
+        "BK": _tile(dim, 64),
+        "BV": _tile(dim, 64),
+        "PARTS": triton.cdiv(dim, 64),
     }
     fixed |= {"PACKED": False, "PRECISION": "tf32", "borders": None, "sequences": None}
     fixed["prediction" if scored else "moments"] = None
@@ -1066,12 +1108,12 @@ def _case(kernel: Any, dim: int, warps: int, stages: int, scored: bool = True, *
 
 AOT_CASES = [
     case
-    for dim in (128, 64)
+    for dim in (128, 64, 32)
     for case in (
-        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS),
-        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, GROUP=4),
-        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, scored=False),
-        _case(output_fwd_kernel, dim, 4, 2, BV=32, WIDTH=CHUNK_COLUMNS, moments=None),
+        _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS),
+        _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS, GROUP=4),
+        _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS, scored=False),
+        _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS, moments=None),
         _case(score_fwd_kernel, dim, 4, 3, PARTS=dim // CHUNK_COLUMNS, SCORE="cosine", BLOCK=256),
         _case(wy_inverse_fwd_kernel, dim, 4, 2),
         _case(wy_apply_fwd_kernel, dim, 4, 2),

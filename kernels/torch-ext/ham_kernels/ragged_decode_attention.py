@@ -203,15 +203,15 @@ def ragged_decode_merge_fwd_kernel(
         m = tl.sum(query * tl.load(k + own * K + o_k, mask=o_k < K, other=0.0).to(tl.float32), 0)
         acc = tl.load(v + own * V + o_v, mask=in_v, other=0.0).to(tl.float32)
         o_p = tl.arange(0, BLOCK_P)
-        used = o_p < tl.load(fill + stream)
+        opened = o_p < tl.load(fill + stream)
         m, norm, acc = _add_keys(
-            m, norm, acc, query, tail_k, tail_v, stream * PAGE + o_p, used, K, V, BLOCK_K, BLOCK_V
+            m, norm, acc, query, tail_k, tail_v, stream * PAGE + o_p, opened, K, V, BLOCK_K, BLOCK_V
         )
         if BLOCK_T > 1:
             o_t = tl.arange(0, BLOCK_T)
-            used = o_t < token
-            used &= tl.load(keep + first_token + o_t, mask=used, other=0) != 0
-            m, norm, acc = _add_keys(m, norm, acc, query, k, v, first_token + o_t, used, K, V, BLOCK_K, BLOCK_V)
+            before = o_t < token
+            before &= tl.load(keep + first_token + o_t, mask=before, other=0) != 0
+            m, norm, acc = _add_keys(m, norm, acc, query, k, v, first_token + o_t, before, K, V, BLOCK_K, BLOCK_V)
 
     last = tl.load(split_start + stream + 1)
     for begin in range(tl.load(split_start + stream), last, BLOCK_S):

@@ -67,7 +67,8 @@ SEEN_COLUMNS = 128
 # dimensions, `BLOCK_K` and `BLOCK_V` the powers of two that hold them. Row `r` of a stream is query `r // GROUP` of
 # head `r % GROUP`. `T_BUCKET` and `M_BUCKET` stand for the lengths where tile shapes are measured. Tensors are
 # contiguous; `log2_scale` and `lse` are in units of log 2. `lse_rest` is what rounding took from `lse`: at large
-# logits it would change a weight of nearly 1 by more than anything else does.
+# logits it would change a weight of nearly 1 by more than anything else does. For the same reason the backward pass
+# takes a query's weight on itself, `self_weight`, from the forward: another kernel may round that logit otherwise.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +154,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["T", "M", "T_BUCKET", "M_BUCKET"])
 def sparse_prefix_attention_fwd_kernel(
-    q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest, log2_scale, T, M, T_BUCKET, M_BUCKET,
+    q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest, self_weight, log2_scale, T, M, T_BUCKET, M_BUCKET,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +174,8 @@ def sparse_prefix_attention_fwd_kernel(
 
     queries = _load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
     own_key = _load_tile(k + base * K, token * K, real, K, BLOCK_K)
-    peak = tl.sum(queries.to(tl.float32) * own_key.to(tl.float32), 1) * log2_scale
+    own_logit = tl.sum(queries.to(tl.float32) * own_key.to(tl.float32), 1) * log2_scale
+    peak = own_logit
     total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
     acc = _load_tile(v + base * V, token * V, real, V, BLOCK_V).to(tl.float32)
     tiles, inside, inside_end = _tiles(first, last, all_first, all_last, BLOCK_N)
@@ -187,12 +189,14 @@ def sparse_prefix_attention_fwd_kernel(
     log_total = tl.log2(total)
     log_sum = peak + log_total
     tl.store(lse + base * GROUP + query, log_sum, mask=real)
-    tl.store(lse_rest + base * GROUP + query, (peak - log_sum) + log_total, mask=real)
+    rest = (peak - log_sum) + log_total
+    tl.store(lse_rest + base * GROUP + query, rest, mask=real)
+    tl.store(self_weight + base * GROUP + query, tl.exp2((own_logit - log_sum) - rest), mask=real)
 
 
 @triton.jit(do_not_specialize=["T"])
 def sparse_prefix_attention_bwd_self_kernel(
-    q, k, v, o, do, lse, lse_rest, dlse, dk, dv, delta, self_slope, scale, log2_scale, T,
+    q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, T,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -201,7 +205,6 @@ def sparse_prefix_attention_bwd_self_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = t < T
     token = ((stream // HK) * T + t) * HK + stream % HK
-    own_key = _load_tile(k, token * K, real, K, BLOCK_K).to(tl.float32)
     own_value = _load_tile(v, token * V, real, V, BLOCK_V).to(tl.float32)
     dkey = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
     dvalue = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
@@ -217,9 +220,7 @@ def sparse_prefix_attention_bwd_self_kernel(
             from_lse = tl.load(dlse + query, mask=real, other=0.0) * LOG2E
             mean -= from_lse
             slope += from_lse
-        log_sum = tl.load(lse + query, mask=real, other=0.0)
-        rest = tl.load(lse_rest + query, mask=real, other=0.0)
-        weight = tl.exp2((tl.sum(queries * own_key, 1) * log2_scale - log_sum) - rest)
+        weight = tl.load(self_weight + query, mask=real, other=0.0)
         slope *= weight
         dkey += slope[:, None] * queries
         dvalue += weight[:, None] * grad
@@ -443,13 +444,16 @@ def sparse_prefix_attention_fwd(
     end: torch.Tensor,
     until: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs `[B, T, H, V]`; the base-2 logarithm of the sum of exponentials and its rest, `[B, T, H]` float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs `[B, T, H, V]`; `[B, T, H]` float32: base-2 log-sum-exp, its rest, each query's weight on itself."""
     o = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    lse_rest, log2_scale = torch.empty_like(lse), scale * LOG2E.value
-    _launch("fwd", q, k_kept, v_kept, q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest, log2_scale)
-    return o, lse, lse_rest
+    lse_rest, self_weight, log2_scale = torch.empty_like(lse), torch.empty_like(lse), scale * LOG2E.value
+    _launch(
+        "fwd", q, k_kept, v_kept,
+        q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest, self_weight, log2_scale,
+    )  # fmt: skip
+    return o, lse, lse_rest, self_weight
 
 
 def sparse_prefix_attention_bwd(
@@ -464,6 +468,7 @@ def sparse_prefix_attention_bwd(
     o: torch.Tensor,
     lse: torch.Tensor,
     lse_rest: torch.Tensor,
+    self_weight: torch.Tensor,
     do: torch.Tensor,
     dlse: torch.Tensor | None,
     scale: float,
@@ -475,7 +480,7 @@ def sparse_prefix_attention_bwd(
     sizes, length = _sizes(q, k_kept, v_kept), q.shape[1]
     block_t = SELF_ELEMENTS // max(sizes["BLOCK_K"], sizes["BLOCK_V"])
     sparse_prefix_attention_bwd_self_kernel[(triton.cdiv(length, block_t), q.shape[0] * sizes["HK"])](
-        q, k, v, o, do, lse, lse_rest, dlse, dk, dv, delta, self_slope, scale, log2_scale, length,
+        q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, length,
         **sizes, BLOCK_T=block_t, num_warps=SELF_WARPS,
     )  # fmt: skip
     _launch(
@@ -518,11 +523,11 @@ class SparsePrefixAttentionFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v, k_kept, v_kept, begin, end = (x.contiguous() for x in (q, k, v, k_kept, v_kept, begin, end))
         until = None if until is None else until.contiguous()
-        o, lse, lse_rest = sparse_prefix_attention_fwd(q, k, v, k_kept, v_kept, begin, end, until, scale)
-        ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until, o, lse, lse_rest)
+        o, *sums = sparse_prefix_attention_fwd(q, k, v, k_kept, v_kept, begin, end, until, scale)
+        ctx.save_for_backward(q, k, v, k_kept, v_kept, begin, end, until, o, *sums)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
-        return o, lse
+        return o, sums[0]
 
     @staticmethod
     @once_differentiable
@@ -648,7 +653,7 @@ def _aot_case(
 ) -> dict[str, Any]:
     """One entry of `AOT_CASES`; of the tensors that may be absent, only `optional` is there."""
     pointers = {"begin": "*i64", "end": "*i64", "until": "*i64", "seen": "*i32"}
-    pointers |= dict.fromkeys(("lse", "lse_rest", "delta", "self_slope", "dlse"), "*fp32")
+    pointers |= dict.fromkeys(("lse", "lse_rest", "self_weight", "delta", "self_slope", "dlse"), "*fp32")
     scalars = {"scale": "fp32", "log2_scale": "fp32"} | dict.fromkeys(("T", "M", "T_BUCKET", "M_BUCKET"), "i32")
     sizes = {"HK": 16, "GROUP": group, "K": dim, "V": dim, "BLOCK_K": dim, "BLOCK_V": dim, **blocks}
     names = [name for name in kernel.arg_names if name not in sizes]

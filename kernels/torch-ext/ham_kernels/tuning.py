@@ -43,13 +43,22 @@ def next_bucket(n: int) -> int:
 def tuned(configs: list[triton.Config], key: list[str], **kwargs: Any) -> Callable[[Any], Any]:
     """`triton.autotune`, except that nothing is measured under the interpreter or with HAM_KERNELS_TUNING=0.
 
+    What was measured is kept with what was compiled, in Triton's cache: another process does not measure it again.
+
     Args:
         configs: the tile shapes to try; the first is the one taken unmeasured.
         key: the kernel's arguments whose values ask for a new measurement. A length is not among them: pass its
             `next_bucket` as an argument of its own, and list both in `do_not_specialize` of `triton.jit`.
         kwargs: `reset_to_zero`, `restore_value` and the like, as `triton.autotune` takes them.
     """
-    return triton.autotune(configs=configs if TUNING else configs[:1], key=key, **kwargs)
+
+    def decorate(function: Any) -> Any:
+        kernel = triton.autotune(configs=configs if TUNING else configs[:1], key=key, cache_results=True, **kwargs)
+        tuned_kernel = kernel(function)
+        tuned_kernel.tiles = configs  # for the tests, which hold every one of them to the reference
+        return tuned_kernel
+
+    return decorate
 
 
 @dataclass(frozen=True)
