@@ -104,13 +104,12 @@ CONTINUED = Recipe(
 # Many more tokens a step, for a GPU: also goes on from a finished checkpoint.
 LONG = replace(
     CONTINUED,
-    steps=2000,
+    steps=900,
     name_rows=0.1,
     late_tokens_per_step=32768,
     matrix_lr=0.01,
     other_lr=3e-3,
     weight_decay=0.1,
-    start_share=0.0,
 )
 RECIPES = {"first": Recipe(), "continued": CONTINUED, "long": LONG}
 

@@ -289,15 +289,15 @@ def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
 
 
 def test_a_prediction_that_is_left_out_is_not_computed(products):
-    """Of each chunk and tile: keys times state, keys times keys, and the latter times the updates."""
+    """Of each chunk and half of the keys: keys times state, keys times keys; of the whole, the latter times updates."""
     inputs = [x.detach() for x in random_inputs(2, 40, 3, 1, 32, 32)]
     numbers = []
     for predict in (False, True):
         products.clear()
         call(gated_delta_rule_with_prediction, predict=predict, chunk_size=16)(*inputs)
         numbers.append(len(products))
-    chunks, heads, tiles = 2 * 3, 3, 1
-    assert numbers[1] - numbers[0] == 3 * chunks * heads * tiles
+    chunks, heads, halves = 2 * 3, 3, 2
+    assert numbers[1] - numbers[0] == (2 * halves + 1) * chunks * heads
 
 
 def test_a_step_may_leave_the_prediction_out(device, monkeypatch):

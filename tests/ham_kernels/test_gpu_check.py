@@ -128,15 +128,40 @@ def test_what_is_missing_is_named(gpu_check, monkeypatch, tmp_path, capsys):
         gpu_check, "run_parity", lambda *args: {"stage": "parity", "outcome": "passed", "seconds": 1.0}
     )
     monkeypatch.setattr(gpu_check, "run_benchmark", lambda *args: {"outcome": "passed", "seconds": args[1]})
-    tests, _, *benchmarks = gpu_check.run_all(400, True)
+    tests, _, *benchmarks = gpu_check.run_all(400, True, gpu_check.stage_names())
     assert tests["outcome"] == "not run: pytest is missing; carry the wheels of " + gpu_check.WHEELS["pytest"]
     assert "carry the wheels of flash-linear-attention" in capsys.readouterr().out
     # None of them took any time here, so the last may have all that there is.
     assert benchmarks[-1]["seconds"] == pytest.approx(400, abs=5)
+    (only,) = gpu_check.run_all(400, True, ["bench_mixer"])
+    assert only["seconds"] == pytest.approx(400, abs=5)
 
 
 def test_every_benchmark_has_a_share_of_the_time(gpu_check):
     assert gpu_check.SECONDS.keys() == {file.stem for file in FOLDER.glob("bench_*.py")}
+
+
+def test_the_table_of_attention_has_a_report_s_ratios(benchmarks):
+    import summary
+
+    rows = [
+        {"what": f"{stage}, T=8192 u={usage} {pattern}", "ratio": ratio, "meets": ratio < 0.5}
+        for stage, usage, pattern, ratio in (
+            ("forward", "0.05", "uniform", 0.0991),
+            ("forward", "1.00", "uniform", 0.6446),
+            ("forward", "0.25", "clustered", 0.2),
+            ("backward with compaction", "1.00", "uniform", 1.113),
+        )
+    ]
+    report = {"stages": [{"stage": "tests"}, {"stage": "attention", "rows": rows}]}
+    assert summary.attention_table(report).splitlines() == [
+        "| tokens | pass | 5% kept | 100% kept |",
+        "| --- | --- | --- | --- |",
+        "| 8,192 | forward | 0.10 | **0.64** |",
+        "| 8,192 | backward with compaction |  | **1.11** |",
+    ]
+    with pytest.raises(ValueError, match="no times of attention"):
+        summary.attention_table({"stages": []})
 
 
 def test_a_row_says_whether_the_target_is_met(timing):
