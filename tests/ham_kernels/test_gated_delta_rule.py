@@ -289,7 +289,7 @@ def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
 
 
 def test_a_prediction_that_is_left_out_is_not_computed(products):
-    """Of each chunk and half of the keys: keys times state, keys times keys; of the whole, the latter times updates."""
+    """Of each chunk and half of the keys: keys times state and keys; of the whole, that times updates."""
     inputs = [x.detach() for x in random_inputs(2, 40, 3, 1, 32, 32)]
     numbers = []
     for predict in (False, True):
