@@ -22,7 +22,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -44,6 +44,7 @@ from .ops_ham import (
     gated_delta_rule_with_prediction,
     l2norm,
     rms_norm,
+    rotated,
     short_convolution,
 )
 from .routing_ham import (
@@ -549,7 +550,8 @@ class HAMMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is None:
             return q, k
-        return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        cos, sin = (x.unsqueeze(2) for x in position_embeddings)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
 
     def _route(
         self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
@@ -605,13 +607,22 @@ class HAMMixer(nn.Module):
         return self.o_proj(mixed)
 
 
+class HAMMLP(LlamaMLP):
+    """Llama's gated MLP, which without a gradient to compute multiplies in place: new memory costs more on a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
+
+
 class HAMDecoderLayer(GradientCheckpointingLayer):
     """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it."""
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
         self.mixer = HAMMixer(config, layer_idx)
-        self.mlp = LlamaMLP(config)
+        self.mlp = HAMMLP(config)
         self.post_norm = config.attention_post_norm and self.mixer.has_attention
         norm = config.hidden_size, config.rms_norm_eps, config.zero_centered_norms
         if not self.post_norm:

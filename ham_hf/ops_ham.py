@@ -110,6 +110,23 @@ class _Normalise(torch.autograd.Function):
         return dx.addcmul_(normed, along, value=-1).mul_(inverse), dweight, None, None
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, as Transformers' `apply_rotary_pos_emb` with fewer new tensors.
+
+    Args:
+        x: `[B, T, H, K]`.
+        cos, sin: `[B or 1, T, 1, K]`, both halves of `K` alike.
+
+    Returns:
+        `[B, T, H, K]`.
+    """
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
 def short_convolution(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -130,9 +130,24 @@ def test_benchmark_alternates_after_one_warm_up():
     assert len(pairs) == 3
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+
+
+def test_several_rows_are_measured_at_once(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setitem(bench.SHAPE, name, value)
+    monkeypatch.setattr(bench, "build_qwen3_next", bench.build_llama)
+    ham = bench.build_ham(2)
+    prefill = bench.bench_prefill(ham, 64, 0.5, rows=3, runs=1)
+    decode = bench.bench_decode(ham, 64, 0.5, rows=3, runs=1, steps=2)
+    # The warm-up and one run of two steps each: keys and values of two layers with two heads of 8 in float32.
+    assert decode["other_cache_bytes"] == 3 * (64 + 4) * 2 * 2 * 2 * 8 * 4
+    table = bench.to_markdown([prefill, decode], {})
+    assert table.count(" | 2 | 3 | ") == 2, table
+
+
 def test_training_is_measured_at_the_wanted_usage(monkeypatch):
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
-    for name, value in small.items():
+    for name, value in SMALL.items():
         monkeypatch.setitem(bench.SHAPE, name, value)
     # Where another test has loaded flash-linear-attention, Transformers sends Qwen3-Next there, which needs a GPU.
     monkeypatch.setattr(bench, "build_qwen3_next", bench.build_llama)

@@ -52,23 +52,24 @@ def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def bench_prefill(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int) -> dict:
-    """Prefill of one prompt, HAM against Qwen3-Next."""
+def bench_prefill(ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, runs: int) -> dict:
+    """Prefill of `rows` prompts at once, HAM against Qwen3-Next."""
     kv_heads = ham.config.num_key_value_heads
-    other, tokens = build_qwen3_next(kv_heads), random_tokens(length)
+    other, tokens = build_qwen3_next(kv_heads), random_tokens(length, rows)
     pairs = alternate(
         lambda: ham(tokens, kv_usage=kv_usage, logits_to_keep=1), lambda: other(tokens, logits_to_keep=1), runs
     )
     cache = ham(tokens, kv_usage=kv_usage, logits_to_keep=1).past_key_values
     name = f"prefill of {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
-    return {"what": name, "kv_heads": kv_heads, "usage": cache.kv_usage().mean().item(), **summarise(pairs)}
+    usage = cache.kv_usage().mean().item()
+    return {"what": name, "kv_heads": kv_heads, "rows": rows, "usage": usage, **summarise(pairs)}
 
 
 @torch.no_grad()
-def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, steps: int = 8) -> dict:
-    """Decoding `steps` tokens at a time after a long prompt, HAM against Llama with DynamicCache."""
+def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, runs: int, steps: int = 8) -> dict:
+    """Decoding `steps` tokens of each row at a time after long prompts, HAM against Llama with DynamicCache."""
     kv_heads = ham.config.num_key_value_heads
-    other, tokens = build_llama(kv_heads), random_tokens(length)
+    other, tokens = build_llama(kv_heads), random_tokens(length, rows)
     ham_cache, other_cache = HAMCache(ham.config), DynamicCache(config=other.config)
     ham(tokens, kv_usage=kv_usage, past_key_values=ham_cache, logits_to_keep=1)
     other(tokens, past_key_values=other_cache, logits_to_keep=1)
@@ -86,6 +87,7 @@ def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int, s
     dense = sum(keys.nbytes + values.nbytes for keys, values, _ in other_cache)
     return result | {
         "kv_heads": kv_heads,
+        "rows": rows,
         "usage": ham_cache.kv_usage().mean().item(),
         "ham_cache_bytes": ham_cache.memory_bytes(),
         "other_cache_bytes": dense,
@@ -112,7 +114,7 @@ def bench_training(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int)
     ham.zero_grad()
     ham.eval()
     name = f"training step on {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
-    return {"what": name, "kv_heads": kv_heads, **summarise(pairs)}
+    return {"what": name, "kv_heads": kv_heads, "rows": 1, **summarise(pairs)}
 
 
 def bench_training_memory(kv_heads: int, length: int, kv_usage: float) -> dict:
@@ -156,11 +158,13 @@ def environment() -> dict[str, str | int]:
 
 def to_markdown(results: list[dict], made_with: dict) -> str:
     """The results as a table of speeds and, if it was measured, one of memory."""
-    lines = ["| what | key/value heads | times as fast (median) | smallest | largest |", "|---|---|---|---|---|"]
+    lines = [
+        "| what | key/value heads | rows | times as fast (median) | smallest | largest |",
+        "|---|---|---|---|---|---|",
+    ]
     for x in (x for x in results if "speedup" in x):
-        lines.append(
-            f"| {x['what']} | {x['kv_heads']} | {x['speedup']:.2f} | {x['speedup_min']:.2f} | {x['speedup_max']:.2f} |"
-        )
+        ratios = " | ".join(f"{x[name]:.2f}" for name in ("speedup", "speedup_min", "speedup_max"))
+        lines.append(f"| {x['what']} | {x['kv_heads']} | {x['rows']} | {ratios} |")
     memory = [x for x in results if "ham_peak_bytes" in x]
     if memory:
         lines += [
@@ -188,8 +192,9 @@ def main() -> None:
     results = []
     for kv_heads in (8, 2):
         ham = build_ham(kv_heads)
-        results.append(bench_prefill(ham, 4096, 0.5, arguments.runs))
-        results.append(bench_decode(ham, 8192, 0.25, arguments.runs))
+        for rows in (1, 4):
+            results.append(bench_prefill(ham, 4096, 0.5, rows, arguments.runs))
+            results.append(bench_decode(ham, 8192, 0.25, rows, arguments.runs))
         results.append(bench_training(ham, 2048, 0.5, arguments.runs))
         if sys.platform == "linux":
             results.append(bench_training_memory(kv_heads, 2048, 0.5))

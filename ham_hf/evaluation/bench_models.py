@@ -66,6 +66,6 @@ def build_qwen3_next(kv_heads: int) -> PreTrainedModel:
     return Qwen3NextForCausalLM(config).eval()
 
 
-def random_tokens(length: int) -> torch.Tensor:
-    """`[1, length]` token ids."""
-    return torch.randint(SHAPE["vocab_size"], (1, length))
+def random_tokens(length: int, rows: int = 1) -> torch.Tensor:
+    """`[rows, length]` token ids."""
+    return torch.randint(SHAPE["vocab_size"], (rows, length))

@@ -344,7 +344,7 @@ def train(
         initialize_recall(model)
     else:
         model = HAMForCausalLM.from_pretrained(start, dtype=torch.float32)
-    model.to(device).train()
+    model.to(device).train()  # type: ignore[arg-type]
     optimizers = build_optimizers(model, recipe)
 
     state, log_path, first = output / "state.safetensors", output / "log.jsonl", 0
@@ -370,7 +370,7 @@ def train(
                 write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
                 save_state(state, step, model, optimizers, recipe)
     if start is not None and recipe.start_share:
-        mix_in(model, HAMForCausalLM.from_pretrained(start, dtype=torch.float32).to(device), recipe.start_share)
+        mix_in(model, HAMForCausalLM.from_pretrained(start, dtype=torch.float32).to(device), recipe.start_share)  # type: ignore[arg-type]
     calibrate(model, [sampler.batch(10**9 + i, 4, recipe.late_context) for i in range(16)])
     return model.eval()
 
