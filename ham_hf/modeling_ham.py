@@ -607,22 +607,13 @@ class HAMMixer(nn.Module):
         return self.o_proj(mixed)
 
 
-class HAMMLP(LlamaMLP):
-    """Llama's gated MLP, which without a gradient to compute multiplies in place: new memory costs more on a CPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
-
-
 class HAMDecoderLayer(GradientCheckpointingLayer):
     """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it."""
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
         self.mixer = HAMMixer(config, layer_idx)
-        self.mlp = HAMMLP(config)
+        self.mlp = LlamaMLP(config)
         self.post_norm = config.attention_post_norm and self.mixer.has_attention
         norm = config.hidden_size, config.rms_norm_eps, config.zero_centered_norms
         if not self.post_norm:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ham_hf import HAMModel, cache_ham, ops_ham
 from ham_hf.cache_ham import HAMCacheLayer, KeptColumns, LayerStep, PagedStore, attend_new, eviction_times
@@ -19,6 +20,7 @@ from ham_hf.ops_ham import (
     l2norm,
     ragged_decode_attention,
     rms_norm,
+    rotated,
     short_convolution,
     sparse_prefix_attention,
 )
@@ -65,6 +67,33 @@ def gradients(function, inputs, dtype, seed=0):
         return [x.detach() for x in outputs], {name: torch.zeros_like(leaves[name]) for name in names}
     grads = torch.autograd.grad(loss, [leaves[name] for name in names], materialize_grads=True)
     return [x.detach() for x in outputs], dict(zip(names, grads, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3], ids=["shared-positions", "positions-of-each-row"])
+def test_rotation_is_transformers(rows, dtype):
+    """Values and gradients, of queries and keys; the input stays as it was."""
+    angles = torch.randn(rows, 7, 4, dtype=torch.float64).repeat(1, 1, 2)
+    q, k = torch.randn(3, 7, 4, 8), torch.randn(3, 7, 2, 8)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def ours(q, k):
+        return tuple(rotated(x, cos.unsqueeze(2), sin.unsqueeze(2)) for x in (q, k))
+
+    def theirs(q, k):
+        return apply_rotary_pos_emb(q, k, angles.cos(), angles.sin(), unsqueeze_dim=2)
+
+    before = q.clone(), k.clone()
+    (out, grads), (expected, expected_grads) = (
+        gradients(function, {"q": q, "k": k}, precision)
+        for function, precision in ((ours, dtype), (theirs, torch.float64))
+    )
+    for x, y in zip(out, expected, strict=True):
+        assert_close(x, y, FORWARD[dtype])
+    for name in grads:
+        assert_close(grads[name], expected_grads[name], BACKWARD[dtype], name)
+    assert torch.equal(q, before[0])
+    assert torch.equal(k, before[1])
 
 
 def assert_same_function(function, reference, inputs, dtype, labels):

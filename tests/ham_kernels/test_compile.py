@@ -56,11 +56,11 @@ def problems(results):
 
 
 @pytest.mark.parametrize("module", OPS)
-def test_the_first_case_of_every_kernel_fits_a_hopper_chip(module):
-    kernels = [id(case["kernel"]) for case in importlib.import_module(module).AOT_CASES]
-    first = [kernels.index(kernel) for kernel in dict.fromkeys(kernels)]
-    results = compile_cases(module, first, [90])
-    assert len({r["kernel"] for r in results}) == len(first)
+def test_the_first_case_of_every_kernel_and_width_fits_a_hopper_chip(module):
+    cases = importlib.import_module(module).AOT_CASES
+    kinds = [(id(case["kernel"]), case["constexprs"].get("K")) for case in cases]
+    results = compile_cases(module, [kinds.index(kind) for kind in dict.fromkeys(kinds)], [90])
+    assert len({r["kernel"] for r in results}) == len({id(case["kernel"]) for case in cases})
     assert not problems(results), problems(results)
 
 
@@ -71,6 +71,30 @@ def test_every_case_fits_the_chips(module):
     cases = importlib.import_module(module).AOT_CASES
     assert len(results) == 2 * len(cases)
     assert not problems(results), problems(results)
+
+
+TUNED_CASES = """
+from ham_kernels.gated_delta_rule import AOT_CASES as FIRST, _no_wider_than_a_head
+
+AOT_CASES = [
+    case | {"constexprs": case["constexprs"] | tile.kwargs, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    for case in FIRST
+    if hasattr(case["kernel"], "tiles") and case["constexprs"]["K"] == WIDTH
+    for tile in case["kernel"].tiles
+    if "BV" not in tile.kwargs or tile in _no_wider_than_a_head(case["kernel"].tiles, {}, K=WIDTH, V=WIDTH)
+]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+def test_no_tile_that_tuning_may_choose_is_compiled_wrongly(width, tmp_path):
+    """Of the gated delta rule, which ptxas gets wrong; some may spill, which tuning finds out. See `SMALLEST_TILE`."""
+    (tmp_path / "cases.py").write_text(f"WIDTH = {width}\n{TUNED_CASES}")
+    results = compile_cases(tmp_path / "cases.py", architectures=[90])
+    assert len(results) > 30
+    wrong = [r for r in results if "error" in r or r["never_written"] or r["transposed_product"]]
+    assert not wrong, wrong[:3]
 
 
 SAMPLES = """

@@ -53,14 +53,15 @@ def _configs(warps: tuple[int, ...], stages: tuple[int, ...], **tiles: tuple[int
     return [triton.Config(x, num_warps=w, num_stages=s) for x in shapes for w in warps for s in stages]
 
 
-def _no_wider_than_values(
+def _no_wider_than_a_head(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """Those with a tile that values fill: others are slower, and of one ptxas 12.8 made what `_read_tile` tells of."""
-    return [x for x in configs if x.kwargs["BV"] <= _tile(constants["V"], MAX_HEAD_DIM)] or configs[:1]
+    """Those with tiles no wider than keys and values are: others are slower, or wrong, see `SMALLEST_TILE`."""
+    widest = _tile(min(constants["K"], constants["V"]), MAX_HEAD_DIM)
+    return [x for x in configs if x.kwargs["BV"] <= widest] or configs[:1]
 
 
-NO_WIDER = {"early_config_prune": _no_wider_than_values}
+NO_WIDER = {"early_config_prune": _no_wider_than_a_head}
 
 
 @triton.jit
@@ -711,16 +712,20 @@ def split_documents(seq_idx: torch.Tensor, size: int) -> Chunks:
     return Chunks(size, length, 0, len(document), len(begin), borders, table)
 
 
+# ptxas 12.8, which Triton 3.4 to 3.7 bring, compiles some pairs of Hopper's products so that the second reads a factor
+# at an address that was never computed. It was seen where a tile of 16 columns, or one wider than what it is to hold,
+# holds all of a head, where the narrower of keys and values had the narrower tile, and in the output stage where one
+# tile holds all keys. No shape below has it: tests/ham_kernels/test_compile.py disassembles them to see.
+SMALLEST_TILE = 32
+
+
 def _tile(dim: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(dim)))
+    """The power of two that holds a dimension, within bounds."""
+    return min(largest, max(SMALLEST_TILE, triton.next_power_of_2(dim)))
 
 
 def _read_tile(dim: int) -> int:
-    """Columns of keys that the output stage multiplies at once: half of them at most.
-
-    Where one tile holds them all there is no loop, and ptxas 12.8, which Triton 3.6 and 3.7 bring, compiles the
-    product with the updates for Hopper so that it reads them at an address that was never computed.
-    """
+    """Columns of keys that the output stage multiplies at once: half of what holds them, see `SMALLEST_TILE`."""
     return max(16, min(64, _tile(dim, MAX_HEAD_DIM) // 2))
 
 
@@ -764,9 +769,10 @@ def state_fwd(
     batch, _, kv_heads, key_dim = k.shape
     value_dim, shape = v.shape[3], _shape(k, v, chunks)
     w, from_values = torch.empty_like(k), torch.empty_like(v)
+    narrower = _tile(min(key_dim, value_dim), 64)  # for both: see `SMALLEST_TILE`
     wy_apply_fwd_kernel[(chunks.total, kv_heads)](
         k, v, beta, gc, inverse, w, from_values, chunks.borders,
-        V=value_dim, BK=_tile(key_dim, 64), BV=_tile(value_dim, 64), **shape,
+        V=value_dim, BK=narrower, BV=narrower, **shape,
     )  # fmt: skip
     u = torch.empty_like(v)
     states = k.new_empty(chunks.total, kv_heads, key_dim, value_dim)
@@ -1109,25 +1115,26 @@ def _case(kernel: Any, dim: int, warps: int, stages: int, scored: bool = True, *
 
 AOT_CASES = [
     case
-    for dim in (128, 64, 32)
+    for dim in (128, 64, 32, 16)
+    for whole in [_tile(dim, MAX_HEAD_DIM)]
     for case in (
         _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS),
         _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS, GROUP=4),
         _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS, scored=False),
         _case(output_fwd_kernel, dim, 4, 2, BK=_read_tile(dim), BV=32, WIDTH=CHUNK_COLUMNS, moments=None),
-        _case(score_fwd_kernel, dim, 4, 3, PARTS=dim // CHUNK_COLUMNS, SCORE="cosine", BLOCK=256),
+        _case(score_fwd_kernel, dim, 4, 3, PARTS=triton.cdiv(dim, CHUNK_COLUMNS), SCORE="cosine", BLOCK=256),
         _case(wy_inverse_fwd_kernel, dim, 4, 2),
         _case(wy_apply_fwd_kernel, dim, 4, 2),
-        _case(state_fwd_kernel, dim, 4, 2, BK=dim, BV=32),
-        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS),
-        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS, scored=False),
-        _case(step_fwd_kernel, dim, 4, 1, BK=dim, BV=32, WIDTH=STEP_COLUMNS, moments=None),
-        _case(local_bwd_kernel, dim, 4, 2, BK=dim),
-        _case(local_bwd_kernel, dim, 4, 2, BK=dim, GROUP=4),
+        _case(state_fwd_kernel, dim, 4, 2, BK=whole, BV=32),
+        _case(step_fwd_kernel, dim, 4, 1, BK=whole, BV=32, WIDTH=STEP_COLUMNS),
+        _case(step_fwd_kernel, dim, 4, 1, BK=whole, BV=32, WIDTH=STEP_COLUMNS, scored=False),
+        _case(step_fwd_kernel, dim, 4, 1, BK=whole, BV=32, WIDTH=STEP_COLUMNS, moments=None),
+        _case(local_bwd_kernel, dim, 4, 2, BK=whole),
+        _case(local_bwd_kernel, dim, 4, 2, BK=whole, GROUP=4),
         _case(key_bwd_kernel, dim, 4, 2, BV=32),
         _case(key_bwd_kernel, dim, 4, 2, BV=32, GROUP=4),
-        _case(state_bwd_kernel, dim, 4, 2, BK=dim, BV=32),
-        _case(state_bwd_kernel, dim, 4, 2, BK=dim, BV=32, GROUP=4),
+        _case(state_bwd_kernel, dim, 4, 2, BK=whole, BV=32),
+        _case(state_bwd_kernel, dim, 4, 2, BK=whole, BV=32, GROUP=4),
         _case(query_bwd_kernel, dim, 4, 2, BV=32),
         _case(query_bwd_kernel, dim, 4, 2, BV=32, GROUP=4),
         _case(wy_bwd_kernel, dim, 4, 2, BV=32),

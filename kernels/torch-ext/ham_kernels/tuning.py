@@ -53,10 +53,10 @@ def tuned(configs: list[triton.Config], key: list[str], **kwargs: Any) -> Callab
     """
 
     def decorate(function: Any) -> Any:
-        kernel = triton.autotune(configs=configs if TUNING else configs[:1], key=key, cache_results=True, **kwargs)
-        tuned_kernel = kernel(function)
-        tuned_kernel.tiles = configs  # for the tests, which hold every one of them to the reference
-        return tuned_kernel
+        chosen = configs if TUNING else configs[:1]
+        kernel = triton.autotune(configs=chosen, key=key, cache_results=True, **kwargs)(function)
+        kernel.tiles = configs  # for the tests, which hold every one of them to the reference
+        return kernel
 
     return decorate
 
