@@ -432,7 +432,7 @@ def attend_new(
     """Attention of new tokens over cached columns, the kept ones among themselves, and themselves.
 
     Args:
-        q: `[B, T, H, K]` queries.
+        q: `[B, n, H, K]` queries of the last `n` tokens, which may be all.
         k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
         keep: `[B, T, Hk]` bool.
         scores: `[B, T, Hk]` routing scores, read only with a budget.
@@ -441,7 +441,7 @@ def attend_new(
         seq_idx: `[B, T]` int, the document of each token; without a cache only.
 
     Returns:
-        `[B, T, H, V]`.
+        `[B, n, H, V]`.
     """
     (keys, values, kept_scores), end = compact_kept(keep, k, v, scores[..., None])
     begin = torch.zeros_like(end)
@@ -455,6 +455,10 @@ def attend_new(
         width = cached.keys.shape[2]
         begin, end = begin + (width - cached.counts)[:, None], end + width
         keys, values = torch.cat([cached.keys, keys], 2), torch.cat([cached.values, values], 2)
+    skipped = k.shape[1] - q.shape[1]
+    if skipped:
+        k, v, begin, end = (x[:, skipped:] for x in (k, v, begin, end))
+        until = None if until is None else until - skipped
     return sparse_prefix_attention(q, k, v, keys, values, begin, end, until)
 
 
@@ -582,12 +586,13 @@ class HAMCacheLayer(CacheLayerMixin):
         """Attention of new tokens over what is kept here, the kept ones among themselves, and themselves.
 
         Args:
-            q: `[B, T, H, K]`; k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
+            q: `[B, n, H, K]`, of all tokens or, while nothing is kept here, of the last `n`.
+            k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
             keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
             budget: kept tokens per head after which the lowest score leaves, or `None`.
 
         Returns:
-            `[B, T, H, V]`.
+            `[B, n, H, V]`.
         """
         if not self.is_initialized or self.store is None:
             return attend_new(q, k, v, keep, scores, budget)

@@ -79,15 +79,32 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
     return starts.long().cumsum(1) if exporting() or bool(starts.any()) else None
 
 
-def checked_flags(kwargs: dict[str, Any], config: HAMConfig) -> bool:
-    """Refuses unknown keyword arguments; returns whether attention weights are wanted."""
+def checked_flags(kwargs: dict[str, Any], hidden_states_to_keep: int, config: HAMConfig) -> bool:
+    """Refuses unknown keyword arguments, and outputs that exclude each other; returns whether attention is wanted."""
     known = {"output_attentions", "output_hidden_states", "output_routing_scores", "output_threshold_control"}
     known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise TypeError(f"HAMModel.forward() got unexpected keyword arguments {unknown}.")
-    output_attentions = kwargs.get("output_attentions")
-    return bool(config.output_attentions if output_attentions is None else output_attentions)
+    _check_last("hidden_states_to_keep", hidden_states_to_keep)
+    if hidden_states_to_keep and _is_set("output_hidden_states", kwargs.get("output_hidden_states"), config):
+        raise ValueError(
+            f"`hidden_states_to_keep` must be 0 where hidden states are returned, got {hidden_states_to_keep}."
+        )
+    return _is_set("output_attentions", kwargs.get("output_attentions"), config)
+
+
+def last_hidden_states(
+    logits_to_keep: int | torch.Tensor, output_hidden_states: bool | None, config: HAMConfig
+) -> int:
+    """How many last hidden states a head needs: 0, which is all, where they are returned or chosen by index."""
+    if isinstance(logits_to_keep, torch.Tensor) or _is_set("output_hidden_states", output_hidden_states, config):
+        return 0
+    return logits_to_keep
+
+
+def _is_set(name: str, flag: bool | None, config: HAMConfig) -> bool:
+    return bool(getattr(config, name) if flag is None else flag)
 
 
 def check_tokens(
@@ -165,10 +182,15 @@ def check_outputs_wanted(
             _check_integers(name, x, [(batch, length)], 0, config.vocab_size, ignored)
     if isinstance(logits_to_keep, torch.Tensor):
         _check_integers("logits_to_keep", logits_to_keep, [(None,)], -length, length)
-    elif isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
-        raise TypeError(f"`logits_to_keep` must be an int or an integer tensor, got {logits_to_keep!r}.")
-    elif logits_to_keep < 0:
-        raise ValueError(f"`logits_to_keep` must be 0 (all) or positive (the last so many), got {logits_to_keep}.")
+    else:
+        _check_last("logits_to_keep", logits_to_keep, "an int or an integer tensor")
+
+
+def _check_last(name: str, number: object, accepted: str = "an int") -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"`{name}` must be {accepted}, got {number!r}.")
+    if number < 0:
+        raise ValueError(f"`{name}` must be 0 (all) or positive (the last so many), got {number}.")
 
 
 def _check_integers(
@@ -232,6 +254,7 @@ __all__ = [
     "check_outputs_wanted",
     "check_tokens",
     "checked_flags",
+    "last_hidden_states",
     "packed_documents",
     "restarts",
     "token_layout",

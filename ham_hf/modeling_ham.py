@@ -34,6 +34,7 @@ from .inputs_ham import (
     check_outputs_wanted,
     check_tokens,
     checked_flags,
+    last_hidden_states,
     packed_documents,
     token_layout,
 )
@@ -76,7 +77,7 @@ class HAMModelOutputWithPast(ModelOutput):
     """Output of `HAMModel`.
 
     Attributes:
-        last_hidden_state: `[B, T, D]`.
+        last_hidden_state: `[B, T, D]`, or of as many tokens as were to be kept.
         past_key_values: the `HAMCache`, or `None` without one.
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
@@ -305,6 +306,7 @@ class HAMMixer(nn.Module):
         threshold: torch.Tensor | None = None,
         kv_budget: int | None = None,
         output_attentions: bool = False,
+        outputs_to_keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Mixes tokens.
 
@@ -316,9 +318,10 @@ class HAMMixer(nn.Module):
             threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
             kv_budget: kept tokens a head of a hybrid layer may hold, or `None`.
             output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
+            outputs_to_keep: the number `n` of last tokens whose output is wanted; all if `None`.
 
         Returns:
-            `[B, T, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
+            `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
             while the threshold is learned, `[3, Hk]`: a zero that carries the threshold's gradient, the threshold, and
             the fraction kept.
         """
@@ -367,6 +370,8 @@ class HAMMixer(nn.Module):
             if weights is not None and (cache is None or not cache.seen_tokens):
                 o_kv = weighted_sum(weights, v)
             else:
+                if outputs_to_keep is not None and (cache is None or cache.store is None):
+                    q = q[:, -outputs_to_keep:]
                 o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
         if cache is not None:
             cache.update(step, kv_budget)
@@ -375,6 +380,9 @@ class HAMMixer(nn.Module):
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
             control = self._control(keep, tokens)
+        if outputs_to_keep is not None:
+            hidden_states = hidden_states[:, -outputs_to_keep:]
+            o_rnn, o_kv = (None if x is None else x[:, -outputs_to_keep:] for x in (o_rnn, o_kv))
         return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
 
     def _decoding_kernels(
@@ -608,7 +616,11 @@ class HAMMixer(nn.Module):
 
 
 class HAMDecoderLayer(GradientCheckpointingLayer):
-    """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it."""
+    """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it.
+
+    With `outputs_to_keep` its output is that of the last so many tokens, and it does no more for the others than what
+    these and the cache need.
+    """
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
@@ -623,10 +635,12 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = HAMRMSNorm(*norm)
 
     def forward(
-        self, hidden_states: torch.Tensor, **mixer_arguments: Any
+        self, hidden_states: torch.Tensor, outputs_to_keep: int | None = None, **mixer_arguments: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         mixer_input = hidden_states if self.post_norm else self.input_layernorm(hidden_states)
-        mixed, _, _, control = self.mixer(mixer_input, **mixer_arguments)
+        mixed, _, _, control = self.mixer(mixer_input, outputs_to_keep=outputs_to_keep, **mixer_arguments)
+        if outputs_to_keep is not None:
+            hidden_states = hidden_states[:, -outputs_to_keep:]
         if self.post_norm:
             hidden_states = hidden_states + self.post_attention_layernorm(mixed)
             hidden_states = hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
@@ -785,6 +799,7 @@ class HAMModel(HAMPreTrainedModel):
         threshold: float | list[float] | torch.Tensor | None = None,
         kv_usage: float | None = None,
         kv_budget: int | None = None,
+        hidden_states_to_keep: int = 0,
         **kwargs: Any,
     ) -> HAMModelOutputWithPast:
         """Runs the decoder.
@@ -801,13 +816,15 @@ class HAMModel(HAMPreTrainedModel):
                 to `config.threshold`, then to the learned thresholds.
             kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
             kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
+            hidden_states_to_keep: return the last hidden state of the last so many tokens only (0: all), which spares
+                the last layer most of its work on a prompt.
             kwargs: `output_attentions`, `output_hidden_states`, `output_routing_scores` (bool); for packed rows
                 `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, as Transformers' collators give them.
 
         Raises:
             TypeError, ValueError: for arguments that do not fit; the cache is unchanged then.
         """
-        output_attentions = checked_flags(kwargs, self.config)
+        output_attentions = checked_flags(kwargs, hidden_states_to_keep, self.config)
         batch, length = check_tokens(input_ids, inputs_embeds, self.config)
         check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
         thresholds = self.layer_thresholds(threshold, kv_usage, batch)
@@ -835,8 +852,10 @@ class HAMModel(HAMPreTrainedModel):
         hidden_states = inputs_embeds
         controls: list[torch.Tensor] = []
         for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
+            trims = layer is self.layers[-1] and 0 < hidden_states_to_keep < length
             output = layer(
                 hidden_states,
+                outputs_to_keep=hidden_states_to_keep if trims else None,
                 position_embeddings=position_embeddings,
                 tokens=tokens,
                 past_key_values=past_key_values,
@@ -998,6 +1017,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             threshold=threshold,
             kv_usage=kv_usage,
             kv_budget=kv_budget,
+            hidden_states_to_keep=last_hidden_states(logits_to_keep, output_hidden_states, self.config),
             output_threshold_control=self.training and has_loss,
             return_dict=True,
             **{name: value for name, value in optional.items() if value is not None},

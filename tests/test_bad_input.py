@@ -222,6 +222,20 @@ def test_inputs(model, cache, head, bad, error, message):
     assert_refuses(lambda: run(**arguments), error, message, cache)
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (-1, ValueError, "`hidden_states_to_keep` must be 0 (all) or positive (the last so many), got -1"),
+        (1.0, TypeError, "`hidden_states_to_keep` must be an int, got 1.0"),
+        (True, TypeError, "`hidden_states_to_keep` must be an int, got True"),
+        (None, TypeError, "`hidden_states_to_keep` must be an int, got None"),
+    ],
+)
+def test_hidden_states_to_keep(model, cache, bad, error, message):
+    run = model.model
+    assert_refuses(lambda: run(ids(), past_key_values=cache, hidden_states_to_keep=bad), error, message, cache)
+
+
 @pytest.mark.parametrize(("bad", "error", "message"), EMBEDDINGS)
 def test_embeddings(model, cache, bad, error, message):
     for run in (model, model.model):

@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Holds every operation of `ops_ham` to its definition in `reference_ham`, to its gradients and its promised cost."""
 
+import functools
 import itertools
 import math
 import weakref
@@ -584,6 +585,29 @@ def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dt
         return [masked_attention(q, k, v, visible)]
 
     assert_same_function(op, reference, attention_inputs(length), dtype, ["out"])
+
+
+@DTYPES
+@pytest.mark.parametrize("number", [1, 9, 17, 40])
+@pytest.mark.parametrize("setting", ["row", "packed", "budget", "cached"])
+def test_the_last_queries_alone_get_what_they_get_among_all(setting, number, dtype, monkeypatch):
+    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 8)
+    length, width = 40, 6
+    keep, scores = torch.rand(2, length, 2) < 0.6, torch.rand(2, length, 2)
+    budget = 7 if setting in ("budget", "cached") else None
+    seq_idx = documents([3, 20, 17], 2) if setting == "packed" else None
+    inputs, cached = attention_inputs(length), None
+    if setting == "cached":
+        inputs |= {"k_held": torch.randn(2, 2, width, 4), "v_held": torch.randn(2, 2, width, 6)}
+        cached = torch.rand(2, 2, width), torch.tensor([[0, 3], [6, 5]])
+
+    assert budget is None or keep.sum(1).min() > budget, "the budget must bind"
+
+    def op(q, k, v, k_held=None, v_held=None, first=length - number):
+        held = None if cached is None else KeptColumns(k_held, v_held, *cached)
+        return [attend_new(q[:, first:], k, v, keep, scores, budget, held, seq_idx)[:, -number:]]
+
+    assert_same_function(op, functools.partial(op, first=0), inputs, dtype, ["out"])
 
 
 # --------------------------------------------------------------------------- decoding over pages

@@ -47,6 +47,7 @@ from ham_hf import (
     HAMForTokenClassification,
     HAMModel,
     HAMPreTrainedModel,
+    modeling_ham,
 )
 
 HEADS = (HAMForCausalLM, HAMForSequenceClassification, HAMForTokenClassification, HAMForQuestionAnswering)
@@ -471,12 +472,9 @@ class TestOutputs:
             if expected.past_key_values is not None:
                 assert torch.equal(found.past_key_values.kept_tokens(), expected.past_key_values.kept_tokens())
 
-    def test_logits_to_keep(self, model):
-        input_ids = tokens(2, 9)
+    def test_logits_to_keep_at_positions(self, model):
+        input_ids, where = tokens(2, 9), torch.tensor([1, 7])
         full = model(input_ids).logits
-        torch.testing.assert_close(model(input_ids, logits_to_keep=1).logits, full[:, -1:])
-        torch.testing.assert_close(model(input_ids, logits_to_keep=4).logits, full[:, -4:])
-        where = torch.tensor([1, 7])
         torch.testing.assert_close(model(input_ids, logits_to_keep=where).logits, full[:, where])
 
     @pytest.mark.parametrize("head", HEADS)
@@ -490,6 +488,96 @@ class TestOutputs:
         for name in ("logits", "start_logits", "end_logits"):
             if name in outs[0]:
                 assert torch.equal(outs[0][name], outs[1][name])
+
+
+class TestLastLogits:
+    """Where the last logits are wanted only, the last layer does no more than these and the cache need."""
+
+    SETTINGS = {
+        "whole rows": {},
+        "padded on the left": {"attention_mask": torch.ones(2, 12).index_fill(1, torch.arange(3), 0)},
+        "padded on the right": {"attention_mask": torch.tensor([[1] * 12, [1] * 5 + [0] * 7])},
+        "packed": {"position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]},
+        "budget": {"kv_budget": 3, "threshold": 0.0},
+        "with attention": {"output_attentions": True},
+        "with scores": {"output_routing_scores": True},
+        "without a cache": {"use_cache": False},
+    }
+
+    @pytest.fixture(params=["hybrid", "linear_attention", "full_attention"])
+    def model(self, request, tiny_config):
+        types = ["hybrid", request.param]
+        return distinct(HAMForCausalLM(tiny_config(layer_types=types, num_hidden_layers=2))).eval()
+
+    @pytest.mark.parametrize("number", [1, 5, 12, 100])
+    @pytest.mark.parametrize("setting", list(SETTINGS))
+    def test_all_else_stays_as_it_is(self, model, setting, number):
+        arguments = {"input_ids": tokens(2, 12)} | self.SETTINGS[setting]
+        full, last = model(**arguments), model(**arguments, logits_to_keep=number)
+        assert last.logits.shape[1] == min(number, 12)
+        torch.testing.assert_close(last.logits, full.logits[:, -number:])
+        for name in ("attentions", "routing_scores"):
+            recorded = full.get(name, ()), last.get(name, ())
+            assert bool(recorded[0]) == (f"output_{name}" in arguments)
+            assert all(torch.equal(x, y) for x, y in zip(*recorded, strict=True))
+        if full.past_key_values is not None:
+            assert torch.equal(full.past_key_values.kept_tokens(), last.past_key_values.kept_tokens())
+            following = [model(tokens(2, 1) * 0 + 5, past_key_values=x.past_key_values).logits for x in (full, last)]
+            assert torch.equal(*following)
+
+    @pytest.mark.parametrize("number", [0, 1, 5])
+    def test_the_last_layer_alone_does_less(self, model, number):
+        lengths = {}
+        for i, layer in enumerate(model.model.layers):
+            for name, module in {"mlp": layer.mlp, "o_proj": layer.mixer.o_proj, "q_proj": layer.mixer.q_proj}.items():
+                place = (i, name)
+                module.register_forward_hook(lambda _, x, out, place=place: lengths.update({place: out.shape[1]}))
+        model(tokens(2, 12), logits_to_keep=number)
+        less = number or 12
+        assert [lengths[0, name] for name in ("q_proj", "o_proj", "mlp")] == [12, 12, 12]
+        assert [lengths[1, name] for name in ("q_proj", "o_proj", "mlp")] == [12, less, less]
+
+    @pytest.mark.parametrize("turns", [1, 2])
+    def test_attention_reads_for_these_only_unless_more_is_held(self, model, turns, monkeypatch):
+        """In a further turn the last layer attends for all tokens, as what is held has an operation of its own."""
+        queries, sparse = [], modeling_ham.HAMMixer._attend
+        monkeypatch.setattr(
+            modeling_ham.HAMMixer, "_attend", lambda self, q, *x: queries.append(q.shape[1]) or sparse(self, q, *x)
+        )
+        input_ids, cache = tokens(2, 24), HAMCache(model.config)
+        for part in input_ids.split(24 // turns, 1):
+            queries.clear()
+            last = model(part, past_key_values=cache, logits_to_keep=2).logits
+        reads = 2 if turns == 1 else 12
+        assert queries == [24 // turns] + [reads] * (model.config.layer_types[1] != "linear_attention")
+        torch.testing.assert_close(last, model(input_ids).logits[:, -2:])
+
+    def test_gradients(self, model):
+        input_ids, results = tokens(2, 12), []
+        model.train()
+        for number in (0, 3):
+            model.zero_grad()
+            model(input_ids, logits_to_keep=number).logits[:, -3:].square().sum().backward()
+            results.append({name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
+        assert results[0].keys() == results[1].keys()
+        for name, grad in results[0].items():
+            torch.testing.assert_close(results[1][name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()) + 1e-7)
+
+    @pytest.mark.parametrize("in_config", [False, True])
+    def test_hidden_states_that_are_asked_for_are_whole(self, model, in_config):
+        input_ids, arguments = tokens(2, 12), {} if in_config else {"output_hidden_states": True}
+        model.config.output_hidden_states = in_config
+        out = model(input_ids, logits_to_keep=1, **arguments)
+        assert out.logits.shape[1] == 1
+        assert [x.shape[1] for x in out.hidden_states] == [12] * 3
+        with pytest.raises(ValueError, match="`hidden_states_to_keep` must be 0 where hidden states are returned"):
+            model.model(input_ids, hidden_states_to_keep=1, **arguments)
+
+    def test_of_the_model_without_a_head(self, model):
+        input_ids = tokens(2, 12)
+        last = model.model(input_ids, hidden_states_to_keep=3).last_hidden_state
+        assert last.shape[1] == 3
+        torch.testing.assert_close(last, model.model(input_ids).last_hidden_state[:, -3:])
 
 
 class TestPaddingAndPacking:

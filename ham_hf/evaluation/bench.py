@@ -52,15 +52,20 @@ def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def bench_prefill(ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, runs: int) -> dict:
-    """Prefill of `rows` prompts at once, HAM against Qwen3-Next."""
+def bench_prefill(
+    ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, runs: int, logits_to_keep: int = 1
+) -> dict:
+    """Prefill of `rows` prompts at once, HAM against Qwen3-Next, for the last logits as `generate` does, or all (0)."""
     kv_heads = ham.config.num_key_value_heads
     other, tokens = build_qwen3_next(kv_heads), random_tokens(length, rows)
     pairs = alternate(
-        lambda: ham(tokens, kv_usage=kv_usage, logits_to_keep=1), lambda: other(tokens, logits_to_keep=1), runs
+        lambda: ham(tokens, kv_usage=kv_usage, logits_to_keep=logits_to_keep),
+        lambda: other(tokens, logits_to_keep=logits_to_keep),
+        runs,
     )
     cache = ham(tokens, kv_usage=kv_usage, logits_to_keep=1).past_key_values
-    name = f"prefill of {length} tokens at {kv_usage:.0%} usage, against Qwen3-Next"
+    logits = "" if logits_to_keep else " and logits of all"
+    name = f"prefill of {length} tokens at {kv_usage:.0%} usage{logits}, against Qwen3-Next"
     usage = cache.kv_usage().mean().item()
     return {"what": name, "kv_heads": kv_heads, "rows": rows, "usage": usage, **summarise(pairs)}
 
@@ -194,6 +199,7 @@ def main() -> None:
         ham = build_ham(kv_heads)
         for rows in (1, 4):
             results.append(bench_prefill(ham, 4096, 0.5, rows, arguments.runs))
+            results.append(bench_prefill(ham, 4096, 0.5, rows, arguments.runs, logits_to_keep=0))
             results.append(bench_decode(ham, 8192, 0.25, rows, arguments.runs))
         results.append(bench_training(ham, 2048, 0.5, arguments.runs))
         if sys.platform == "linux":

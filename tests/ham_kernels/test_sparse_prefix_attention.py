@@ -253,11 +253,11 @@ def test_cached_columns_before_the_new_ones(groups, device, assert_error_within)
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_evicted_columns(dtype, device, assert_error_within):
-    """A column is seen up to its eviction, also when that is at once."""
+    """A column is seen up to its eviction, also when that is at once, or was before the first of these queries."""
     length, width = 70, 5
     keep = torch.rand(1, length, 2, device=device) < 0.7
     begin, end = (x.to(dtype) for x in counted(keep))
-    until = torch.randint(0, length + 2, (1, 2, length + width), device=device, dtype=dtype)
+    until = torch.randint(-9, length + 2, (1, 2, length + width), device=device, dtype=dtype)
     until[:, :, :20] = length + 1
     inputs = make_inputs(device, length=length, groups=2, columns=length + width)
     check(inputs, (begin, end + width, until), assert_error_within)
