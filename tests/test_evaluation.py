@@ -139,6 +139,8 @@ def test_several_rows_are_measured_at_once(monkeypatch):
     monkeypatch.setattr(bench, "build_qwen3_next", bench.build_llama)
     ham = bench.build_ham(2)
     prefill = bench.bench_prefill(ham, 64, 0.5, rows=3, runs=1)
+    whole = bench.bench_prefill(ham, 64, 0.5, rows=3, runs=1, logits_to_keep=0)
+    assert whole["what"] == "prefill of 64 tokens at 50% usage and logits of all, against Qwen3-Next"
     decode = bench.bench_decode(ham, 64, 0.5, rows=3, runs=1, steps=2)
     # The warm-up and one run of two steps each: keys and values of two layers with two heads of 8 in float32.
     assert decode["other_cache_bytes"] == 3 * (64 + 4) * 2 * 2 * 2 * 8 * 4

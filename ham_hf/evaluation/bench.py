@@ -55,7 +55,7 @@ def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
 def bench_prefill(
     ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, runs: int, logits_to_keep: int = 1
 ) -> dict:
-    """Prefill of `rows` prompts at once, HAM against Qwen3-Next, for the last logits as `generate` does, or all (0)."""
+    """Prefill of `rows` prompts at once, HAM against Qwen3-Next, for the last logits as in `generate`, or all (0)."""
     kv_heads = ham.config.num_key_value_heads
     other, tokens = build_qwen3_next(kv_heads), random_tokens(length, rows)
     pairs = alternate(
