@@ -10,6 +10,7 @@ Usage: ``python -m ham_hf.evaluation.bench`` (or ``make bench``); ``--output DIR
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -167,14 +168,17 @@ def compare(bench: Callable[..., dict], threads: int, kv_heads: int, *arguments:
 
 
 def environment() -> dict[str, str | int]:
-    """What the figures were measured with."""
-    return {
+    """What the figures were measured with, and how the allocator of glibc was set, if it was."""
+    made_with: dict[str, str | int] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+    if "GLIBC_TUNABLES" in os.environ:
+        made_with["GLIBC_TUNABLES"] = os.environ["GLIBC_TUNABLES"]
+    return made_with
 
 
 def to_line(result: dict) -> str:
