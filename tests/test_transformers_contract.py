@@ -499,6 +499,7 @@ class TestLastLogits:
         "padded on the right": {"attention_mask": torch.tensor([[1] * 12, [1] * 5 + [0] * 7])},
         "packed": {"position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]},
         "budget": {"kv_budget": 3, "threshold": 0.0},
+        "rows at other thresholds": {"threshold": torch.tensor([0.0, 2.0])},
         "with attention": {"output_attentions": True},
         "with scores": {"output_routing_scores": True},
         "without a cache": {"use_cache": False},
@@ -552,16 +553,28 @@ class TestLastLogits:
         assert queries == [24 // turns] + [reads] * (model.config.layer_types[1] != "linear_attention")
         torch.testing.assert_close(last, model(input_ids).logits[:, -2:])
 
-    def test_gradients(self, model):
+    @pytest.mark.parametrize("use_reentrant", [None, False, True])
+    def test_gradients(self, model, use_reentrant):
+        """Those of thresholds that are being learned, too, and with checkpoints."""
         input_ids, results = tokens(2, 12), []
         model.train()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         for number in (0, 3):
             model.zero_grad()
             model(input_ids, logits_to_keep=number).logits[:, -3:].square().sum().backward()
             results.append({name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
         assert results[0].keys() == results[1].keys()
+        assert any(name.endswith("threshold") for name in results[0])
         for name, grad in results[0].items():
             torch.testing.assert_close(results[1][name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()) + 1e-7)
+
+    def test_prefill_in_chunks(self, model):
+        """Each chunk but the first finds a filled cache."""
+        input_ids = tokens(2, 12)
+        whole, chunks = (generate(model, input_ids, prefill_chunk_size=size) for size in (None, 5))
+        assert torch.equal(whole.sequences, chunks.sequences)
+        assert torch.equal(whole.past_key_values.kept_tokens(), chunks.past_key_values.kept_tokens())
 
     @pytest.mark.parametrize("in_config", [False, True])
     def test_hidden_states_that_are_asked_for_are_whole(self, model, in_config):
