@@ -890,7 +890,7 @@ def _check_rows(indices: object, batch: int) -> None:
 
 
 class HAMCache(Cache):
-    """Cache of a HAM model: `generate` makes one itself; pass it on as `past_key_values` to continue a conversation.
+    """Cache of a HAM model: `generate` makes one itself; pass it on as `cache` to continue a conversation.
 
     Two numbers are kept apart: tokens seen (`get_seq_length`), which positions come from, and tokens kept
     (`kept_tokens`), which memory is paid for.
@@ -902,7 +902,7 @@ class HAMCache(Cache):
     Example:
     ```python
     >>> cache = HAMCache(model.config)
-    >>> model.generate(**inputs, past_key_values=cache, threshold=0.4)
+    >>> model.generate(**inputs, cache=cache, threshold=0.4)
     >>> cache.get_seq_length(), cache.kv_usage().mean(), cache.memory_bytes()
     ```
     """

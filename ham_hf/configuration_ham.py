@@ -220,7 +220,7 @@ class HAMConfig(PreTrainedConfig):
     """
 
     model_type = "ham"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}
 
     # q, k, v and z are gathered: the convolution and the kept sets need whole heads beside their per-head parameters.

@@ -50,7 +50,7 @@ class CapturedStep:
     ```python
     >>> cache = HAMCache(model.config)
     >>> with torch.no_grad():
-    ...     logits = model(**inputs, past_key_values=cache, logits_to_keep=1, threshold=0.4).logits[:, -1]
+    ...     logits = model(**inputs, cache=cache, logits_to_keep=1, threshold=0.4).logits[:, -1]
     >>> step = CapturedStep(model, cache, threshold=0.4)
     >>> for _ in range(100):
     ...     tokens = logits.argmax(-1)
@@ -116,7 +116,7 @@ class CapturedStep:
             )
 
     def _step(self) -> torch.Tensor:
-        return self.model(self._tokens, past_key_values=self.cache, threshold=self._threshold).logits[:, -1]
+        return self.model(self._tokens, cache=self.cache, threshold=self._threshold).logits[:, -1]
 
     def _record(self, addressed: Addressed) -> Recording:
         """Captures a step, of which only the host's part takes place: it counts the token that the replay will add."""

@@ -6,10 +6,40 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .cache_ham import HAMCache, cache_shape, check_same_shape
 from .configuration_ham import HAMConfig
 from .ops_ham import exporting
+
+logger = logging.get_logger(__name__)
+
+
+# Transformers 5.24 renamed the cache in calls, outputs and generation; this release's name for it.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class EitherCacheName:
+    """An output whose cache is called `cache` under every release; `past_key_values` is Transformers' to answer."""
+
+    if CACHE_NAME != "cache":
+
+        @property
+        def cache(self) -> HAMCache | None:
+            """The cache that a call filled."""
+            return self.past_key_values  # type: ignore[attr-defined]
+
+
+def given_cache(cache: HAMCache | None, past_key_values: HAMCache | None) -> HAMCache | None:
+    """The cache of a call that may have named it either way; `ValueError` for one that names two."""
+    if past_key_values is None:
+        return cache
+    if cache is not None:
+        raise ValueError("Give the cache once: `cache` and `past_key_values` are two names of one argument.")
+    if CACHE_NAME == "cache":
+        logger.warning_once("`past_key_values` is deprecated, as in Transformers 5.24. Use `cache` instead.")
+    return past_key_values
 
 
 @dataclass
@@ -40,12 +70,12 @@ def token_layout(
     device: torch.device,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: HAMCache | None,
+    cache: HAMCache | None,
     seq_idx: torch.Tensor | None = None,
 ) -> TokenLayout:
     """Works out the layout of `[batch, length]` new tokens; the arguments are those of `HAMModel.forward`, checked."""
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    seen_real = None if past_key_values is None else past_key_values.real_tokens
+    seen = 0 if cache is None else cache.get_seq_length()
+    seen_real = None if cache is None else cache.real_tokens
     past_real = real = None
     if attention_mask is not None:
         mask = attention_mask.bool()
@@ -133,15 +163,15 @@ def check_inputs(
     length: int,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: HAMCache | None,
+    cache: HAMCache | None,
     config: HAMConfig,
 ) -> None:
     """Refuses inputs whose type or shape does not fit."""
     if batch == 0 or length == 0:
         raise ValueError("`input_ids` (or `inputs_embeds`) must hold at least one row and one token per row.")
-    if past_key_values is not None:
-        _check_cache(batch, past_key_values, config)
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if cache is not None:
+        _check_cache(batch, cache, config)
+    seen = 0 if cache is None else cache.get_seq_length()
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor):
             raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
@@ -159,11 +189,11 @@ def check_inputs(
 
 def _check_cache(batch: int, cache: HAMCache, config: HAMConfig) -> None:
     if not isinstance(cache, HAMCache):
-        raise TypeError(f"`past_key_values` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
+        raise TypeError(f"`cache` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
     if cache.config is not config:
-        check_same_shape("past_key_values", cache_shape(cache.config), config)
+        check_same_shape("cache", cache_shape(cache.config), config)
     if cache.is_initialized and cache.batch_size != batch:
-        raise ValueError(f"`past_key_values` holds {cache.batch_size} rows, the input {batch}.")
+        raise ValueError(f"`cache` holds {cache.batch_size} rows, the input {batch}.")
 
 
 def check_outputs_wanted(
@@ -249,11 +279,14 @@ def packed_documents(kwargs: dict[str, Any], batch: int, length: int, device: to
 
 
 __all__ = [
+    "CACHE_NAME",
+    "EitherCacheName",
     "TokenLayout",
     "check_inputs",
     "check_outputs_wanted",
     "check_tokens",
     "checked_flags",
+    "given_cache",
     "last_hidden_states",
     "packed_documents",
     "restarts",

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin, GenerationMode
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -28,12 +28,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_ham import HAMCache, HAMCacheLayer, LayerStep, attend_new
 from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
+from .generation_ham import HAMGenerationMixin
 from .inputs_ham import (
+    CACHE_NAME,
+    EitherCacheName,
     TokenLayout,
     check_inputs,
     check_outputs_wanted,
     check_tokens,
     checked_flags,
+    given_cache,
     last_hidden_states,
     packed_documents,
     token_layout,
@@ -66,19 +70,19 @@ except ImportError:  # this file as remote code, where the package is not instal
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
-# What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
-ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
+# Parameters and buffers that stay float32: bfloat16 would move a threshold by up to 0.002, and with it the kept set.
+FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles")
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
 
 @dataclass
-class HAMModelOutputWithPast(ModelOutput):
-    """Output of `HAMModel`.
+class HAMModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):  # type: ignore[misc]
+    """Output of `HAMModel`: Transformers' output of a decoder, and what HAM adds.
 
     Attributes:
         last_hidden_state: `[B, T, D]`, or of as many tokens as were to be kept.
-        past_key_values: the `HAMCache`, or `None` without one.
+        cache: the `HAMCache`, or `None` without one.
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
         routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
@@ -86,23 +90,14 @@ class HAMModelOutputWithPast(ModelOutput):
             carry the thresholds' gradients, the thresholds, and the fractions kept.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: HAMCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     routing_scores: tuple[torch.Tensor, ...] | None = None
     threshold_control: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class HAMCausalLMOutputWithPast(ModelOutput):
+class HAMCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):  # type: ignore[misc]
     """Output of `HAMForCausalLM`: scalar loss, logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: HAMCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     routing_scores: tuple[torch.Tensor, ...] | None = None
 
 
@@ -272,8 +267,8 @@ class HAMMixer(nn.Module):
         if self.has_rnn:
             self.a_proj = nn.Linear(hidden, value_heads, bias=False)
             self.b_proj = nn.Linear(hidden, value_heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(value_heads))
-            self.dt_bias = nn.Parameter(torch.empty(value_heads))
+            self.A_log = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
             self.rnn_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.rnn_output_norm else nn.Identity()
         if self.has_attention:
             normed = self.sizes if config.qk_norm == "projection" else [key_dim, key_dim]
@@ -285,8 +280,26 @@ class HAMMixer(nn.Module):
             self.rnn_gate_proj = nn.Linear(hidden, heads)
             self.kv_gate_proj = nn.Linear(hidden, heads)
             self.router = HAMRouter(config, layer_idx)
-            self.threshold = nn.Parameter(torch.empty(key_heads))
-            self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES))
+            threshold = torch.empty(key_heads, dtype=torch.float32)
+            self.threshold = nn.Parameter(threshold, requires_grad=self.learns_threshold)
+            self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as PyTorch does, but leaves in float32 what bfloat16 would move: `FLOAT32_PARAMETERS`."""
+        own = [getattr(self, name) for name in FLOAT32_PARAMETERS if hasattr(self, name)]
+        kept = {id(x) for tensor in own for x in (tensor, tensor.grad)}
+
+        def cast(x: torch.Tensor) -> torch.Tensor:
+            out = fn(x)
+            narrowed = id(x) in kept and out.is_floating_point() and out.dtype.itemsize < x.dtype.itemsize
+            return x.to(out.device) if narrowed else out
+
+        return super()._apply(cast, recurse)
+
+    @property
+    def learns_threshold(self) -> bool:
+        """Whether training moves the threshold: one that the configuration fixes takes no part in it."""
+        return self.config.threshold is None
 
     @property
     def has_decoding_kernels(self) -> bool:
@@ -302,7 +315,7 @@ class HAMMixer(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: TokenLayout,
-        past_key_values: HAMCache | None = None,
+        cache: HAMCache | None = None,
         threshold: torch.Tensor | None = None,
         kv_budget: int | None = None,
         output_attentions: bool = False,
@@ -314,7 +327,7 @@ class HAMMixer(nn.Module):
             hidden_states: `[B, T, D]` normalised input.
             position_embeddings: cosines and sines `[B or 1, T, K]` of RoPE, or `None`.
             tokens: which tokens are real, their positions and documents.
-            past_key_values: the cache to read and fill.
+            cache: the cache to read and fill.
             threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
             kv_budget: kept tokens a head of a hybrid layer may hold, or `None`.
             output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
@@ -325,34 +338,36 @@ class HAMMixer(nn.Module):
             while the threshold is learned, `[3, Hk]`: a zero that carries the threshold's gradient, the threshold, and
             the fraction kept.
         """
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        offloaded = past_key_values is not None and past_key_values.offload_layers
-        if cache is not None and offloaded:
-            cache.prefetch()
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
+        offloaded = cache is not None and cache.offload_layers
+        if layer_cache is not None and offloaded:
+            layer_cache.prefetch()
         if self.layer_type != "hybrid":
             kv_budget = None
-        if cache is not None and not output_attentions:
+        if layer_cache is not None and not output_attentions:
             # A full head drops tokens, and an offloaded layer moves its pages: then the host appends.
-            kernels = self._decoding_kernels(hidden_states, tokens, cache, kv_budget is None and not offloaded)
+            kernels = self._decoding_kernels(hidden_states, tokens, layer_cache, kv_budget is None and not offloaded)
             if kernels is not None:
-                if past_key_values is not None and kernels[1] is not None:
-                    past_key_values.reserve(self.layer_idx)
-                out = self._decode(kernels, hidden_states, position_embeddings, tokens, cache, threshold, kv_budget)
+                if cache is not None and kernels[1] is not None:
+                    cache.reserve(self.layer_idx)
+                out = self._decode(
+                    kernels, hidden_states, position_embeddings, tokens, layer_cache, threshold, kv_budget
+                )
                 if offloaded:
-                    cache.offload()
+                    layer_cache.offload()
                 return out
         step = LayerStep(positions=tokens.positions, real=tokens.real)
         raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
         convolved = raw
         if self.has_conv:
             step.conv_inputs = raw
-            state = None if cache is None else cache.conv_state
+            state = None if layer_cache is None else layer_cache.conv_state
             convolved, step.conv_state = self.conv(raw, state, tokens.real, tokens.seq_idx)
 
         o_rnn = o_kv = weights = scores = None
         q, k, v = self._heads(convolved)
         if self.has_rnn:
-            o_rnn, errors = self._recall(hidden_states, q, k, v, tokens, cache, step)
+            o_rnn, errors = self._recall(hidden_states, q, k, v, tokens, layer_cache, step)
         if self.layer_type == "hybrid":
             scores = self.router(hidden_states, errors, tokens.positions)
         if self.has_attention:
@@ -364,19 +379,19 @@ class HAMMixer(nn.Module):
             routed, keep = self._route(scores, k, threshold, tokens)
             step.keys, step.values, step.scores, step.keep = k, v, routed, keep
             if output_attentions or exporting():
-                weights = attention_weights(q, k, keep, tokens, cache)
+                weights = attention_weights(q, k, keep, tokens, layer_cache)
             # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read
             # as they lie; and on how many tokens are kept the shapes of an exported program must not depend.
-            if weights is not None and (cache is None or not cache.seen_tokens):
+            if weights is not None and (layer_cache is None or not layer_cache.seen_tokens):
                 o_kv = weighted_sum(weights, v)
             else:
-                if outputs_to_keep is not None and (cache is None or cache.store is None):
+                if outputs_to_keep is not None and (layer_cache is None or layer_cache.store is None):
                     q = q[:, -outputs_to_keep:]
-                o_kv = self._attend(q, k, v, keep, routed, tokens, cache, kv_budget)
-        if cache is not None:
-            cache.update(step, kv_budget)
+                o_kv = self._attend(q, k, v, keep, routed, tokens, layer_cache, kv_budget)
+        if layer_cache is not None:
+            layer_cache.update(step, kv_budget)
             if offloaded:
-                cache.offload()
+                layer_cache.offload()
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
             control = self._control(keep, tokens)
@@ -659,11 +674,10 @@ class HAMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HAMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     # Packed rows equal padded ones, which Transformers asks this flag about; HAM has its own attention in either case.
     _supports_attention_backend = True
-    # bfloat16 would move a threshold by up to 0.002, and with it the set of kept tokens.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "threshold", "score_quantiles"]
+    _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
     _can_record_outputs = {
         "hidden_states": HAMDecoderLayer,
         "attentions": OutputRecorder(HAMMixer, index=1),
@@ -704,7 +718,14 @@ class HAMPreTrainedModel(PreTrainedModel):
             # Keys are expected when an adapter is loaded, which has files of its own and is smaller than the model.
             if expected_keys is None:
                 check_size(model, checkpoint_files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        # Loading replaces parameters by new ones, all of which require a gradient.
+        for module in model.modules():
+            if isinstance(module, HAMMixer) and module.layer_type == "hybrid":
+                module.threshold.requires_grad_(module.learns_threshold)
+        return loaded
 
     def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
         # The other way in, for folders that hold the shards of several ranks.
@@ -793,13 +814,14 @@ class HAMModel(HAMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: HAMCache | None = None,
+        cache: HAMCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         threshold: float | list[float] | torch.Tensor | None = None,
         kv_usage: float | None = None,
         kv_budget: int | None = None,
         hidden_states_to_keep: int = 0,
+        past_key_values: HAMCache | None = None,
         **kwargs: Any,
     ) -> HAMModelOutputWithPast:
         """Runs the decoder.
@@ -809,7 +831,7 @@ class HAMModel(HAMPreTrainedModel):
             attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if all are real.
             position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins. By default
                 real tokens are counted.
-            past_key_values: a `HAMCache` to continue from.
+            cache: a `HAMCache` to continue from.
             use_cache: whether to fill and return a cache. Packed rows have none.
             threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a
                 tensor `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults
@@ -818,15 +840,17 @@ class HAMModel(HAMPreTrainedModel):
             kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
             hidden_states_to_keep: return the last hidden state of the last so many tokens only (0: all), which spares
                 the last layer most of its work on a prompt.
+            past_key_values: the name of `cache` before Transformers 5.24.
             kwargs: `output_attentions`, `output_hidden_states`, `output_routing_scores` (bool); for packed rows
                 `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, as Transformers' collators give them.
 
         Raises:
             TypeError, ValueError: for arguments that do not fit; the cache is unchanged then.
         """
+        cache = given_cache(cache, past_key_values)
         output_attentions = checked_flags(kwargs, hidden_states_to_keep, self.config)
         batch, length = check_tokens(input_ids, inputs_embeds, self.config)
-        check_inputs(batch, length, attention_mask, position_ids, past_key_values, self.config)
+        check_inputs(batch, length, attention_mask, position_ids, cache, self.config)
         thresholds = self.layer_thresholds(threshold, kv_usage, batch)
         kv_budget = check_kv_budget(kv_budget)
         if inputs_embeds is None:
@@ -835,9 +859,9 @@ class HAMModel(HAMPreTrainedModel):
         # Here rather than in each layer, where a copy that waits would stall a GPU once a layer.
         thresholds = [x if x is None else x.to(device, non_blocking=x.device.type == "cpu") for x in thresholds]
         seq_idx = packed_documents(kwargs, batch, length, device)
-        tokens = token_layout(batch, length, device, attention_mask, position_ids, past_key_values, seq_idx)
-        past_key_values = self._prepare_cache(past_key_values, use_cache, tokens, kv_budget)
-        if exporting() and (past_key_values is not None or kv_budget is not None):
+        tokens = token_layout(batch, length, device, attention_mask, position_ids, cache, seq_idx)
+        cache = self._prepare_cache(cache, use_cache, tokens, kv_budget)
+        if exporting() and (cache is not None or kv_budget is not None):
             raise ValueError(
                 "`use_cache` must be False, and `kv_budget` None, where a model is exported: what a cache keeps is "
                 "decided by the data."
@@ -858,7 +882,7 @@ class HAMModel(HAMPreTrainedModel):
                 outputs_to_keep=hidden_states_to_keep if trims else None,
                 position_embeddings=position_embeddings,
                 tokens=tokens,
-                past_key_values=past_key_values,
+                cache=cache,
                 threshold=layer_threshold,
                 kv_budget=kv_budget,
                 output_attentions=output_attentions,
@@ -869,7 +893,9 @@ class HAMModel(HAMPreTrainedModel):
         if controls and not kwargs.get("output_threshold_control"):
             hidden_states, controls = self._steer(hidden_states, controls), []
         return HAMModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values, threshold_control=tuple(controls) or None
+            last_hidden_state=hidden_states,
+            threshold_control=tuple(controls) or None,
+            **{CACHE_NAME: cache},  # type: ignore[arg-type]
         )
 
     def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tensor:
@@ -907,7 +933,7 @@ class HAMModel(HAMPreTrainedModel):
         if tokens.seq_idx is not None:
             if cache is not None:
                 raise ValueError(
-                    "`past_key_values` cannot be filled from packed rows (`position_ids` that restart, "
+                    "`cache` cannot be filled from packed rows (`position_ids` that restart, "
                     "`cu_seq_lens_q` or `seq_idx`): a cache holds one document per row. Give one document per row, "
                     "padded."
                 )
@@ -942,7 +968,7 @@ def _batch_share(labels: torch.Tensor | None, loss_kwargs: dict[str, Any]) -> to
     return (counted != loss_kwargs.get("ignore_index", -100)).sum() / loss_kwargs["num_items_in_batch"]
 
 
-class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
+class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -957,7 +983,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        # Of a configuration so marked only Transformers' own entries are read from a file, not those of a HAM model.
+        # A GenerationConfig with this mark ignores custom fields such as `threshold` when it is read from a file.
         self.generation_config._from_model_config = None
 
     @can_return_tuple
@@ -966,7 +992,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: HAMCache | None = None,
+        cache: HAMCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -982,6 +1008,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: torch.Tensor | None = None,
+        past_key_values: HAMCache | None = None,
         **loss_kwargs: Any,
     ) -> HAMCausalLMOutputWithPast:
         """Predicts the next token at every position; see `HAMModel.forward` for the arguments that are not listed.
@@ -1011,7 +1038,7 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             threshold=threshold,
@@ -1034,113 +1061,11 @@ class HAMForCausalLM(HAMPreTrainedModel, GenerationMixin):
         return HAMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             routing_scores=outputs.routing_scores,
+            **{CACHE_NAME: outputs.cache},
         )
-
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the generation configuration; what is saved next is marked as the model's own, see `__init__`."""
-        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
-        self.generation_config._from_model_config = None
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Lets generation configurations set `threshold` (or `kv_usage`) and `kv_budget`, which Transformers drops.
-
-        An argument of `generate` comes before the configuration given to it, that before `config.threshold`, and that
-        before the model's own generation configuration. `None` sets nothing. `threshold` and `kv_usage` decide the
-        same, so the one that comes first hides the other, too.
-        """
-        given = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
-        routing: dict[str, Any] = {}
-        own = vars(self.generation_config)
-        if self.config.threshold is not None:
-            # Else `from_pretrained(path, threshold=...)` would be lost on a checkpoint with a default of its own here.
-            own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
-        for source in (given, {} if generation_config is None else vars(generation_config), own):
-            found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
-            if "threshold" in routing or "kv_usage" in routing:
-                found = {name: value for name, value in found.items() if name == "kv_budget"}
-            routing = found | routing
-        prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
-            generation_config, *args, **kwargs
-        )
-        # An assistant model is given this configuration, too.
-        for name in ROUTING_ARGUMENTS:
-            vars(prepared).pop(name, None)
-        return prepared, model_kwargs | routing
-
-    # Transformers calls it with names only.
-    def _get_candidate_generator(  # type: ignore[override]
-        self, *, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> CandidateGenerator:
-        """Leaves an assistant model to its own generation configuration: it has other layers, or is no HAM."""
-        others = {name: value for name, value in model_kwargs.items() if name not in ROUTING_ARGUMENTS}
-        return super()._get_candidate_generator(model_kwargs=others, **kwargs)  # type: ignore[misc]
-
-    # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
-    # methods as a protocol that no model meets.
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Makes a HAMCache, which `generate` then fills; Transformers' own caches would store what HAM drops."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-            return
-        implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic", "offloaded"):
-            raise ValueError(
-                "`cache_implementation` must be None, 'dynamic' or 'offloaded' for a HAM model, got "
-                f"{implementation!r}."
-            )
-        cache = HAMCache(self.config, offloading=implementation == "offloaded")
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Any,
-        *,
-        inputs_embeds: torch.Tensor | None = None,
-        tokenizer: Any = None,
-        assistant_tokenizer: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Leaves out the tokenizers that `generate` needs for `stop_strings`, but hands on to every forward call."""
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Repeats rows for beams and several return sequences; rows are the second dimension of a threshold tensor."""
-        threshold = model_kwargs.get("threshold")
-        if isinstance(threshold, torch.Tensor) and (threshold.ndim != 1 or len(threshold) == 1):
-            del model_kwargs["threshold"]
-        else:
-            threshold = None
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if threshold is not None:
-            if threshold.ndim == 3 and threshold.shape[1] > 1:
-                threshold = threshold.repeat_interleave(expand_size, dim=1)
-            model_kwargs["threshold"] = threshold
-        return input_ids, model_kwargs
 
 
 class HAMForSequenceClassification(GenericForSequenceClassification, HAMPreTrainedModel):

@@ -62,7 +62,7 @@ def tiny_config() -> Callable[..., HAMConfig]:
 @pytest.fixture(scope="session")
 def code_files() -> set[str]:
     """The files of `ham_hf` that travel with a model: `modeling_ham.py` and what it imports."""
-    return {f"{name}_ham.py" for name in "cache configuration inputs loading modeling ops routing".split()}
+    return {f"{name}_ham.py" for name in "cache configuration generation inputs loading modeling ops routing".split()}
 
 
 @pytest.fixture(scope="session")

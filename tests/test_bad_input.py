@@ -28,7 +28,7 @@ def model(tiny_config):
 @pytest.fixture
 def cache(model):
     cache = HAMCache(model.config)
-    model(torch.randint(1, VOCABULARY, (ROWS, SEEN)), past_key_values=cache, threshold=0.5)
+    model(torch.randint(1, VOCABULARY, (ROWS, SEEN)), cache=cache, threshold=0.5)
     return cache
 
 
@@ -75,7 +75,7 @@ INPUTS = [
     ({"input_ids": ids(0, NEW)}, ValueError, "`input_ids` (or `inputs_embeds`) must hold at least one"),
     ({"input_ids": ids() * VOCABULARY}, ValueError, "`input_ids` must be between 0 and 96, got 97 to 97"),
     ({"input_ids": -ids()}, ValueError, "`input_ids` must be between 0 and 96, got -1 to -1"),
-    ({"input_ids": ids(ROWS + 1, NEW)}, ValueError, "`past_key_values` holds 2 rows, the input 3"),
+    ({"input_ids": ids(ROWS + 1, NEW)}, ValueError, "`cache` holds 2 rows, the input 3"),
     ({"attention_mask": [[1] * 16] * ROWS}, TypeError, "`attention_mask` must be a tensor [batch, tokens], got list"),
     (
         {"attention_mask": ids()},
@@ -111,10 +111,10 @@ INPUTS = [
     (
         {"position_ids": torch.tensor([[12, 13, 0, 1]])},
         ValueError,
-        "`past_key_values` cannot be filled from packed rows",
+        "`cache` cannot be filled from packed rows",
     ),
-    ({"past_key_values": DynamicCache()}, TypeError, "`past_key_values` must be a HAMCache, got DynamicCache"),
-    ({"past_key_values": ((ids(), ids()),)}, TypeError, "`past_key_values` must be a HAMCache, got tuple"),
+    ({"cache": DynamicCache()}, TypeError, "`cache` must be a HAMCache, got DynamicCache"),
+    ({"cache": ((ids(), ids()),)}, TypeError, "`cache` must be a HAMCache, got tuple"),
     ({"threshold": "0.5"}, TypeError, "`threshold` is '0.5' of type str; expected a number, a list of 2 numbers"),
     ({"threshold": True}, TypeError, "`threshold` is True of type bool; expected a number"),
     ({"threshold": {"all": 0.5}}, TypeError, "`threshold` is {'all': 0.5} of type dict; expected a number"),
@@ -166,7 +166,7 @@ INPUTS = [
     ({"seq_idx": torch.zeros(ROWS, NEW)}, TypeError, "`seq_idx` must be an integer tensor [2, 4]"),
     ({"seq_idx": ids(ROWS, 16)}, ValueError, "`seq_idx` must be [2, 4], got [2, 16]"),
     ({"seq_idx": torch.tensor([[0, 1, 0, 1]] * ROWS)}, ValueError, "`seq_idx` must not fall along a row"),
-    ({"seq_idx": ids()}, ValueError, "`past_key_values` cannot be filled from packed rows"),
+    ({"seq_idx": ids()}, ValueError, "`cache` cannot be filled from packed rows"),
     ({"treshold": 0.5}, TypeError, "unexpected keyword arguments ['treshold']"),
     ({"cache_position": torch.arange(4)}, TypeError, "unexpected keyword arguments ['cache_position']"),
 ]
@@ -218,7 +218,7 @@ def name_of(case):
 @pytest.mark.parametrize(("bad", "error", "message"), INPUTS, ids=name_of)
 def test_inputs(model, cache, head, bad, error, message):
     run = model if head else model.model
-    arguments = {"input_ids": ids(), "past_key_values": cache} | bad
+    arguments = {"input_ids": ids(), "cache": cache} | bad
     assert_refuses(lambda: run(**arguments), error, message, cache)
 
 
@@ -233,13 +233,13 @@ def test_inputs(model, cache, head, bad, error, message):
 )
 def test_hidden_states_to_keep(model, cache, bad, error, message):
     run = model.model
-    assert_refuses(lambda: run(ids(), past_key_values=cache, hidden_states_to_keep=bad), error, message, cache)
+    assert_refuses(lambda: run(ids(), cache=cache, hidden_states_to_keep=bad), error, message, cache)
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), EMBEDDINGS)
 def test_embeddings(model, cache, bad, error, message):
     for run in (model, model.model):
-        assert_refuses(lambda run=run: run(inputs_embeds=bad, past_key_values=cache), error, message, cache)
+        assert_refuses(lambda run=run: run(inputs_embeds=bad, cache=cache), error, message, cache)
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), LENGTHS)
@@ -263,20 +263,20 @@ def test_packed_rows_in_places_where_they_cannot_be(model, cache):
         ),
         ({"input_ids": ids(1, NEW), "cu_seq_lens_k": lengths}, "`cu_seq_lens_q`"),
         (
-            {"input_ids": ids(1, NEW), "cu_seq_lens_q": lengths, "past_key_values": HAMCache(model.config)},
-            "`past_key_values` cannot be filled from packed rows",
+            {"input_ids": ids(1, NEW), "cu_seq_lens_q": lengths, "cache": HAMCache(model.config)},
+            "`cache` cannot be filled from packed rows",
         ),
     ):
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             model(**arguments)
     cache.batch_select_indices(torch.tensor([0]))
-    packed = {"input_ids": ids(1, NEW), "past_key_values": cache, "cu_seq_lens_q": lengths}
-    assert_refuses(lambda: model(**packed), ValueError, "`past_key_values` cannot be filled from packed rows", cache)
+    packed = {"input_ids": ids(1, NEW), "cache": cache, "cu_seq_lens_q": lengths}
+    assert_refuses(lambda: model(**packed), ValueError, "`cache` cannot be filled from packed rows", cache)
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), HEAD, ids=name_of)
 def test_arguments_of_the_head(model, cache, bad, error, message):
-    assert_refuses(lambda: model(ids(), past_key_values=cache, **bad), error, message, cache)
+    assert_refuses(lambda: model(ids(), cache=cache, **bad), error, message, cache)
 
 
 def test_what_is_accepted(model, cache):
@@ -291,11 +291,11 @@ def test_what_is_accepted(model, cache):
     }
     for name, value in good.items():
         copy = HAMCache(model.config)
-        model(ids(ROWS, SEEN), past_key_values=copy)
+        model(ids(ROWS, SEEN), cache=copy)
         if name == "logits_to_keep":
-            assert model(ids(), past_key_values=copy, logits_to_keep=value).logits.shape[1] == 2
+            assert model(ids(), cache=copy, logits_to_keep=value).logits.shape[1] == 2
         else:
-            model(ids(), past_key_values=copy, **{name: value})
+            model(ids(), cache=copy, **{name: value})
         assert copy.get_seq_length() == 16
     assert model(ids().int()).logits.isfinite().all()
     assert model(ids(), logits_to_keep=100).logits.shape[1] == NEW
@@ -305,7 +305,7 @@ def test_what_is_accepted(model, cache):
 
 def test_a_budget_and_a_recording_cache(model, cache):
     cache.activate_past_recording()
-    arguments = {"past_key_values": cache, "kv_budget": 5}
+    arguments = {"cache": cache, "kv_budget": 5}
     assert_refuses(
         lambda: model(ids(), **arguments), ValueError, "`kv_budget` cannot be combined with assisted", cache
     )
@@ -327,7 +327,7 @@ GENERATE = [
     ({"attention_mask": torch.zeros(ROWS, 3, dtype=torch.long)}, ValueError, "`attention_mask` must be [2, "),
     ({"position_ids": torch.arange(16)}, ValueError, "`position_ids` must be [2, 4] or [1, 4], got [4]"),
     ({"logits_to_keep": -1}, ValueError, "`logits_to_keep` must be 0 (all) or positive"),
-    ({"past_key_values": DynamicCache()}, TypeError, "`past_key_values` must be a HAMCache, got DynamicCache"),
+    ({"cache": DynamicCache()}, TypeError, "`cache` must be a HAMCache, got DynamicCache"),
     ({"cache_implementation": "dynamic"}, ValueError, "Passing both `cache_implementation`"),
 ]
 
@@ -335,7 +335,7 @@ GENERATE = [
 @pytest.mark.parametrize(("bad", "error", "message"), GENERATE, ids=name_of)
 def test_generate(model, cache, bad, error, message):
     """With a conversation that goes on: the cache of the turns before survives the refusal."""
-    arguments = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False} | bad
+    arguments = {"cache": cache, "max_new_tokens": 3, "do_sample": False} | bad
     assert_refuses(lambda: model.generate(ids(ROWS, SEEN + NEW), **arguments), error, message, cache)
 
 

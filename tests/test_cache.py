@@ -193,7 +193,7 @@ def feed(model, cache, ids, cuts=(), mask=None, threshold=0.51, **arguments):
         model(
             ids[:, begin:end],
             attention_mask=None if mask is None else mask[:, :end],
-            past_key_values=cache,
+            cache=cache,
             threshold=threshold,
             **arguments,
         ).logits
@@ -912,7 +912,7 @@ def test_wrong_files_are_refused(model, ids, tmp_path):
     ],
 )
 def test_a_cache_of_another_shape_is_refused(model, tiny_config, ids, tmp_path, field, value):
-    """From a file and as `past_key_values` alike, naming what differs."""
+    """From a file and as `cache` alike, naming what differs."""
     layers = value if field == "num_hidden_layers" else 4
     other = tiny_config(
         **{"num_hidden_layers": layers, "head_dim": 8, "value_head_dim": 8}
@@ -925,8 +925,8 @@ def test_a_cache_of_another_shape_is_refused(model, tiny_config, ids, tmp_path, 
     with pytest.raises(ValueError, match=rf"`path` .*`{named}`"):
         HAMCache.load(tmp_path / "cache", other)
     before = contents(cache)
-    with pytest.raises(ValueError, match=rf"`past_key_values` .*`{named}`"):
-        HAMForCausalLM(other)(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"`cache` .*`{named}`"):
+        HAMForCausalLM(other)(ids[:, :1], cache=cache)
     assert_same(cache, before)
 
 
@@ -974,7 +974,7 @@ def test_budget_bounds_a_stream(make_model):
     cache, sizes = HAMCache(model.config), []
     cuts = sorted({*range(40, 400), *range(400, 1800, 100), *range(1800, 2000)})
     for begin, end in itertools.pairwise([0, *cuts, length]):
-        model(ids[:, begin:end], past_key_values=cache, threshold=threshold, kv_budget=budget)
+        model(ids[:, begin:end], cache=cache, threshold=threshold, kv_budget=budget)
         assert cache.kept_tokens().max() <= budget
         sizes.append(cache.memory_bytes() - cache.state_bytes())
     assert (cache.kept_tokens() == budget).all()

@@ -170,7 +170,7 @@ def test_table_shows_the_numbers_of_the_cache(capsys, checkpoint, tokenizer):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     for threshold, row in zip(thresholds, rows(output), strict=True):
         cache = HAMCache(model.config)
-        text = model.generate(ids, past_key_values=cache, threshold=threshold, max_new_tokens=6, do_sample=False)
+        text = model.generate(ids, cache=cache, threshold=threshold, max_new_tokens=6, do_sample=False)
         with torch.no_grad():
             logits = model(ids, threshold=threshold).logits[0]
         half = ids.shape[1] // 2
@@ -498,7 +498,7 @@ def test_heads_that_kept_counts_every_position(tokenizer):
     model = tiny_model(len(tokenizer))
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     cache = HAMCache(model.config)
-    scores = model(ids, past_key_values=cache, threshold=0.5, output_routing_scores=True).routing_scores
+    scores = model(ids, cache=cache, threshold=0.5, output_routing_scores=True).routing_scores
     expected = sum((layer[0] >= 0.5).sum(-1) for layer in scores)
     assert heads_that_kept(cache, ids.shape[1]) == expected.tolist()
 

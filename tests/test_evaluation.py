@@ -34,14 +34,14 @@ def test_quantiles_are_those_of_torch():
 def test_a_calibrated_model_keeps_the_fraction_it_is_asked_for(model, kv_usage):
     calibrate(model, batches(4))
     fresh = batches(1, rows=8, seed=2)[0]
-    measured = model(fresh, kv_usage=kv_usage, use_cache=True).past_key_values.kv_usage()
+    measured = model(fresh, kv_usage=kv_usage, use_cache=True).cache.kv_usage()
     assert abs(measured.mean() - kv_usage) < 0.05, "scores of fresh random tokens are distributed as calibrated"
 
 
 def test_no_and_full_usage_are_exact(model):
     calibrate(model, batches(1))
     for kv_usage in (0.0, 1.0):
-        cache = model(batches(1)[0], kv_usage=kv_usage, use_cache=True).past_key_values
+        cache = model(batches(1)[0], kv_usage=kv_usage, use_cache=True).cache
         assert (cache.kv_usage() == kv_usage).all()
 
 
@@ -82,10 +82,8 @@ def test_usage_is_measured_on_the_cache_itself(model):
     result = usage.measure_usage(model, windows, 0.5)
     outputs = [model(x, labels=x, kv_usage=0.5, use_cache=True) for x in windows]
     assert result["loss"] == pytest.approx(statistics.mean(x.loss.item() for x in outputs))
-    assert result["usage"] == pytest.approx(
-        statistics.mean(x.past_key_values.kv_usage().mean().item() for x in outputs)
-    )
-    cache = outputs[0].past_key_values
+    assert result["usage"] == pytest.approx(statistics.mean(x.cache.kv_usage().mean().item() for x in outputs))
+    cache = outputs[0].cache
     assert result["full_kv_bytes"] == cache.full_kv_bytes()
     assert result["state_bytes"] == cache.state_bytes()
 
@@ -156,10 +154,10 @@ def test_training_is_measured_at_the_wanted_usage(monkeypatch):
     torch.manual_seed(0)
     ham = bench.build_ham(2)
     with torch.no_grad():
-        learned_at_first = ham(bench.random_tokens(512)).past_key_values.kv_usage().mean().item()
+        learned_at_first = ham(bench.random_tokens(512)).cache.kv_usage().mean().item()
     result = bench.bench_training(ham, 128, 0.25, runs=1)
     with torch.no_grad():
-        usage = ham(bench.random_tokens(512)).past_key_values.kv_usage().mean().item()
+        usage = ham(bench.random_tokens(512)).cache.kv_usage().mean().item()
     assert abs(learned_at_first - 0.25) > 0.1 > abs(usage - 0.25)
     assert result["ham_seconds"] > 0
     assert not ham.training, "the next comparison is one of inference"

@@ -263,9 +263,9 @@ def test_the_model_is_the_design(router, switches, tiny_config):
     output = model(ids, threshold=limits[:, None])
     assert (output.logits[0] - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
     for layer in (0, 2, 3):
-        kept = [x.tolist() for x in output.past_key_values.kept_positions(layer)[0]]
+        kept = [x.tolist() for x in output.cache.kept_positions(layer)[0]]
         assert kept == loop.kept_positions[layer]
-    usage = output.past_key_values.kv_usage()
+    usage = output.cache.kv_usage()
     assert (usage[2] == 1).all()
     assert ((usage[[0, 3]] > 0.05) & (usage[[0, 3]] < 0.95)).all(), "the thresholds must divide the tokens"
 
@@ -283,7 +283,7 @@ def test_nothing_kept_and_a_shut_kv_gate_is_gated_deltanet(gate, heads, tiny_con
         set_gate(model, "rnn_gate_proj", 1)
     ids = torch.randint(1, 97, (2, 70))
     output = model(ids, threshold=2.0)
-    assert output.past_key_values.kept_tokens().sum() == 0
+    assert output.cache.kept_tokens().sum() == 0
     if not gate:
         # The loop knows the gate, but its KV memory is switched off as well: it must not matter what it would hold.
         expected = torch.stack([TokenLoop(model, torch.full((2, heads[1]), 2.0)).run(row) for row in ids])
@@ -380,7 +380,7 @@ def test_everything_kept_and_a_shut_rnn_gate_is_a_transformer(kind, rope, layer_
     expected = theirs(ids).logits
     output = ours(ids, threshold=0.0)
     assert (output.logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
-    assert (output.past_key_values.kv_usage() == 1).all()
+    assert (output.cache.kv_usage() == 1).all()
     if rope == "default" and "hybrid" in layer_types:
         assert (ours(ids, threshold=2.0).logits - expected).abs().max() > 0.1, "the threshold must matter to this test"
 
@@ -698,7 +698,7 @@ def run_calls(case, plan, give_positions, **arguments):
         if give_positions:
             inputs["position_ids"] = (masks.cumsum(1) - 1).clamp(min=0)[:, seen : seen + width]
         output = case.model(
-            ids, past_key_values=cache, output_routing_scores=True, threshold=case.argument, **inputs, **arguments
+            ids, cache=cache, output_routing_scores=True, threshold=case.argument, **inputs, **arguments
         )
         for row in range(len(case.rows)):
             logits[row].append(output.logits[row, call.real[row]])
@@ -727,7 +727,7 @@ def assert_as_alone(case, plan, give_positions, **arguments):
             assert (scores[row] - torch.stack(expected.routing_scores)[:, 0]).abs().max() < MARGIN
         for layer in case.keeping:
             kept = kept_lists(cache, layer)
-            for (_, head), positions in kept_lists(expected.past_key_values, layer).items():
+            for (_, head), positions in kept_lists(expected.cache, layer).items():
                 assert kept[row, head] == positions, f"layer {layer}, row {row}, head {head}"
     return cache
 
@@ -807,7 +807,7 @@ def test_packed_documents_equal_documents_alone():
             }
         threshold = case.argument
         output = case.model(ids, threshold=threshold, output_routing_scores=True, **arguments)
-        assert output.past_key_values is None
+        assert output.cache is None
         offset = 3 if way == "padded position_ids" else 0
         for b, order in enumerate(orders):
             start = offset
@@ -847,7 +847,7 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive():
                 if case.model.config.router != "random":  # near ties may fall either way; exact ones may not
                     gaps = scores.sort(0).values.diff(dim=0)
                     assume(not ((gaps < MARGIN / 10) & ~exact(scores.sort(0).values[1:])).any())
-                for (_, head), positions in kept_lists(reference.past_key_values, layer).items():
+                for (_, head), positions in kept_lists(reference.cache, layer).items():
                     admitted = scores[:, head] >= case.thresholds[n, row, head]
                     survivors = naive_surviving_tokens(scores[:, head], admitted, budget)[-1].nonzero()[:, 0]
                     assert positions == survivors.tolist()
@@ -871,10 +871,10 @@ def test_rows_at_different_thresholds_write_what_they_write_alone(length, tiny_c
     thresholds = torch.tensor([-1.0, 0.45, 0.55, 2.0])
     cache = HAMCache(model.config)
     arguments = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None}
-    together = model.generate(ids, threshold=thresholds, past_key_values=cache, **arguments)
+    together = model.generate(ids, threshold=thresholds, cache=cache, **arguments)
     for row in range(4):
         own = HAMCache(model.config)
-        alone = model.generate(ids[row : row + 1], threshold=float(thresholds[row]), past_key_values=own, **arguments)
+        alone = model.generate(ids[row : row + 1], threshold=float(thresholds[row]), cache=own, **arguments)
         assert torch.equal(alone[0], together[row])
         assert torch.equal(own.kept_tokens()[:, 0], cache.kept_tokens()[:, row])
     usage = cache.kv_usage()[[0, 2]].mean((0, 2))
@@ -922,7 +922,7 @@ def test_a_saved_model_comes_back_bit_equal(router, dtype, tiny_config, tmp_path
         assert torch.equal(actual.logits, wanted.logits)
         assert all(torch.equal(x, y) for x, y in zip(actual.routing_scores, wanted.routing_scores, strict=True))
         for layer, (row, head) in itertools.product((0, 2, 3), itertools.product(range(2), range(2))):
-            kept = [m.past_key_values.kept_positions(layer)[row][head] for m in (actual, wanted)]
+            kept = [m.cache.kept_positions(layer)[row][head] for m in (actual, wanted)]
             assert torch.equal(*kept)
 
 
@@ -943,6 +943,6 @@ def test_padding_moves_no_position_when_none_are_given(tiny_config):
     padded = torch.cat([ids[:, :8], torch.zeros(1, 3, dtype=torch.long), ids[:, 8:]], 1)
     mask = (padded != 0).long()
     cache = HAMCache(model.config)
-    model(padded[:, :11], attention_mask=mask[:, :11], past_key_values=cache, threshold=0.4)
-    later = model(padded[:, 11:], attention_mask=mask, past_key_values=cache, threshold=0.4).logits
+    model(padded[:, :11], attention_mask=mask[:, :11], cache=cache, threshold=0.4)
+    later = model(padded[:, 11:], attention_mask=mask, cache=cache, threshold=0.4).logits
     assert torch.allclose(later, model(ids, threshold=0.4, use_cache=False).logits[:, 8:], atol=1e-5)

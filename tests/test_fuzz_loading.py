@@ -293,14 +293,14 @@ def test_saved_caches(tmp_path, layer_types):
     model = HAMForCausalLM(HAMConfig(**SHAPE, layer_types=layer_types)).eval()
     cache = HAMCache(model.config)
     with torch.no_grad():
-        model(torch.randint(0, 11, (2, 40)), past_key_values=cache, threshold=0.5)
+        model(torch.randint(0, 11, (2, 40)), cache=cache, threshold=0.5)
     path = tmp_path / "cache.safetensors"
     cache.save(path)
     whole = path.read_bytes()
 
     def use(cache):
         with torch.no_grad():
-            model(torch.zeros(cache.batch_size, 1, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(cache.batch_size, 1, dtype=torch.long), cache=cache)
         assert cache.kept_tokens().shape == (2, cache.batch_size, 1)
         cache.prune(0.5)
 

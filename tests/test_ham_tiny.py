@@ -255,7 +255,7 @@ class TestEmbeddedCheckpoint:
 
     def test_shrinks_its_cache_as_the_threshold_rises(self, model, tokenizer):
         ids = tokenizer("The captain looked at the sea. " * 40, return_tensors="pt").input_ids
-        caches = [model(ids, threshold=x, use_cache=True).past_key_values for x in (0.0, 0.3, 0.5, 2.0)]
+        caches = [model(ids, threshold=x, use_cache=True).cache for x in (0.0, 0.3, 0.5, 2.0)]
         kept = [int(x.kept_tokens().sum()) for x in caches]
         assert kept == sorted(kept, reverse=True)
         assert kept[0] == caches[0].kept_tokens().numel() * ids.shape[1]

@@ -39,7 +39,7 @@ def fingerprint(model, tokenizer):
 def kept(model, tokenizer, **options):
     inputs = tokenizer("The captain looked at the sea, and", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **options)
-    return output.past_key_values.kept_tokens().tolist()
+    return output.cache.kept_tokens().tolist()
 
 def change(model):
     with torch.no_grad():

@@ -219,7 +219,7 @@ def test_equals_the_model_of_transformers(kind, layer_types):
 
     cache = HAMCache(ours.config)
     pieces = [slice(0, 17), slice(17, 30), *(slice(t, t + 1) for t in range(30, 41))]
-    in_pieces = [ours(ids[:, piece], past_key_values=cache, threshold=0.0).logits for piece in pieces]
+    in_pieces = [ours(ids[:, piece], cache=cache, threshold=0.0).logits for piece in pieces]
     assert_close(torch.cat(in_pieces, 1), expected)
 
     mask = torch.ones_like(ids)
@@ -333,7 +333,7 @@ def test_linear_layers_are_the_token_loop(gate, allow_neg_eigval, value_heads, t
     mixer.rnn_norm.weight.uniform_(0.5, 1.5)
     mixer.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out[0]))
     ids = torch.randint(1, 97, (1, 75))
-    cache = model(ids).past_key_values
+    cache = model(ids).cache
     expected, states = linear_layer_loop(mixer, seen["x"][0])
     # Write strengths and decays are float32 in every model. Measured: 4e-7 of up to 4.
     torch.testing.assert_close(seen["out"][0], expected, atol=5e-6, rtol=0)
@@ -382,7 +382,7 @@ def test_a_cache_of_these_shapes_moves_whole(variant, tmp_path):
     arguments = {"threshold": 0.5}
     expected = variant(ids, **arguments).logits[:, 18:]
     cache = HAMCache(variant.config)
-    variant(ids[:, :18], past_key_values=cache, **arguments)
+    variant(ids[:, :18], cache=cache, **arguments)
     linear = cache.layers[1]
     channels = 2 * 2 * 8 + 6 * 12
     assert linear.conv_state.shape == (2, 3, channels)
@@ -396,13 +396,13 @@ def test_a_cache_of_these_shapes_moves_whole(variant, tmp_path):
     loaded = HAMCache.load(tmp_path / "cache", variant.config)
     loaded.reorder_cache(torch.tensor([1, 0]))
     torch.testing.assert_close(
-        variant(ids[:, 18:].flip(0), past_key_values=loaded, **arguments).logits.flip(0), expected, atol=1e-4, rtol=0
+        variant(ids[:, 18:].flip(0), cache=loaded, **arguments).logits.flip(0), expected, atol=1e-4, rtol=0
     )
     # Six tokens in one piece that are taken back, then one by one.
     cache.activate_past_recording()
-    variant(ids[:, :6], past_key_values=cache, **arguments)
+    variant(ids[:, :6], cache=cache, **arguments)
     cache.crop(-6)
-    one_by_one = [variant(ids[:, t : t + 1], past_key_values=cache, **arguments).logits for t in range(18, 24)]
+    one_by_one = [variant(ids[:, t : t + 1], cache=cache, **arguments).logits for t in range(18, 24)]
     torch.testing.assert_close(torch.cat(one_by_one, 1), expected, atol=1e-4, rtol=0)
 
 
@@ -410,23 +410,23 @@ def test_a_part_of_what_was_recorded_is_taken_back(variant):
     """What remains is replayed, by the keys of every value head."""
     ids = torch.randint(1, 97, (2, 24))
     cache, expected = HAMCache(variant.config), HAMCache(variant.config)
-    variant(ids[:, :10], past_key_values=cache, threshold=0.5)
+    variant(ids[:, :10], cache=cache, threshold=0.5)
     cache.activate_past_recording()
-    variant(ids[:, 10:20], past_key_values=cache, threshold=0.5)
+    variant(ids[:, 10:20], cache=cache, threshold=0.5)
     cache.crop(-4)
-    variant(ids[:, :16], past_key_values=expected, threshold=0.5)
-    found, wanted = (variant(ids[:, 16:], past_key_values=x, threshold=0.5).logits for x in (cache, expected))
+    variant(ids[:, :16], cache=expected, threshold=0.5)
+    found, wanted = (variant(ids[:, 16:], cache=x, threshold=0.5).logits for x in (cache, expected))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
 def test_a_cache_of_other_linear_shapes_is_refused(variant, tiny_config, tmp_path):
-    cache = variant(torch.randint(1, 97, (1, 9))).past_key_values
+    cache = variant(torch.randint(1, 97, (1, 9))).cache
     cache.save(tmp_path / "cache")
     other = tiny_config(**VARIANT | {"linear_num_value_heads": 2})
     with pytest.raises(ValueError, match="another shape: `linear_num_value_heads` 6 instead of 2"):
         HAMCache.load(tmp_path / "cache", other)
     with pytest.raises(ValueError, match="`linear_num_value_heads` 6 instead of 2"):
-        HAMForCausalLM(other)(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        HAMForCausalLM(other)(torch.ones(1, 1, dtype=torch.long), cache=cache)
 
 
 def test_a_checkpoint_is_bit_equal(variant, tmp_path):

@@ -46,12 +46,10 @@ def observe(model, tokenizer):
     for setting in settings:
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, **setting)
         texts.append(tokenizer.decode(output.sequences[0]))
-        kept.append(output.past_key_values.kept_tokens().tolist())
-    continued = model.generate(
-        output.sequences, max_new_tokens=4, do_sample=False, past_key_values=output.past_key_values
-    )
+        kept.append(output.cache.kept_tokens().tolist())
+    continued = model.generate(output.sequences, max_new_tokens=4, do_sample=False, cache=output.cache)
     texts.append(tokenizer.decode(continued[0]))
-    cache = type(output.past_key_values)
+    cache = type(output.cache)
     logits = [x.hex() for x in model(**inputs).logits[0, -1].tolist()]
     return {"texts": texts, "kept": kept, "logits": logits}, f"{cache.__module__}.{cache.__name__}"
 

@@ -181,8 +181,8 @@ def test_what_the_rnn_predicts_is_computed_where_it_is_read(router, layer_type, 
         lambda *args, **options: found.append(plain(*args, **options)) or found[-1],
     )
     ids = torch.randint(1, 97, (2, 40))
-    cache = model(ids[:, :39]).past_key_values
-    out = model(ids[:, 39:], past_key_values=cache).last_hidden_state
+    cache = model(ids[:, :39]).cache
+    out = model(ids[:, 39:], cache=cache).last_hidden_state
     assert [prediction is not None for _, prediction, _ in found] == [read] * 4
 
     def predicting(*args, predict, **options):
@@ -190,8 +190,8 @@ def test_what_the_rnn_predicts_is_computed_where_it_is_read(router, layer_type, 
         return o, prediction if predict else None, state
 
     monkeypatch.setattr(modeling_ham, "gated_delta_rule_with_prediction", predicting)
-    cache = model(ids[:, :39]).past_key_values
-    assert torch.equal(model(ids[:, 39:], past_key_values=cache).last_hidden_state, out)
+    cache = model(ids[:, :39]).cache
+    assert torch.equal(model(ids[:, 39:], cache=cache).last_hidden_state, out)
 
 
 @pytest.mark.parametrize("router", [*ERROR_ROUTERS, "learned_error"])
@@ -256,7 +256,7 @@ def test_random_scores_restart_with_each_document(padding, tiny_config):
         "attention_mask": torch.nn.functional.pad(torch.ones(1, 12, dtype=torch.long), (padding, 0)),
     }
     output = model(torch.randint(1, 97, (1, padding + 12)), output_routing_scores=True, **arguments)
-    assert output.past_key_values is None, "the row must count as packed"
+    assert output.cache is None, "the row must count as packed"
     assert torch.equal(output.routing_scores[0][:, padding:], random_score(documents, 0, 2))
 
 
@@ -351,7 +351,7 @@ def test_thresholds_beyond_the_scores_keep_all_or_nothing(router, tiny_config):
     model = HAMModel(tiny_config(router=router)).eval()
     ids = torch.randint(1, 97, (2, 20))
     for threshold, expected in [(0.0, 1.0), (-3, 1.0), (float("-inf"), 1.0), (1.001, 0.0), (float("inf"), 0.0)]:
-        usage = model(ids, threshold=threshold).past_key_values.kv_usage()
+        usage = model(ids, threshold=threshold).cache.kv_usage()
         assert torch.equal(usage, torch.full((2, 2, 2), expected)), threshold
 
 
@@ -369,11 +369,11 @@ def test_a_token_is_kept_iff_its_score_reaches_the_threshold(tiny_config):
         output = model(ids, threshold=threshold, output_routing_scores=True)
         assert len(output.routing_scores) == 2
         for n, layer in enumerate([0, 2]):
-            positions = output.past_key_values.kept_positions(layer)
+            positions = output.cache.kept_positions(layer)
             for row, head in itertools.product(range(2), range(2)):
                 kept = (output.routing_scores[n][row, :, head] >= limits[n, row, head]).nonzero()[:, 0]
                 assert positions[row][head].tolist() == kept.tolist(), (name, layer, row, head)
-        kept = output.past_key_values.kept_tokens()[[0, 2]]
+        kept = output.cache.kept_tokens()[[0, 2]]
         assert 0 < kept.sum() < 2 * 2 * 2 * 40, "the thresholds must divide the tokens"
 
 
@@ -486,7 +486,7 @@ def test_control_adds_nothing_to_the_loss_and_touches_only_thresholds(tiny_confi
         loss.backward()
         losses.append(loss.detach())
         grads.append({name: x.grad for name, x in model.named_parameters() if "threshold" not in name})
-        kept = model.eval()(ids).past_key_values.kv_usage().mean(1)
+        kept = model.eval()(ids).cache.kv_usage().mean(1)
         for layer, usage in zip(model.model.layers, kept, strict=True):
             grad = layer.mixer.threshold.grad
             assert training == (grad is not None)
@@ -504,7 +504,7 @@ def test_control_counts_real_tokens_only(tiny_config):
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
-    cache = model.eval()(ids, attention_mask=mask).past_key_values
+    cache = model.eval()(ids, attention_mask=mask).cache
     for layer, kept in zip(model.model.layers, cache.kept_tokens(), strict=True):
         assert 0 < kept.sum() < 80
         assert torch.allclose(-layer.mixer.threshold.grad, kept.sum(0) / 40, atol=1e-6)
@@ -551,7 +551,7 @@ def test_descent_drives_usage_to_the_target(router, scope, tiny_config):
         outputs.loss.backward()
         optimizer.step()
         if step >= 40:
-            measured.append(outputs.past_key_values.kv_usage().mean(1))
+            measured.append(outputs.cache.kv_usage().mean(1))
     usage = torch.stack(measured).mean(0)
     assert usage_errors(usage, 0.3, scope).abs().max() < 0.02, usage
 

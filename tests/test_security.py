@@ -350,7 +350,7 @@ CLEAN = ("ValueError", "OSError", "SafetensorError", "StrictDataclass")
 def test_hostile_sizes_end_quickly_and_take_no_memory(folder, tmp_path, tiny_config):
     """With a GiB to spare, each is refused within seconds and a fraction of it."""
     cache = HAMCache(tiny_config())
-    HAMForCausalLM(tiny_config()).eval()(torch.randint(1, 97, (2, 20)), past_key_values=cache)
+    HAMForCausalLM(tiny_config()).eval()(torch.randint(1, 97, (2, 20)), cache=cache)
     cache.save(tmp_path / "cache.safetensors")
     command = [sys.executable, "-c", HOSTILE, str(folder), str(tmp_path / "cache.safetensors")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -395,7 +395,7 @@ ham_hf.HAMForCausalLM.from_pretrained(path, threshold=0.4)
 stage = "generate"
 cache = ham_hf.HAMCache(model.config)
 inputs = tokenizer("The sea", return_tensors="pt", return_token_type_ids=False)
-model.generate(**inputs, max_new_tokens=4, past_key_values=cache, kv_usage=0.5)
+model.generate(**inputs, max_new_tokens=4, cache=cache, kv_usage=0.5)
 stage = "save"
 model.save_pretrained(target)
 tokenizer.save_pretrained(target)

@@ -49,6 +49,7 @@ from ham_hf import (
     HAMPreTrainedModel,
     modeling_ham,
 )
+from ham_hf.inputs_ham import CACHE_NAME
 
 HEADS = (HAMForCausalLM, HAMForSequenceClassification, HAMForTokenClassification, HAMForQuestionAnswering)
 FLOAT32_NAMES = ("A_log", "dt_bias", "threshold", "score_quantiles")
@@ -91,8 +92,8 @@ def generate(model, input_ids, **arguments):
     """Generates, checks which cache did the work, and returns Transformers' output."""
     arguments = {"max_new_tokens": 8, "do_sample": False} | arguments
     out = model.generate(input_ids, return_dict_in_generate=True, **arguments)
-    assert type(out.past_key_values) is HAMCache
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert type(out.cache) is HAMCache
+    assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
     return out
 
 
@@ -133,7 +134,7 @@ class TestClasses:
     def test_forward_takes_what_callers_pass(self, cls):
         names = list(inspect.signature(cls.forward).parameters)[1:]
         assert names[0] == "input_ids" == cls.main_input_name
-        assert {"attention_mask", "position_ids", "past_key_values", "inputs_embeds"} <= set(names)
+        assert {"attention_mask", "position_ids", CACHE_NAME, "inputs_embeds"} <= set(names)
         if cls is HAMForCausalLM:
             assert {"labels", "logits_to_keep", "use_cache"} <= set(names)
 
@@ -347,7 +348,7 @@ class TestTraining:
         inputs = example(head, config)
         (model(**inputs).loss).backward()
         cache = HAMCache(config)
-        model.eval().model(inputs["input_ids"], past_key_values=cache)
+        model.eval().model(inputs["input_ids"], cache=cache)
         usage = cache.kv_usage()[0].mean(0)
         assert usage.any()
         torch.testing.assert_close(model.model.layers[0].mixer.threshold.grad, -usage)
@@ -402,8 +403,8 @@ class TestOutputs:
     def test_nothing_is_recorded_unasked(self, model):
         out = model(tokens(2, 9))
         assert (out.hidden_states, out.attentions, out.routing_scores) == (None, None, None)
-        assert type(out.past_key_values) is HAMCache
-        assert model(tokens(2, 9), use_cache=False).past_key_values is None
+        assert type(out.cache) is HAMCache
+        assert model(tokens(2, 9), use_cache=False).cache is None
 
     @pytest.mark.parametrize("training", [False, True])
     def test_hidden_states_run_from_embedding_to_norm(self, model, training):
@@ -469,8 +470,8 @@ class TestOutputs:
             real = arguments.get("attention_mask", torch.ones(1, 12)).bool()
             # Dense weights and blocks add up in another order: 1.9e-6 measured.
             torch.testing.assert_close(found.logits[real], expected.logits[real], atol=4e-6, rtol=1e-5)
-            if expected.past_key_values is not None:
-                assert torch.equal(found.past_key_values.kept_tokens(), expected.past_key_values.kept_tokens())
+            if expected.cache is not None:
+                assert torch.equal(found.cache.kept_tokens(), expected.cache.kept_tokens())
 
     def test_logits_to_keep_at_positions(self, model):
         input_ids, where = tokens(2, 9), torch.tensor([1, 7])
@@ -521,9 +522,9 @@ class TestLastLogits:
             recorded = full.get(name, ()), last.get(name, ())
             assert bool(recorded[0]) == (f"output_{name}" in arguments)
             assert all(torch.equal(x, y) for x, y in zip(*recorded, strict=True))
-        if full.past_key_values is not None:
-            assert torch.equal(full.past_key_values.kept_tokens(), last.past_key_values.kept_tokens())
-            following = [model(tokens(2, 1) * 0 + 5, past_key_values=x.past_key_values).logits for x in (full, last)]
+        if full.cache is not None:
+            assert torch.equal(full.cache.kept_tokens(), last.cache.kept_tokens())
+            following = [model(tokens(2, 1) * 0 + 5, cache=x.cache).logits for x in (full, last)]
             assert torch.equal(*following)
 
     @pytest.mark.parametrize("number", [0, 1, 5])
@@ -548,7 +549,7 @@ class TestLastLogits:
         input_ids, cache = tokens(2, 24), HAMCache(model.config)
         for part in input_ids.split(24 // turns, 1):
             queries.clear()
-            last = model(part, past_key_values=cache, logits_to_keep=2).logits
+            last = model(part, cache=cache, logits_to_keep=2).logits
         reads = 2 if turns == 1 else 12
         assert queries == [24 // turns] + [reads] * (model.config.layer_types[1] != "linear_attention")
         torch.testing.assert_close(last, model(input_ids).logits[:, -2:])
@@ -574,7 +575,7 @@ class TestLastLogits:
         input_ids = tokens(2, 12)
         whole, chunks = (generate(model, input_ids, prefill_chunk_size=size) for size in (None, 5))
         assert torch.equal(whole.sequences, chunks.sequences)
-        assert torch.equal(whole.past_key_values.kept_tokens(), chunks.past_key_values.kept_tokens())
+        assert torch.equal(whole.cache.kept_tokens(), chunks.cache.kept_tokens())
 
     @pytest.mark.parametrize("in_config", [False, True])
     def test_hidden_states_that_are_asked_for_are_whole(self, model, in_config):
@@ -607,11 +608,11 @@ class TestPaddingAndPacking:
         torch.testing.assert_close(padded.logits[:, where], plain.logits, rtol=0, atol=1e-5)
         for a, b in zip(padded.routing_scores, plain.routing_scores, strict=True):
             torch.testing.assert_close(a[:, where], b, rtol=0, atol=1e-5)
-        assert torch.equal(padded.past_key_values.kept_tokens(), plain.past_key_values.kept_tokens())
+        assert torch.equal(padded.cache.kept_tokens(), plain.cache.kept_tokens())
 
     def test_padding_changes_nothing_when_a_conversation_goes_on(self, model):
         input_ids, more = tokens(2, 12), tokens(2, 5)
-        plain = model(more, past_key_values=model(input_ids).past_key_values)
+        plain = model(more, cache=model(input_ids).cache)
         mask = F.pad(torch.ones_like(input_ids), (32, 0))
         padded = model(F.pad(input_ids, (32, 0)), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         positions = torch.arange(12, 17)[None]
@@ -619,7 +620,7 @@ class TestPaddingAndPacking:
             more,
             attention_mask=F.pad(mask, (0, 5), value=1),
             position_ids=positions,
-            past_key_values=padded.past_key_values,
+            cache=padded.cache,
         )
         torch.testing.assert_close(padded.logits, plain.logits, rtol=0, atol=1e-5)
 
@@ -695,7 +696,7 @@ class TestGeneration:
         without = {name: x for name, x in mode.items() if name != "cache_implementation"}
         expected = model.generate(input_ids, max_new_tokens=8, use_cache=False, **({"do_sample": False} | without))
         assert torch.equal(out.sequences, expected)
-        usage = out.past_key_values.kv_usage()[0]
+        usage = out.cache.kv_usage()[0]
         assert 0 < usage.mean() < 1, "this model keeps all or nothing, so little was tested"
 
     def test_streamed_tokens_are_the_generated_ones(self, model):
@@ -726,7 +727,7 @@ class TestGeneration:
         out = model.generate(
             input_ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, **arguments[helper]
         )
-        assert type(out.past_key_values) is HAMCache
+        assert type(out.cache) is HAMCache
         assert torch.equal(out.sequences, expected)
         assert any(1 < length < input_ids.shape[1] for length in calls[1:]), "no candidates were ever checked"
 
@@ -735,15 +736,15 @@ class TestGeneration:
         expected = generate(model, input_ids, max_new_tokens=10).sequences
         first = generate(model, input_ids, max_new_tokens=4)
         calls.clear()
-        second = generate(model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=6)
+        second = generate(model, first.sequences, cache=first.cache, max_new_tokens=6)
         assert torch.equal(second.sequences, expected)
-        assert second.past_key_values is first.past_key_values
+        assert second.cache is first.cache
         assert calls == [1] * 6, "tokens in the cache were computed again"
 
     def test_a_callers_empty_cache_is_filled(self, model):
         cache, input_ids = HAMCache(model.config), tokens(2, 6)
-        out = generate(model, input_ids, past_key_values=cache)
-        assert out.past_key_values is cache
+        out = generate(model, input_ids, cache=cache)
+        assert out.cache is cache
         assert torch.equal(out.sequences, generate(model, input_ids).sequences)
 
     def test_prompts_may_be_embeddings(self, model):
@@ -751,12 +752,12 @@ class TestGeneration:
         expected = generate(model, input_ids).sequences
         embeds = model.get_input_embeddings()(input_ids)
         out = model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
-        assert type(out.past_key_values) is HAMCache
+        assert type(out.cache) is HAMCache
         assert torch.equal(out.sequences, expected[:, 6:])
 
     def test_attention_weights_cover_all_tokens_seen(self, model):
         out = generate(model, tokens(2, 6), max_new_tokens=3, output_attentions=True)
-        cache = out.past_key_values
+        cache = out.cache
         assert [x[0].shape for x in out.attentions] == [(2, 4, 6, 6), (2, 4, 1, 7), (2, 4, 1, 8)]
         last = out.attentions[-1][0][:, :, 0]
         for row, heads in enumerate(cache.kept_positions(0)):
@@ -774,7 +775,7 @@ class TestGeneration:
         layers = model.config.num_hybrid_layers
         threshold = values if form == "rows" else values.view(1, 2, 1).expand(layers, 2, 2).clone()
         out = generate(model, input_ids, threshold=threshold, **mode)
-        cache = out.past_key_values
+        cache = out.cache
         kept = cache.kept_tokens()[0]
         assert (kept[: len(kept) // 2] == cache.get_seq_length()).all()
         assert (kept[len(kept) // 2 :] == 0).all()
@@ -789,7 +790,7 @@ class TestGeneration:
 
     def test_a_dense_cache_is_refused(self, model):
         with pytest.raises(TypeError, match="HAMCache"):
-            model(tokens(1, 4), past_key_values=DynamicCache())
+            model(tokens(1, 4), cache=DynamicCache())
 
     def test_the_pipeline_reads_a_batch(self, model, tmp_path):
         words = {f"w{i}": i for i in range(97)}
@@ -851,7 +852,7 @@ class TestGenerationConfiguration:
         out = model.generate(tokens(1, 7), **(arguments if given is not None else arguments | fixed))
         assert routing == [expected] * 3
         if expected.get("kv_budget") and model.config.num_hybrid_layers == 2:
-            assert out.past_key_values.kept_tokens().max() <= expected["kv_budget"]
+            assert out.cache.kept_tokens().max() <= expected["kv_budget"]
         # What one call was given is over with it.
         routing.clear()
         model.generate(tokens(1, 7), **fixed)
@@ -863,8 +864,8 @@ class TestGenerationConfiguration:
         model.generation_config.threshold = 2.0
         out = generate(model, input_ids)
         assert torch.equal(out.sequences, expected.sequences)
-        assert (out.past_key_values.kept_tokens()[0] == 0).all()
-        assert (generate(model, input_ids, threshold=0.0).past_key_values.kv_usage()[0] == 1).all()
+        assert (out.cache.kept_tokens()[0] == 0).all()
+        assert (generate(model, input_ids, threshold=0.0).cache.kv_usage()[0] == 1).all()
 
     def test_it_is_saved_with_the_model(self, model, tmp_path, routing):
         values = [0.3] * model.config.num_hybrid_layers
@@ -892,10 +893,10 @@ class TestGenerationConfiguration:
         """One that holds for calls of the model as well, and that a configuration given to `generate` goes before."""
         model = HAMForCausalLM(tiny_config(threshold=2.0)).eval()
         assert not hasattr(model.generation_config, "threshold")
-        assert (generate(model, tokens(1, 7)).past_key_values.kept_tokens() == 0).all()
+        assert (generate(model, tokens(1, 7)).cache.kept_tokens() == 0).all()
         given = GenerationConfig(max_new_tokens=3, threshold=0.0, return_dict_in_generate=True)
-        assert (model.generate(tokens(1, 7), generation_config=given).past_key_values.kv_usage() == 1).all()
-        assert (generate(model, tokens(1, 7), threshold=0.0).past_key_values.kv_usage() == 1).all()
+        assert (model.generate(tokens(1, 7), generation_config=given).cache.kv_usage() == 1).all()
+        assert (generate(model, tokens(1, 7), threshold=0.0).cache.kv_usage() == 1).all()
 
     @pytest.mark.parametrize(
         "own", [{"threshold": 0.0}, {"kv_usage": 1.0}, {"threshold": 0.0, "kv_budget": 3}], ids=str
@@ -908,8 +909,8 @@ class TestGenerationConfiguration:
         model.save_pretrained(tmp_path)
         for loader in (HAMForCausalLM, AutoModelForCausalLM):
             loaded = loader.from_pretrained(tmp_path, threshold=2.0)
-            assert (generate(loaded, tokens(1, 7)).past_key_values.kept_tokens() == 0).all()
-            cache = generate(loaded, tokens(1, 7), threshold=0.0).past_key_values
+            assert (generate(loaded, tokens(1, 7)).cache.kept_tokens() == 0).all()
+            cache = generate(loaded, tokens(1, 7), threshold=0.0).cache
             assert (cache.kept_tokens() == own.get("kv_budget", cache.get_seq_length())).all()
 
     @pytest.mark.parametrize(
@@ -936,7 +937,7 @@ class TestGenerationConfiguration:
     def test_rows_keep_their_thresholds(self, model, mode):
         given = GenerationConfig(threshold=torch.tensor([-1.0, 2.0]), max_new_tokens=4, **mode)
         given.return_dict_in_generate = True
-        cache = model.generate(tokens(2, 6), generation_config=given).past_key_values
+        cache = model.generate(tokens(2, 6), generation_config=given).cache
         kept = cache.kept_tokens()[0]
         assert (kept[: len(kept) // 2] == cache.get_seq_length()).all()
         assert (kept[len(kept) // 2 :] == 0).all()

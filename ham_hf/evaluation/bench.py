@@ -26,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .. import HAMCache, HAMForCausalLM
 from ..files import write_whole
+from ..inputs_ham import CACHE_NAME
 from .bench_models import SHAPE, build_ham, build_llama, build_qwen3_next, learn_thresholds, random_tokens
 
 
@@ -68,7 +69,7 @@ def bench_prefill(
         lambda: other(tokens, logits_to_keep=logits_to_keep),
         runs,
     )
-    cache = ham(tokens, kv_usage=kv_usage, logits_to_keep=1).past_key_values
+    cache = ham(tokens, kv_usage=kv_usage, logits_to_keep=1).cache
     logits = "" if logits_to_keep else " and logits of all"
     name = f"prefill of {length} tokens at {kv_usage:.0%} usage{logits}, against Qwen3-Next"
     usage = cache.kv_usage().mean().item()
@@ -81,16 +82,16 @@ def bench_decode(ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, r
     kv_heads = ham.config.num_key_value_heads
     other, tokens = build_llama(kv_heads), random_tokens(length, rows)
     ham_cache, other_cache = HAMCache(ham.config), DynamicCache(config=other.config)
-    ham(tokens, kv_usage=kv_usage, past_key_values=ham_cache, logits_to_keep=1)
-    other(tokens, past_key_values=other_cache, logits_to_keep=1)
+    ham(tokens, kv_usage=kv_usage, cache=ham_cache, logits_to_keep=1)
+    other(tokens, **{CACHE_NAME: other_cache}, logits_to_keep=1)
 
     def decode_ham() -> None:
         for _ in range(steps):
-            ham(tokens[:, :1], past_key_values=ham_cache, kv_usage=kv_usage)
+            ham(tokens[:, :1], cache=ham_cache, kv_usage=kv_usage)
 
     def decode_other() -> None:
         for _ in range(steps):
-            other(tokens[:, :1], past_key_values=other_cache)
+            other(tokens[:, :1], **{CACHE_NAME: other_cache})
 
     pairs = alternate(decode_ham, decode_other, runs)
     result = {"what": f"decoding after {length} tokens at {kv_usage:.0%} usage, against Llama", **summarise(pairs)}

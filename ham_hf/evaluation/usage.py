@@ -54,8 +54,8 @@ def measure_usage(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: 
         recall_losses.append(recall_loss(model, tokens, kv_usage))
         outputs = model(input_ids=tokens, labels=tokens, use_cache=True, kv_usage=kv_usage)
         losses.append(outputs.loss.item())
-        usages.append(outputs.past_key_values.kv_usage().mean().item())
-        caches.append(outputs.past_key_values)
+        usages.append(outputs.cache.kv_usage().mean().item())
+        caches.append(outputs.cache)
     return {
         "kv_usage": kv_usage,
         "usage": statistics.mean(usages),

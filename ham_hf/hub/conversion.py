@@ -33,7 +33,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ham_hf import HAMConfig, HAMForCausalLM, __version__
 from ham_hf.files import write_whole
-from ham_hf.modeling_ham import ROUTING_ARGUMENTS
+from ham_hf.generation_ham import ROUTING_ARGUMENTS
 
 from .card import build_card, card_in
 from .checkpoint import read_checkpoint

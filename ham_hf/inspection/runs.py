@@ -90,7 +90,7 @@ def prefill(model: Any, ids: torch.Tensor, cache: HAMCache, setting: Setting, sc
         # The logits at position `i` predict token `i + 1`.
         scored = max(0, end - max(start, first_scored - 1)) if score else 0
         piece = ids[:, start:end]
-        logits = model(piece, past_key_values=cache, logits_to_keep=max(scored, 1), **setting.arguments()).logits
+        logits = model(piece, cache=cache, logits_to_keep=max(scored, 1), **setting.arguments()).logits
         if scored:
             targets = ids[0, end + 1 - scored : end + 1]
             total += F.cross_entropy(logits[0].float(), targets, reduction="sum").item()
@@ -118,7 +118,7 @@ def run(
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         streamer=streamer,
         **setting.arguments(),
         **generation,

@@ -276,7 +276,7 @@ def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, fl
         for batch in (x.to(model.device) for x in batches):
             outputs = model(input_ids=batch, labels=batch, use_cache=True, **arguments)
             losses.append(outputs.loss.item())
-            usages.append(outputs.past_key_values.kv_usage().mean().item())
+            usages.append(outputs.cache.kv_usage().mean().item())
         result[f"loss_{name}"], result[f"usage_{name}"] = float(np.mean(losses)), float(np.mean(usages))
     model.train()
     return result

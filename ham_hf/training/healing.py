@@ -161,7 +161,7 @@ def measure(model: PreTrainedModel, windows: torch.Tensor, **arguments: Any) -> 
         outputs = model(input_ids=rows, use_cache=is_ham, **arguments)
         by_token = F.cross_entropy(outputs.logits[:, :-1].float().mT, rows[:, 1:], reduction="none")
         losses += by_token.mean(1).tolist()
-        kept += outputs.past_key_values.kv_usage().mean((0, 2)).tolist() if is_ham else [1.0] * len(rows)
+        kept += outputs.cache.kv_usage().mean((0, 2)).tolist() if is_ham else [1.0] * len(rows)
     model.train(training)
     return {"loss": statistics.mean(losses), "kept": statistics.mean(kept), "losses": losses}
 

@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
 from ham_hf.cache_ham import LayerStep
 from ham_hf.decoding import CapturedStep
+from ham_hf.inputs_ham import CACHE_NAME
 
 LAYERS, WIDTH, INNER, HEADS, DIM, VOCABULARY = 12, 768, 2048, 12, 64, 32000
 USAGE = 0.25
@@ -87,7 +88,7 @@ def llama_step(seen: int) -> Callable[[], Any]:
     for layer in cache.layers:
         layer.cumulative_length.fill_(seen)
     token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
-    return lambda: model(token, past_key_values=cache, use_cache=True).logits
+    return lambda: model(token, **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 def fla_step() -> Callable[[], Any]:

@@ -57,12 +57,12 @@ def turns(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float
             out = model(
                 ids[:, begin:end],
                 attention_mask=None if len(ids) == 1 else mask[:, :end],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 threshold=threshold,
                 output_routing_scores=True,
             )
-            cache = out.past_key_values
+            cache = out.cache
             logits.append(out.logits)
             scores.append(torch.stack(out.routing_scores))
     stored = [layer.store.tokens() for layer in cache.layers]

@@ -119,8 +119,8 @@ def test_long_rows_and_a_cache(source, module, convert, tmp_path):
         cache, got = None, []
         for piece in tokens.split(pieces, dim=1):
             with torch.no_grad():
-                out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+                out = model(input_ids=piece, cache=cache, use_cache=True)
+            cache = out.cache
             got.append(out.logits)
         torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-4)
         assert cache.kept_tokens().max() == 0

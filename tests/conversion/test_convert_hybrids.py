@@ -182,7 +182,7 @@ def test_decodes_as_the_source(name, source, convert, tmp_path):
     tokens = tokens_of(2, 75)
     cache = HAMCache(ham.config)
     with torch.no_grad():
-        steps = [ham(input_ids=x, past_key_values=cache, use_cache=True).logits for x in tokens.split(1, dim=1)]
+        steps = [ham(input_ids=x, cache=cache, use_cache=True).logits for x in tokens.split(1, dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), logits(folder, tokens), rtol=0, atol=1e-4)
 
     mask = torch.ones_like(tokens)
@@ -193,7 +193,7 @@ def test_decodes_as_the_source(name, source, convert, tmp_path):
     got = ham.generate(tokens, **arguments, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected)
     assert len(expected[:, 75:].unique()) > 10, "a text that repeats itself shows nothing"
-    assert got.past_key_values.kv_usage()[[1, 3]].min() == 1
+    assert got.cache.kv_usage()[[1, 3]].min() == 1
 
 
 def test_of_a_multimodal_checkpoint_the_language_model(source, convert, tensors_of, tmp_path, capsys):

@@ -144,8 +144,8 @@ def test_generates_the_source_s_text(source, convert, tmp_path):
             **batch, max_new_tokens=40, do_sample=False, eos_token_id=None, return_dict_in_generate=True
         )
         texts.append(out.sequences)
-    assert type(out.past_key_values).__name__ == "HAMCache"
-    assert out.past_key_values.kv_usage().min() == 1
+    assert type(out.cache).__name__ == "HAMCache"
+    assert out.cache.kv_usage().min() == 1
     assert torch.equal(*texts)
     assert (tmp_path / "ham/generation_config.json").is_file()
 

@@ -107,7 +107,7 @@ def prompted(model, ids, **options):
     if len(ids) > 1:
         mask[0, :5] = 0
     with torch.no_grad():
-        model(ids[:, :PROMPT], attention_mask=mask, past_key_values=cache, **options)
+        model(ids[:, :PROMPT], attention_mask=mask, cache=cache, **options)
     return cache
 
 
@@ -145,7 +145,7 @@ def test_a_step_never_waits_for_the_host(router, tiny_config, on_kernels, device
     cache.reserve()
     with torch.no_grad(), WithoutHost():
         for t in range(PROMPT, PROMPT + 3):
-            model(inputs_embeds=embedded[:, t : t + 1], past_key_values=cache)
+            model(inputs_embeds=embedded[:, t : t + 1], cache=cache)
     assert on_kernels.count("decode_mix_append") == 2 * 3
     assert cache.get_seq_length() == PROMPT + 3
     assert (cache.kept_tokens() >= kept).all()
@@ -158,7 +158,7 @@ def test_nor_does_a_step_that_uses_up_the_room(tiny_config, on_kernels, device, 
     for layer in cache.layers:
         layer.store.reserved_steps = 1
     monkeypatch.setattr(cache_ham.PagedStore, "shortage", lambda *arguments: pytest.fail("the host looked"))
-    step = {"inputs_embeds": torch.randn(1, 1, 32, device=device), "past_key_values": cache}
+    step = {"inputs_embeds": torch.randn(1, 1, 32, device=device), "cache": cache}
     with torch.no_grad():
         model(**step)
         with pytest.raises(pytest.fail.Exception, match="the host looked"):
@@ -174,7 +174,7 @@ def test_the_step_of_the_host_does(op, tiny_config, on_kernels, device, monkeypa
     embedded = model.get_input_embeddings()(ids)
     monkeypatch.setitem(globals(), "NEED_THE_HOST", (op,))
     with torch.no_grad(), WithoutHost(), pytest.raises(AssertionError, match=f"{op} needs the host"):
-        model(inputs_embeds=embedded[:, PROMPT:], past_key_values=cache, kv_budget=200)
+        model(inputs_embeds=embedded[:, PROMPT:], cache=cache, kv_budget=200)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_between_growths_the_host_looks_seldom_and_launches_are_the_same(tiny_co
         if not store.reserved_steps:
             looked.append(step)
         with torch.no_grad():
-            model(inputs_embeds=embedded, past_key_values=cache, threshold=0.0)
+            model(inputs_embeds=embedded, cache=cache, threshold=0.0)
         capacities.append((store.capacity, store.num_streams))
     # Both heads keep everything, have 5 tokens in their open pages, and of the slab's four pages two are free: 11
     # steps to the end of the open pages and 15 more.
@@ -224,8 +224,7 @@ def test_an_offloaded_layer_s_pages_are_left_to_the_host(tiny_config, on_kernels
     caches = [HAMCache(model.config, offloading=offloading) for offloading in (True, False)]
     with torch.no_grad():
         found, wanted = (
-            [model(x, past_key_values=cache).logits for x in (ids[:, :PROMPT], ids[:, -2:-1], ids[:, -1:])]
-            for cache in caches
+            [model(x, cache=cache).logits for x in (ids[:, :PROMPT], ids[:, -2:-1], ids[:, -1:])] for cache in caches
         )
     assert on_kernels.count("decode_update") == 2 * 2 * 2
     assert on_kernels.count("decode_mix_append") == 2 * 2
@@ -255,7 +254,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
         logits = []
         with torch.no_grad():
             for t in range(PROMPT, PROMPT + steps):
-                logits.append(model(ids[:, t : t + 1], past_key_values=cache, threshold=threshold).logits)
+                logits.append(model(ids[:, t : t + 1], cache=cache, threshold=threshold).logits)
         assert len(cache.layers[0].store.slabs) > slabs
         return torch.cat(logits, 1), cache
 
@@ -263,7 +262,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
         end = PROMPT + steps
         with torch.no_grad():
             return [
-                model(ids[:, begin:stop], past_key_values=cache, threshold=threshold).logits
+                model(ids[:, begin:stop], cache=cache, threshold=threshold).logits
                 for begin, stop in ((end, end + 4), (end + 4, end + 5), (end + 5, end + 6))
             ]
 
@@ -361,8 +360,7 @@ def test_replays_equal_the_model_s_own_steps(tiny_config, on_kernels, graphs, sm
         logits.append(step(ids[:, t]).clone())
     with torch.no_grad():
         wanted = [
-            model(ids[:, t : t + 1], past_key_values=expected, **options).logits[:, 0]
-            for t in range(PROMPT, PROMPT + steps)
+            model(ids[:, t : t + 1], cache=expected, **options).logits[:, 0] for t in range(PROMPT, PROMPT + steps)
         ]
     torch.testing.assert_close(torch.stack(logits), torch.stack(wanted), atol=1e-5, rtol=0)
     assert_same_caches(cache, expected)
@@ -374,7 +372,7 @@ def test_replays_equal_the_model_s_own_steps(tiny_config, on_kernels, graphs, sm
     before = len(captures)
     found = [step(ids[:, t]).clone() for t in (-2, -1)]
     with torch.no_grad():
-        wanted = [model(ids[:, t, None], past_key_values=expected, **options).logits[:, 0] for t in (-2, -1)]
+        wanted = [model(ids[:, t, None], cache=expected, **options).logits[:, 0] for t in (-2, -1)]
     torch.testing.assert_close(torch.stack(found), torch.stack(wanted), atol=1e-5, rtol=0)
     assert len(captures) == before + 1
 
@@ -389,7 +387,7 @@ def test_a_step_made_in_inference_mode_goes_on_outside(tiny_config, on_kernels, 
     found = torch.stack([step(ids[:, t]).clone() for t in range(PROMPT, PROMPT + 3)], 1)
     assert len(captures) == 1
     with torch.no_grad():
-        wanted = [model(ids[:, t : t + 1], past_key_values=expected).logits for t in range(PROMPT, PROMPT + 3)]
+        wanted = [model(ids[:, t : t + 1], cache=expected).logits for t in range(PROMPT, PROMPT + 3)]
     torch.testing.assert_close(found, torch.cat(wanted, 1), atol=1e-5, rtol=0)
 
 
@@ -450,7 +448,7 @@ def test_a_graph_replays_the_model_s_own_steps(tiny_config):
     with torch.no_grad():
         for t in range(PROMPT, PROMPT + steps):
             found = step(ids[:, t])
-            wanted = model(ids[:, t : t + 1], past_key_values=expected, **options).logits[:, 0]
+            wanted = model(ids[:, t : t + 1], cache=expected, **options).logits[:, 0]
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
             if step._recording is not None and all(step._recording is not x for x in recordings):
                 recordings.append(step._recording)

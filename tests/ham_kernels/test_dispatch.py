@@ -83,11 +83,11 @@ def several_turns(model, threshold, padded):
             out = model(
                 whole["input_ids"][:, begin:end],
                 attention_mask=real[:, :end].long() if padded else None,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 threshold=threshold,
             )
-            cache = out.past_key_values
+            cache = out.cache
             logits.append(out.logits)
     return torch.cat(logits, 1)[real], kept(cache)
 

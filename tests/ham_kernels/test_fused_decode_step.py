@@ -399,7 +399,7 @@ def decoded(model, ids, prompt, **options):
     cache = HAMCache(model.config)
     pieces = [ids[:, :prompt], *(ids[:, t : t + 1] for t in range(prompt, ids.shape[1]))]
     with torch.no_grad():
-        logits = [model(x, past_key_values=cache, **options).logits for x in pieces]
+        logits = [model(x, cache=cache, **options).logits for x in pieces]
     return torch.cat(logits, 1), cache
 
 
@@ -477,7 +477,7 @@ def test_padding_among_decoded_tokens(device, tiny_config, calls, monkeypatch):
         cache, logits = HAMCache(model.config), []
         with torch.inference_mode():
             for begin, end in ((0, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
-                out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+                out = model(ids[:, begin:end], attention_mask=mask[:, :end], cache=cache)
                 logits.append(out.logits)
         return torch.cat(logits, 1), cache
 
@@ -500,7 +500,7 @@ def test_a_step_that_the_kernel_cannot_take_is_left_to_pytorch(device, tiny_conf
         if options.pop("roll_back", False):
             cache.layers[0].activate_past_recording()
         with torch.set_grad_enabled(options.pop("grad", False)):
-            model(ids[:, 8:], past_key_values=cache, **options)
+            model(ids[:, 8:], cache=cache, **options)
         return calls.count("decode_update")
 
     assert step() == 1
@@ -517,7 +517,7 @@ def test_a_step_back_equals_never_having_gone(device, tiny_config, calls):
     cache.activate_past_recording()
     with torch.inference_mode():
         for t in range(14, 17):
-            model(ids[:, t : t + 1], past_key_values=cache)
+            model(ids[:, t : t + 1], cache=cache)
         cache.crop(-3)
-        found, wanted = (model(ids[:, 17:], past_key_values=x).logits for x in (cache, expected))
+        found, wanted = (model(ids[:, 17:], cache=x).logits for x in (cache, expected))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)

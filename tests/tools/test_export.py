@@ -97,7 +97,7 @@ def test_compiling_is_not_exporting(tiny_config, monkeypatch):
     monkeypatch.undo()
     with torch.no_grad():
         torch.testing.assert_close(found.logits, model(ids, threshold=0.5).logits, **TOLERANCE)
-    assert found.past_key_values.get_seq_length() == 50
+    assert found.cache.get_seq_length() == 50
 
 
 def test_what_depends_on_data_is_refused(tiny_config):

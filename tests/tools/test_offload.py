@@ -31,7 +31,7 @@ def assert_same(placed, model, knob):
     options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
     found, expected = (x.generate(**inputs, **options, **knob) for x in (placed, model))
     assert torch.equal(found.sequences, expected.sequences)
-    assert torch.equal(found.past_key_values.kept_tokens(), expected.past_key_values.kept_tokens())
+    assert torch.equal(found.cache.kept_tokens(), expected.cache.kept_tokens())
 
 
 def test_layers_on_disk(checkpoint, model, tmp_path):

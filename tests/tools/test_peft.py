@@ -88,7 +88,7 @@ def test_generate_at_a_threshold(model, ids):
     sizes = []
     for threshold in (0, 0.5, 2):
         out = lora.generate(input_ids=ids, max_new_tokens=4, threshold=threshold, return_dict_in_generate=True)
-        sizes.append(int(out.past_key_values.kept_tokens().sum()))
+        sizes.append(int(out.cache.kept_tokens().sum()))
         with torch.no_grad():
             logits = lora(out.sequences[:, :-1], threshold=threshold).logits
         assert torch.equal(logits[0, ids.shape[1] - 1 :].argmax(-1), out.sequences[0, ids.shape[1] :])

@@ -69,8 +69,8 @@ def test_quantized_weights(make_config, divergence, changed, checkpoint, model, 
     p, q = expected.logits.log_softmax(-1), found.logits.log_softmax(-1)
     assert 0 < (p.exp() * (p - q)).sum(-1).mean() < divergence
     assert (kept_sets(found) != kept_sets(expected)).float().mean() < changed
-    assert isinstance(found.past_key_values, HAMCache)
-    assert torch.equal(found.past_key_values.kept_tokens()[:, 0], kept_sets(found).sum(1))
+    assert isinstance(found.cache, HAMCache)
+    assert torch.equal(found.cache.kept_tokens()[:, 0], kept_sets(found).sum(1))
 
     out = low.generate(ids[:, :50], max_new_tokens=6, do_sample=False, threshold=0.4)
     with torch.no_grad():

@@ -156,7 +156,7 @@ def test_the_meter_reads_what_the_model_keeps(training, tiny_config):
 def test_the_meter_knows_the_thresholds_of_a_call(threshold, tiny_config):
     model = HAMForCausalLM(tiny_config()).eval()
     with UsageMeter(model) as meter:
-        cache = model(batch(), threshold=threshold).past_key_values
+        cache = model(batch(), threshold=threshold).cache
     assert torch.allclose(meter.read()["usage"], cache.kv_usage().mean(1))
 
 

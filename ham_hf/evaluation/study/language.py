@@ -114,7 +114,7 @@ def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: floa
         ids = ids.to(model.device)
         outputs = model(input_ids=ids, labels=ids, use_cache=True, kv_usage=kv_usage)
         losses.append(outputs.loss.item())
-        kept.append(outputs.past_key_values.kv_usage().mean().item())
+        kept.append(outputs.cache.kv_usage().mean().item())
     return losses, sum(kept) / len(kept)
 
 
