@@ -14,319 +14,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_ham import LINEAR_SHAPE, HAMConfig
+from .cache_file_ham import FILE_FORMAT, cache_shape, check_metadata, check_saved_layer
+from .configuration_ham import HAMConfig
 from .ops_ham import (
     compact_kept,
     convolution_state,
     gated_delta_rule_with_prediction,
     ragged_decode_attention,
-    slab_table,
     sparse_prefix_attention,
 )
+from .paged_store_ham import KeptTokens, PagedStore, ranks
 from .routing_ham import check_threshold
 
-# Small pages waste little on a head that keeps few tokens; 16 is also what matrix units want as a smallest side.
-PAGE_SIZE = 16
-# New slabs are this fraction of what is stored: unused memory stays small and the number of slabs logarithmic.
-SLAB_GROWTH = 1 / 16
-MIN_SLAB_PAGES = 4
 # Shortage of free pages at which a store makes a new slab ahead of need, and at which it does when another has to.
 GROWS, GROWS_WITH_OTHERS = 0.75, 0.25
-FILE_FORMAT = "ham_cache"
-# The fields of a configuration that decide the shapes of a cache.
-SHAPE_FIELDS = (
-    "layer_types",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "value_head_dim",
-    *LINEAR_SHAPE,
-    "conv_kernel_size",
-    "attention_conv",
-)
-
-
-@dataclass
-class KeptTokens:
-    """Kept tokens as flat tensors, ordered by stream (row times heads plus head) and position within it.
-
-    Attributes:
-        keys: `[n, K]`, after QK-norm and RoPE.
-        values: `[n, V]`.
-        scores: `[n]` float32 routing scores.
-        positions: `[n]` int32, index among the real tokens of the row.
-        streams: `[n]` int64.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    positions: torch.Tensor
-    streams: torch.Tensor
-
-    def select(self, index: torch.Tensor, streams: torch.Tensor | None = None) -> "KeptTokens":
-        """The tokens at `index` (a bool mask or indices), under new stream numbers if given."""
-        streams = self.streams[index] if streams is None else streams
-        return KeptTokens(self.keys[index], self.values[index], self.scores[index], self.positions[index], streams)
-
-
-class PagedStore:
-    """Append-only storage of kept tokens for `num_streams` streams of any length, in pages that never move.
-
-    Each stream fills an open page of its own; a full page is copied once, to the next free page of the slabs. So
-    appending is amortised O(1), no step copies what is stored, and a stream wastes less than one page plus its share
-    of the free ones, little more than one slab.
-
-    The device may append by itself, one token a stream at a time (`open_pages`). What is stored is therefore known
-    from `counts` and `full_pages` alone, which the host reads when it needs them; `reserve` gives the device room, and
-    `reserved_steps` tells for how many such steps it surely does.
-    """
-
-    FIELDS = ("keys", "values", "scores", "positions")
-
-    def __init__(self, num_streams: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device):
-        self.num_streams = num_streams
-        self.key_dim, self.value_dim = key_dim, value_dim
-        self.dtype = dtype
-        self.slabs: list[dict[str, torch.Tensor]] = []
-        self.counts = torch.zeros(num_streams, dtype=torch.long, device=device)
-        self.full_pages = torch.zeros((), dtype=torch.long, device=device)
-        self.tail = self._new_pages(num_streams, device)
-        self.reserved_steps = 0
-        self._slab_table: torch.Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes over: not the table, whose addresses are those of this store's tensors."""
-        return vars(self) | {"_slab_table": None}
-
-    @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
-    def _new_pages(self, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
-        return {
-            "keys": torch.zeros(pages, PAGE_SIZE, self.key_dim, dtype=self.dtype, device=device),
-            "values": torch.zeros(pages, PAGE_SIZE, self.value_dim, dtype=self.dtype, device=device),
-            "scores": torch.zeros(pages, PAGE_SIZE, dtype=torch.float32, device=device),
-            "positions": torch.zeros(pages, PAGE_SIZE, dtype=torch.int32, device=device),
-            "owner": torch.zeros(pages, dtype=torch.int32, device=device),
-            "rank": torch.zeros(pages, dtype=torch.int32, device=device),  # which of its stream's pages it is
-        }
-
-    @property
-    def device(self) -> torch.device:
-        return self.counts.device
-
-    @property
-    def fill(self) -> torch.Tensor:
-        """`[N]` tokens in each stream's open page."""
-        return self.counts % PAGE_SIZE
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that the store holds: their bytes are the bytes it costs."""
-        table = [] if self._slab_table is None else [self._slab_table]
-        pages = [x for slab in (self.tail, *self.slabs) for x in slab.values()]
-        return [self.counts, self.full_pages, *table, *pages]
-
-    def to(self, device: torch.device) -> None:
-        """Moves every tensor to `device`."""
-        self.counts, self.full_pages = self.counts.to(device), self.full_pages.to(device)
-        self.tail = {name: x.to(device) for name, x in self.tail.items()}
-        self.slabs = [{name: x.to(device) for name, x in slab.items()} for slab in self.slabs]
-        self._slab_table = None
-
-    def append(self, tokens: KeptTokens) -> None:
-        """Appends tokens, ordered by stream and position, behind what their streams hold."""
-        if tokens.streams.numel() == 0:
-            return
-        added = torch.bincount(tokens.streams, minlength=self.num_streams)
-        slot = self.fill[tokens.streams] + _ranks(tokens.streams, added)
-        pages, self_fill = (self.fill + added) // PAGE_SIZE, self.fill
-        sealed_before = self.counts // PAGE_SIZE
-        self.counts, self.reserved_steps = self.counts + added, 0
-        total = int(pages.sum())
-        if total == 0:
-            self._write(self.tail, tokens, tokens.streams, slot)
-            return
-        # Full pages are laid out stream by stream; each stream's first one begins with what its open page held.
-        start = pages.cumsum(0) - pages
-        complete = slot < pages[tokens.streams] * PAGE_SIZE
-        sealed, rest = tokens.select(complete), tokens.select(~complete)
-        page, column = start[sealed.streams] + slot[complete] // PAGE_SIZE, slot[complete] % PAGE_SIZE
-        in_use = torch.arange(PAGE_SIZE, device=self.device) < self_fill[:, None]
-        stream, opened_column = (in_use & (pages > 0)[:, None]).nonzero(as_tuple=True)
-        fields = {name: self.tail[name][stream, opened_column] for name in self.FIELDS}
-        opened = KeptTokens(**fields, streams=stream)
-        owner = torch.repeat_interleave(pages, output_size=total)
-        rank = sealed_before[owner] + _ranks(owner, pages)
-        for slab, offset, first, last in self._take(total):
-            slab["owner"][offset : offset + last - first] = owner[first:last]
-            slab["rank"][offset : offset + last - first] = rank[first:last]
-            for part, part_page, part_column in ((opened, start[stream], opened_column), (sealed, page, column)):
-                if last - first < total:
-                    here = (part_page >= first) & (part_page < last)
-                    part, part_page, part_column = part.select(here), part_page[here], part_column[here]
-                self._write(slab, part, offset + part_page - first, part_column)
-        self._write(self.tail, rest, rest.streams, slot[~complete] % PAGE_SIZE)
-
-    def _write(
-        self, pages: dict[str, torch.Tensor], tokens: KeptTokens, page: torch.Tensor, slot: torch.Tensor
-    ) -> None:
-        for name in self.FIELDS:
-            pages[name][page, slot] = getattr(tokens, name)
-
-    @property
-    def capacity(self) -> int:
-        """Pages of the slabs, used and free."""
-        return sum(len(slab["owner"]) for slab in self.slabs)
-
-    @property
-    def used(self) -> list[int]:
-        """Full pages of each slab: slabs are filled one after the other. It waits for the device."""
-        left, used = int(self.full_pages), []
-        for slab in self.slabs:
-            used.append(min(left, len(slab["owner"])))
-            left -= used[-1]
-        return used
-
-    def _grow(self, pages: int) -> None:
-        """A new slab of so many pages, and not too few."""
-        self.slabs.append(self._new_pages(max(pages, MIN_SLAB_PAGES), self.device))
-        self._slab_table = None
-
-    def _take(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
-        """The next `pages` free pages: `(slab, offset, first, last)` has those from `first` to `last` of them."""
-        used = self.used
-        begin = sum(used)
-        missing = begin + pages - self.capacity
-        if missing > 0:
-            self._grow(max(missing, int(self.capacity * SLAB_GROWTH)))
-            used.append(0)
-        self.full_pages = self.full_pages + pages
-        spans, first = [], 0
-        for slab, offset in zip(self.slabs, used, strict=True):
-            last = min(first + len(slab["owner"]) - offset, pages)
-            if last > first:
-                spans.append((slab, offset, first, last))
-            first = last
-        return spans
-
-    def shortage(self, counts: torch.Tensor) -> float:
-        """Which part of the free pages that it should have the store lacks; 1 if the next token may need one more.
-
-        Args:
-            counts: `[N]` the store's, on the CPU.
-        """
-        free, due = self._free_and_due(counts)
-        if free < due or not self.slabs:
-            return 1.0
-        wanted = int(self.capacity * SLAB_GROWTH)
-        # The smallest slab would be more than what is missing.
-        return 0.0 if wanted - free < MIN_SLAB_PAGES else 1 - free / wanted
-
-    def _free_and_due(self, counts: torch.Tensor) -> tuple[int, int]:
-        """Free pages, and how many become full if every stream keeps the next token."""
-        free = self.capacity - int((counts // PAGE_SIZE).sum())
-        return free, int((counts % PAGE_SIZE == PAGE_SIZE - 1).sum())
-
-    def reserve(self, counts: torch.Tensor, grow: bool) -> None:
-        """Works out `reserved_steps`, after filling up the free pages if it is to `grow`.
-
-        Args:
-            counts: `[N]` the store's, on the CPU.
-            grow: whether to make a new slab, which a `shortage` of 1 demands.
-        """
-        free, due = self._free_and_due(counts)
-        if grow:
-            self._grow(max(due, int(self.capacity * SLAB_GROWTH)) - free)
-            free, _ = self._free_and_due(counts)
-        # In 16 steps every stream that keeps all fills one page, in fewer those whose open page is full enough.
-        rounds, rest = divmod(free, self.num_streams)
-        sealing = [int((counts % PAGE_SIZE + step >= PAGE_SIZE).sum()) for step in range(PAGE_SIZE)]
-        self.reserved_steps = PAGE_SIZE * rounds + max(step for step, n in enumerate(sealing) if n <= rest)
-
-    def open_pages(self) -> tuple[torch.Tensor, ...]:
-        """Where the kernel of a decoding step appends, as it takes it; `reserve` made room."""
-        index = self.index()
-        if index is None:
-            raise ValueError("The device appends to a store that has slabs, and a kernel that knows them.")
-        return *(self.tail[name] for name in self.FIELDS), self.counts, self.full_pages, index[0]
-
-    def pages(self) -> list[dict[str, torch.Tensor]]:
-        """The full pages of every slab, as views."""
-        return [{k: x[:n] for k, x in slab.items()} for slab, n in zip(self.slabs, self.used, strict=True) if n]
-
-    def index(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Where the slabs lie and how many tokens each stream holds, if a kernel wants to know."""
-        if self._slab_table is None and self.slabs:
-            fields = ("keys", "values", "owner", "rank", "scores", "positions")
-            self._slab_table = slab_table([tuple(slab[name] for name in fields) for slab in self.slabs])
-        return None if self._slab_table is None else (self._slab_table, self.counts)
-
-    def tokens(self) -> KeptTokens:
-        """A copy of everything stored, ordered by stream and position."""
-        opened = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
-        parts = {name: [pages[name].flatten(0, 1) for pages in self.pages()] for name in self.FIELDS}
-        flat = {name: torch.cat([*parts[name], self.tail[name][opened]]) for name in self.FIELDS}
-        owners = [pages["owner"].long().repeat_interleave(PAGE_SIZE) for pages in self.pages()]
-        streams = torch.cat([*owners, opened.nonzero()[:, 0]])
-        tokens = KeptTokens(flat["keys"], flat["values"], flat["scores"], flat["positions"], streams)
-        order = tokens.positions.argsort(stable=True)
-        return tokens.select(order[tokens.streams[order].argsort(stable=True)])
-
-    def rebuilt(self, tokens: KeptTokens, num_streams: int | None = None) -> "PagedStore":
-        """A new store of the same kind that holds `tokens` and no unused slab."""
-        num_streams = self.num_streams if num_streams is None else num_streams
-        store = PagedStore(num_streams, self.key_dim, self.value_dim, self.dtype, self.device)
-        store.append(tokens)
-        return store
-
-    def selected(self, source: torch.Tensor) -> "PagedStore":
-        """A new store whose streams are copies of those at `source` `[n]`."""
-        counts = self.counts[source]
-        streams = torch.repeat_interleave(counts)
-        first = self.counts.cumsum(0) - self.counts
-        index = first[source][streams] + _ranks(streams, counts)
-        return self.rebuilt(self.tokens().select(index, streams), len(source))
-
-    def replace_lowest(self, tokens: KeptTokens) -> None:
-        """Puts each token, at most one per stream, in place of its stream's lowest score unless that is higher.
-
-        Of equal scores the oldest leaves.
-        """
-        everything = [(pages, pages["owner"].long()) for pages in self.pages()]
-        everything.append((self.tail, torch.arange(self.num_streams, device=self.device)))
-        opened = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
-        scores = [pages["scores"] for pages, _ in everything[:-1]]
-        scores.append(self.tail["scores"].masked_fill(~opened, torch.inf))
-        lowest = torch.full((self.num_streams,), torch.inf, device=self.device)
-        for page_scores, (_, owner) in zip(scores, everything, strict=True):
-            lowest.scatter_reduce_(0, owner, page_scores.amin(1), "amin")
-        oldest = torch.full((self.num_streams,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=self.device)
-        for page_scores, (pages, owner) in zip(scores, everything, strict=True):
-            position = pages["positions"].masked_fill(page_scores != lowest[owner, None], oldest.max())
-            oldest.scatter_reduce_(0, owner, position.amin(1), "amin")
-        incoming = torch.full((self.num_streams,), -1, dtype=torch.long, device=self.device)
-        enters = tokens.scores >= lowest[tokens.streams]
-        incoming[tokens.streams[enters]] = enters.nonzero()[:, 0]
-        for page_scores, (pages, owner) in zip(scores, everything, strict=True):
-            leaves = (page_scores == lowest[owner, None]) & (pages["positions"] == oldest[owner, None])
-            page, slot = (leaves & (incoming[owner] >= 0)[:, None]).nonzero(as_tuple=True)
-            self._write(pages, tokens.select(incoming[owner[page]]), page, slot)
-
-    @torch.inference_mode(False)
-    def mark(self) -> dict:
-        """What `rollback` needs to forget every later append: counters and the open pages, never the full ones."""
-        tail = {name: x.clone() for name, x in self.tail.items()}
-        return {
-            "counts": self.counts.clone(),
-            "full_pages": self.full_pages.clone(),
-            "tail": tail,
-            "slabs": len(self.slabs),
-        }
-
-    def rollback(self, mark: dict) -> None:
-        """Forgets what was appended since `mark`."""
-        self.counts, self.full_pages, self.tail = mark["counts"], mark["full_pages"], mark["tail"]
-        del self.slabs[mark["slabs"] :]
-        self.reserved_steps, self._slab_table = 0, None
 
 
 @dataclass
@@ -499,11 +200,6 @@ def eviction_times(
     return until.view(batch, heads, -1).to(keep.device)
 
 
-def _ranks(streams: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """`[n]` rank of each token within its stream, for tokens ordered by stream; `counts` `[N]` tokens per stream."""
-    return torch.arange(len(streams), device=streams.device) - (counts.cumsum(0) - counts)[streams]
-
-
 def _scatter_columns(
     x: torch.Tensor, streams: torch.Tensor, columns: torch.Tensor, batch: int, heads: int, width: int
 ) -> torch.Tensor:
@@ -603,7 +299,7 @@ class HAMCacheLayer(CacheLayerMixin):
         held = self.store.tokens()
         largest = int(self.store.counts.max())
         # Right-aligned, so that what a query sees of the cache and of the new tokens is one span of columns.
-        column = _ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
+        column = ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
         keys, values, kept_scores = (
             _scatter_columns(x, held.streams, column, batch, heads, largest)
             for x in (held.keys, held.values, held.scores)
@@ -675,7 +371,7 @@ class HAMCacheLayer(CacheLayerMixin):
         order = order[tokens.streams[order].argsort(stable=True)]
         streams = tokens.streams[order]
         survives = torch.zeros_like(streams, dtype=torch.bool)
-        survives[order] = _ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
+        survives[order] = ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
         self.store = self.store.rebuilt(tokens.select(survives))
 
     def open_pages(self) -> tuple[torch.Tensor, ...] | None:
@@ -1046,7 +742,7 @@ class HAMCache(Cache):
         except SafetensorError as error:
             raise ValueError(f"`path` {path!r} is not a cache written by `HAMCache.save`, whole: {error}.") from error
         with file:
-            seen_tokens = _check_metadata(path, file.metadata() or {}, config)
+            seen_tokens = check_metadata(path, file.metadata() or {}, config)
             names = list(file.keys())
             prefixes = tuple(f"{i}." for i in range(len(cache.layers)))
             if foreign := [name for name in names if not name.startswith(prefixes)]:
@@ -1059,95 +755,6 @@ class HAMCache(Cache):
                 if not torch.equal(layer.real_tokens, cache.layers[0].real_tokens):
                     raise ValueError(f"`path` {path!r}, layer {i}: `real_tokens` must be those of layer 0.")
         return cache
-
-
-def _check_metadata(path: str, metadata: dict[str, str], config: HAMConfig) -> int:
-    """Tokens seen, of a file that says to be a cache for a model of `config`; `ValueError` for any other."""
-    not_a_cache = f"`path` {path!r} is not a cache written by `HAMCache.save`"
-    if metadata.get("format") != FILE_FORMAT:
-        raise ValueError(f"{not_a_cache}.")
-    try:
-        shape, seen_tokens = json.loads(metadata.get("shape", "")), int(metadata.get("seen_tokens", ""))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{not_a_cache}, whole: {error}.") from error
-    if not isinstance(shape, dict) or not 0 < seen_tokens <= torch.iinfo(torch.int32).max:
-        raise ValueError(f"{not_a_cache}, whole: of shape {shape!r}, after {seen_tokens} tokens.")
-    check_same_shape("path", shape, config)
-    return seen_tokens
-
-
-def check_saved_layer(
-    where: str, state: dict[str, torch.Tensor], config: HAMConfig, layer_type: str, seen_tokens: int
-) -> None:
-    """Refuses what no layer gives as its `state_dict`, before memory is taken for it.
-
-    Raises:
-        ValueError: `where`, and which tensor is missing, too many, of another shape or dtype, or contradicts others.
-    """
-    layer_shape = config.layer_shape(layer_type)
-    heads, key_dim, value_dim = layer_shape.value_heads, layer_shape.key_dim, layer_shape.value_dim
-    batch = len(state["real_tokens"]) if "real_tokens" in state and state["real_tokens"].ndim else 0
-    kept = len(state["streams"]) if "streams" in state and state["streams"].ndim else 0
-    integer, floating = (torch.int64,), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {"real_tokens": ((batch,), integer)}
-    if layer_type != "full_attention":
-        expected["recurrent_state"] = (batch, heads, key_dim, value_dim), floating
-    if layer_type != "full_attention" or config.attention_conv:
-        expected["conv_state"] = (batch, config.conv_kernel_size - 1, sum(layer_shape.channels)), floating
-    if layer_type != "linear_attention":
-        expected |= {
-            "counts": ((batch * heads,), integer),
-            "keys": ((kept, key_dim), floating),
-            "values": ((kept, value_dim), (state["keys"].dtype,) if "keys" in state else floating),
-            "scores": ((kept,), (torch.float32,)),
-            "positions": ((kept,), (torch.int32,)),
-            "streams": ((kept,), integer),
-        }
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state or name not in expected:
-            raise ValueError(f"{where}: `{name}` is {'missing' if name in expected else 'no part of it'}.")
-        shape, dtypes = expected[name]
-        if state[name].shape != shape or state[name].dtype not in dtypes:
-            raise ValueError(
-                f"{where}: `{name}` must be {list(shape)} of {' or '.join(map(str, dtypes))}, got "
-                f"{list(state[name].shape)} of {state[name].dtype}."
-            )
-    real = state["real_tokens"]
-    if batch == 0 or bool(((real < 0) | (real > seen_tokens)).any()):
-        raise ValueError(f"{where}: `real_tokens` must be between 0 and {seen_tokens}, one for each row.")
-    if layer_type != "linear_attention":
-        _check_saved_tokens(where, state, real.repeat_interleave(heads), keeps_all=layer_type == "full_attention")
-
-
-def _check_saved_tokens(where: str, state: dict[str, torch.Tensor], seen: torch.Tensor, keeps_all: bool) -> None:
-    """`ValueError` unless the tokens of each stream are as many as counted, and in order; `seen` `[N]` per stream."""
-    counts, streams, positions = state["counts"], state["streams"], state["positions"]
-    fits = counts == seen if keeps_all else (counts >= 0) & (counts <= seen)
-    # Only now may memory be taken for as many tokens as are counted.
-    fits = fits.all() and counts.sum() == len(streams)
-    if not fits or not torch.equal(streams, torch.repeat_interleave(counts)):
-        raise ValueError(f"{where}: `counts`, `streams` and `real_tokens` contradict each other.")
-    follows = streams[1:] == streams[:-1]
-    in_order = (positions[1:] > positions[:-1]) | ~follows
-    if not in_order.all() or bool(((positions < 0) | (positions >= seen[streams])).any()):
-        raise ValueError(f"{where}: `positions` must rise within each stream, and be those of real tokens.")
-
-
-def cache_shape(config: HAMConfig) -> dict:
-    """What two models must share for one to read the other's cache."""
-    return {name: getattr(config, name) for name in SHAPE_FIELDS}
-
-
-def check_same_shape(argument: str, shape: dict, config: HAMConfig) -> None:
-    """`ValueError` if the cache that `argument` gives, of a model of `shape`, does not fit a model of `config`."""
-    expected = cache_shape(config)
-    wrong = [
-        f"`{name}` {shape.get(name)} instead of {expected[name]}"
-        for name in SHAPE_FIELDS
-        if shape.get(name) != expected[name]
-    ]
-    if wrong:
-        raise ValueError(f"`{argument}` gives the cache of a model of another shape: {', '.join(wrong)}.")
 
 
 __all__ = ["HAMCache"]

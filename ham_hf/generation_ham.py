@@ -100,7 +100,7 @@ class HAMGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Any,
         *,

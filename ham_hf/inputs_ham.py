@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_ham import HAMCache, cache_shape, check_same_shape
+from .cache_file_ham import cache_shape, check_same_shape
+from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
 from .ops_ham import exporting
 

@@ -17,18 +17,14 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ham_hf import HAMCache, HAMForCausalLM, cache_ham
+from ham_hf import HAMCache, HAMForCausalLM, cache_ham, paged_store_ham
 from ham_hf.cache_ham import (
     GROWS,
     GROWS_WITH_OTHERS,
-    MIN_SLAB_PAGES,
-    PAGE_SIZE,
-    SLAB_GROWTH,
     HAMCacheLayer,
-    KeptTokens,
     LayerStep,
-    PagedStore,
 )
+from ham_hf.paged_store_ham import MIN_SLAB_PAGES, PAGE_SIZE, SLAB_GROWTH, KeptTokens, PagedStore
 from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction as naive_delta_rule
 from ham_hf.reference_ham import naive_short_convolution, naive_sparse_attention, naive_surviving_tokens
 from ham_hf.routing_ham import cosine_score, random_score
@@ -365,7 +361,7 @@ def test_with_many_heads_only_open_pages_go_beyond(heads):
 def test_a_copy_does_not_take_over_addresses(monkeypatch):
     """What a kernel knows of the slabs is where they lie, and a copy's lie elsewhere."""
     addresses = lambda slabs: torch.tensor([[x.data_ptr() for x in slab] for slab in slabs])  # noqa: E731
-    monkeypatch.setattr(cache_ham, "slab_table", addresses)
+    monkeypatch.setattr(paged_store_ham, "slab_table", addresses)
     store = PagedStore(1, 3, 2, torch.float32, torch.device("cpu"))
     store.append(as_tokens([(0, (float(i), 0.5, i)) for i in range(3 * PAGE_SIZE)]))
     table, _ = store.index()

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ham_hf import HAMModel, cache_ham, ops_ham
-from ham_hf.cache_ham import HAMCacheLayer, KeptColumns, LayerStep, PagedStore, attend_new, eviction_times
+from ham_hf import HAMModel, ops_ham, paged_store_ham
+from ham_hf.cache_ham import HAMCacheLayer, KeptColumns, LayerStep, attend_new, eviction_times
 from ham_hf.ops_ham import (
     compact_kept,
     gated_delta_rule_with_prediction,
@@ -25,6 +25,7 @@ from ham_hf.ops_ham import (
     short_convolution,
     sparse_prefix_attention,
 )
+from ham_hf.paged_store_ham import PagedStore
 from ham_hf.reference_ham import (
     naive_gated_delta_rule_with_prediction,
     naive_ragged_decode_attention,
@@ -721,7 +722,7 @@ def filled_layer(counts, new, **sizes):
         layer.update(LayerStep(positions, keys=k[:, cut], values=v[:, cut], scores=scores, keep=keep[:, cut]))
         start = stop
     assert layer.store.counts.tolist() == counts
-    assert bool(layer.store.pages()) == (max(counts) >= cache_ham.PAGE_SIZE)
+    assert bool(layer.store.pages()) == (max(counts) >= paged_store_ham.PAGE_SIZE)
     return layer, q, k, v, keep
 
 

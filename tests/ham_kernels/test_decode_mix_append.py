@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from ham_hf.cache_ham import GROWS, PAGE_SIZE, KeptTokens, PagedStore
+from ham_hf.cache_ham import GROWS
+from ham_hf.paged_store_ham import PAGE_SIZE, KeptTokens, PagedStore
 from ham_kernels import fused_decode_step
 from ham_kernels.fused_decode_step import DecodeUpdate, OpenPages, decode_mix_append
 from ham_kernels.ragged_decode_attention import ragged_decode_attention, slab_table
