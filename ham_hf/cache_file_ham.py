@@ -1,15 +1,36 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The file of a HAMCache: its format, and the checks before memory is taken for what it holds."""
 
+import contextlib
+import hashlib
 import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from .configuration_ham import LINEAR_SHAPE, HAMConfig
 
-FILE_FORMAT = "ham_cache"
-# The fields of a configuration that decide the shapes of a cache.
-SHAPE_FIELDS = (
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FILE_FORMAT, FILE_VERSION = "ham_cache", "2"
+# The fields of a configuration that decide what a cache holds for given tokens and weights.
+CONTENT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "hidden_act",
     "layer_types",
     "num_attention_heads",
     "num_key_value_heads",
@@ -18,22 +39,203 @@ SHAPE_FIELDS = (
     *LINEAR_SHAPE,
     "conv_kernel_size",
     "attention_conv",
+    "rope_parameters",
+    "rms_norm_eps",
+    "qk_norm",
+    "rnn_output_norm",
+    "kv_output_norm",
+    "output_norm_eps",
+    "zero_centered_norms",
+    "attention_post_norm",
+    "output_gate",
+    "linear_output_gate",
+    "allow_neg_eigval",
+    "attention_bias",
+    "mlp_bias",
+    "router",
+    "router_hidden_size",
 )
+# Values of each parameter that a fingerprint reads.
+SAMPLES = 8
+# A folder of an unfinished file is removed once it is this old, in seconds, and no process holds it.
+ABANDONED_AFTER = 60
 
 
-def check_metadata(path: str, metadata: dict[str, str], config: HAMConfig) -> int:
-    """Tokens seen, of a file that says to be a cache for a model of `config`; `ValueError` for any other."""
-    not_a_cache = f"`path` {path!r} is not a cache written by `HAMCache.save`"
-    if metadata.get("format") != FILE_FORMAT:
-        raise ValueError(f"{not_a_cache}.")
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """What tells two decoders of one configuration apart: for each parameter a digest of some of its values.
+
+    A parameter whose values are not at hand (offloaded, quantised, sharded) has an empty digest, which equals any.
+    """
+    digests = {}
+    for name, x in model.named_parameters():
+        plain = type(x.data) is torch.Tensor and x.is_floating_point() and not x.is_meta
+        digests[name] = _digest_of_sample(x.detach().flatten()) if plain else ""
+    return digests
+
+
+def _digest_of_sample(x: torch.Tensor) -> str:
+    index = torch.linspace(0, len(x) - 1, SAMPLES, dtype=torch.float64, device="cpu").long().to(x.device)
+    return hashlib.sha256(x[index].float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def check_same_model(argument: str, known: dict[str, str], found: dict[str, str]) -> None:
+    """`ValueError` unless two fingerprints are of one model."""
+    different = sorted(name for name in known.keys() & found.keys() if "" not in (known[name], found[name]))
+    different = [name for name in different if known[name] != found[name]] or sorted(known.keys() ^ found.keys())
+    if different:
+        raise ValueError(
+            f"`{argument}` was filled by a model with other weights: {len(different)} parameters differ, such as "
+            f"{different[0]!r}. Start with an empty cache, or use the model that filled it."
+        )
+
+
+def write_cache(
+    path: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    config: HAMConfig,
+    seen_tokens: int,
+    model: dict[str, str] | None,
+) -> None:
+    """Writes the file of a cache, whole or not at all.
+
+    Args:
+        path: where to; a file that is there is replaced.
+        tensors: contiguous tensors by name.
+        config: the configuration of the model that filled the cache.
+        seen_tokens: tokens seen, padding included.
+        model: the model's fingerprint, `None` if it is not known.
+
+    Raises:
+        OSError: if the file cannot be written; it names `path`.
+    """
+    metadata = {
+        "format": FILE_FORMAT,
+        "version": FILE_VERSION,
+        "seen_tokens": str(seen_tokens),
+        "config": json.dumps(cache_contents(config)),
+        "model": json.dumps(model),
+    }
+    metadata["checksum"] = checksum(tensors, metadata)
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"`path` {os.fspath(path)!r} is a folder: give the name of a file.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"`path` {os.fspath(path)!r} lies in a folder that does not exist.")
     try:
-        shape, seen_tokens = json.loads(metadata.get("shape", "")), int(metadata.get("seen_tokens", ""))
+        with _folder_beside(target) as folder:
+            unfinished = folder / target.name
+            unfinished.touch(exist_ok=False)
+            # safetensors makes its files readable by their owner alone; a new file has what the umask allows.
+            mode = unfinished.stat().st_mode & 0o777
+            save_file(tensors, unfinished, metadata=metadata)
+            unfinished.chmod(mode)
+            unfinished.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"`path` {os.fspath(path)!r} could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A folder for an unfinished file, on the file system of `target`; removes those that killed processes left."""
+    prefix, suffix = f".{target.name}.", ".partial"
+    for left in target.parent.glob(f"{_escaped(prefix)}*{suffix}"):
+        _remove_abandoned(left)
+    folder = Path(tempfile.mkdtemp(suffix, prefix, target.parent))
+    try:
+        with _held(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _escaped(name: str) -> str:
+    """A glob pattern that matches `name` alone."""
+    return "".join(f"[{x}]" if x in "*?[" else x for x in name)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    # Another save of the same file may remove it first.
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
+            with _held(folder):
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on `folder` that ends with the process; `BlockingIOError` if another process has it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 over all that a file holds: tensors with their names, dtypes and shapes, and its other metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_cache(
+    path: str | os.PathLike, config: HAMConfig, device: torch.device
+) -> tuple[int, dict[str, str] | None, dict[str, torch.Tensor]]:
+    """Reads the file of a cache of a model of `config`: tokens seen, the model's fingerprint or `None`, tensors.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no cache, damaged, of another version or of a model of another configuration.
+    """
+    path = os.fspath(path)
+    not_a_cache = f"`path` {path!r} is not a cache written by `HAMCache.save`"
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"`path` {path!r} is a folder: give the name of a file.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FILE_FORMAT:
+                raise ValueError(f"{not_a_cache}.")
+            if metadata.get("version") != FILE_VERSION:
+                raise ValueError(
+                    f"`path` {path!r} is a cache of format version {metadata.get('version', '1')!r}, this release "
+                    f"reads {FILE_VERSION!r}: fill a new cache."
+                )
+            recorded = metadata.pop("checksum", None)
+            seen_tokens, contents, known = _check_metadata(not_a_cache, metadata)
+            check_same_contents("path", contents, config)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{not_a_cache}, whole: {error}.") from error
+    if foreign := [name for name in tensors if not _names_a_part(name, config)]:
+        raise ValueError(f"`path` {path!r} holds {foreign[0]!r}, which is part of no layer.")
+    if recorded != checksum(tensors, metadata):
+        raise ValueError(f"`path` {path!r} is damaged: its checksum is not that of its contents.")
+    return seen_tokens, known, {name: x.to(device) for name, x in tensors.items()}
+
+
+def _names_a_part(name: str, config: HAMConfig) -> bool:
+    return name == "padding" or name.startswith(tuple(f"{i}." for i in range(config.num_hidden_layers)))
+
+
+def _check_metadata(not_a_cache: str, metadata: dict[str, str]) -> tuple[int, dict[str, Any], dict[str, str] | None]:
+    """Tokens seen, the configuration's fields and the model's fingerprint; `ValueError` if they make no sense."""
+    try:
+        contents, known = json.loads(metadata.get("config", "")), json.loads(metadata.get("model", ""))
+        seen_tokens = int(metadata.get("seen_tokens", ""))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{not_a_cache}, whole: {error}.") from error
-    if not isinstance(shape, dict) or not 0 < seen_tokens <= torch.iinfo(torch.int32).max:
-        raise ValueError(f"{not_a_cache}, whole: of shape {shape!r}, after {seen_tokens} tokens.")
-    check_same_shape("path", shape, config)
-    return seen_tokens
+    named = known is None or (isinstance(known, dict) and all(isinstance(x, str) for x in known.values()))
+    if not isinstance(contents, dict) or not named or not 0 <= seen_tokens <= torch.iinfo(torch.int32).max:
+        raise ValueError(f"{not_a_cache}, whole: of configuration {contents!r}, after {seen_tokens} tokens.")
+    return seen_tokens, contents, known
 
 
 def check_saved_layer(
@@ -72,6 +274,11 @@ def check_saved_layer(
                 f"{where}: `{name}` must be {list(shape)} of {' or '.join(map(str, dtypes))}, got "
                 f"{list(state[name].shape)} of {state[name].dtype}."
             )
+    for name in ("recurrent_state", "conv_state", "keys", "values"):
+        if name in state and not bool(state[name].isfinite().all()):
+            raise ValueError(f"{where}: `{name}` must be finite.")
+    if "scores" in state and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):
+        raise ValueError(f"{where}: `scores` must be between 0 and 1.")
     real = state["real_tokens"]
     if batch == 0 or bool(((real < 0) | (real > seen_tokens)).any()):
         raise ValueError(f"{where}: `real_tokens` must be between 0 and {seen_tokens}, one for each row.")
@@ -93,18 +300,30 @@ def _check_saved_tokens(where: str, state: dict[str, torch.Tensor], seen: torch.
         raise ValueError(f"{where}: `positions` must rise within each stream, and be those of real tokens.")
 
 
-def cache_shape(config: HAMConfig) -> dict:
-    """What two models must share for one to read the other's cache."""
-    return {name: getattr(config, name) for name in SHAPE_FIELDS}
+def check_saved_padding(where: str, padding: torch.Tensor | None, real_tokens: torch.Tensor, seen_tokens: int) -> None:
+    """`ValueError` unless `padding` `[B, n]` bool leaves each row as many real tokens as it counts."""
+    if padding is None:
+        fits = bool((real_tokens == seen_tokens).all())
+    else:
+        fits = padding.dtype == torch.bool and padding.ndim == 2 and len(padding) == len(real_tokens)
+        fits = fits and padding.shape[1] <= seen_tokens
+        fits = fits and torch.equal(seen_tokens - padding.sum(1), real_tokens)
+    if not fits:
+        raise ValueError(f"{where}: `padding` and `real_tokens` contradict each other.")
 
 
-def check_same_shape(argument: str, shape: dict, config: HAMConfig) -> None:
-    """`ValueError` if the cache that `argument` gives, of a model of `shape`, does not fit a model of `config`."""
-    expected = cache_shape(config)
+def cache_contents(config: HAMConfig) -> dict[str, Any]:
+    """What two models must share, besides their weights, for one to read the other's cache."""
+    return {name: getattr(config, name) for name in CONTENT_FIELDS}
+
+
+def check_same_contents(argument: str, contents: dict[str, Any], config: HAMConfig) -> None:
+    """`ValueError` if the cache that `argument` gives, of a model of `contents`, does not fit a model of `config`."""
+    expected = cache_contents(config)
     wrong = [
-        f"`{name}` {shape.get(name)} instead of {expected[name]}"
-        for name in SHAPE_FIELDS
-        if shape.get(name) != expected[name]
+        f"`{name}` {contents.get(name)} instead of {expected[name]}"
+        for name in CONTENT_FIELDS
+        if contents.get(name) != expected[name]
     ]
     if wrong:
-        raise ValueError(f"`{argument}` gives the cache of a model of another shape: {', '.join(wrong)}.")
+        raise ValueError(f"`{argument}` gives the cache of a model of another configuration: {', '.join(wrong)}.")

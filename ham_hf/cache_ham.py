@@ -3,18 +3,27 @@
 
 import contextlib
 import heapq
-import json
 import os
-import pathlib
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .cache_file_ham import FILE_FORMAT, cache_shape, check_metadata, check_saved_layer
+from .cache_file_ham import (
+    check_same_model,
+    check_saved_layer,
+    check_saved_padding,
+    fingerprint,
+    read_cache,
+    write_cache,
+)
+from .cache_guard_ham import CacheGuard
 from .configuration_ham import HAMConfig
 from .ops_ham import (
     compact_kept,
@@ -23,7 +32,7 @@ from .ops_ham import (
     ragged_decode_attention,
     sparse_prefix_attention,
 )
-from .paged_store_ham import KeptTokens, PagedStore, ranks
+from .paged_store_ham import KeptTokens, PagedStore, map_tensors, ranks, writable
 from .routing_ham import check_threshold
 
 # Shortage of free pages at which a store makes a new slab ahead of need, and at which it does when another has to.
@@ -84,11 +93,9 @@ class LayerStep:
         )
         return cls(rnn=rnn, **fields)
 
-    def detached(self) -> "LayerStep":
-        """The same without the autograd graph, which a cache must not keep alive."""
-        fields: dict[str, Any] = {name: x.detach() for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        rnn = None if self.rnn is None else tuple(x.detach() for x in self.rnn)
-        return LayerStep(**(fields | {"rnn": rnn}))
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerStep":
+        """The same with every tensor changed."""
+        return LayerStep(**map_tensors(change, vars(self)))
 
     def kept(self) -> KeptTokens:
         """The kept tokens of a layer with attention, flat and ordered by stream and position."""
@@ -236,11 +243,19 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.record_past = False
+        # Grows with every change, so that a call that stopped halfway can be told from one that changed nothing.
+        self.changes = 0
         self.reset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes a copy that can be written, also one made in inference mode."""
+        steps = [step.mapped(writable) for step in state["_steps"]]
+        vars(self).update(map_tensors(writable, state) | {"_steps": steps})
 
     def reset(self) -> None:
         """Forgets everything, as if newly made."""
+        self.changes += 1
+        self.record_past = False
         self.conv_state: torch.Tensor | None = None
         self.recurrent_state: torch.Tensor | None = None
         self.store: PagedStore | None = None
@@ -331,8 +346,12 @@ class HAMCacheLayer(CacheLayerMixin):
         return self.store
 
     def update(self, step: LayerStep, budget: int | None = None) -> None:  # type: ignore[override]
-        """Takes in what one forward computed; with `budget`, a head that is full drops its lowest scores."""
-        step = step.detached()
+        """Takes in what one forward computed; with `budget`, a head that is full drops its lowest scores.
+
+        A cache keeps no autograd graph alive: gradients stop here.
+        """
+        step = step.mapped(torch.Tensor.detach)
+        self.changes += 1
         if not self.is_initialized:
             self.device = step.positions.device
             self.real_tokens = step.positions.new_zeros(len(step.positions))
@@ -345,26 +364,28 @@ class HAMCacheLayer(CacheLayerMixin):
         self._take(step, budget)
 
     def _take(self, step: LayerStep, budget: int | None) -> None:
+        if self.store is not None:
+            self._keep(self.store, step.kept(), budget, step.length)
         self.conv_state, self.recurrent_state = step.conv_state, step.recurrent_state
         self.seen_tokens += step.length
         self.real_tokens = self.real_tokens + (step.length if step.real is None else step.real.sum(1))
-        if self.store is None:
-            return
-        kept = step.kept()
+
+    def _keep(self, store: PagedStore, kept: KeptTokens, budget: int | None, length: int) -> None:
         if budget is None:
-            self.store.append(kept)
-        elif step.length == 1:
-            full = self.store.counts[kept.streams] >= budget
-            self.store.replace_lowest(kept.select(full))
-            self.store.append(kept.select(~full))
+            store.append(kept)
+        elif length == 1:
+            full = store.counts[kept.streams] >= budget
+            store.replace_lowest(kept.select(full))
+            store.append(kept.select(~full))
         else:
-            self.store.append(kept)
+            store.append(kept)
             self.enforce_budget(budget)
 
     def enforce_budget(self, budget: int) -> None:
         """Drops the lowest scores of every head that holds more than `budget` tokens; of equal scores the oldest."""
         if self.store is None or int(self.store.counts.max()) <= budget:
             return
+        self.changes += 1
         tokens = self.store.tokens()
         # Tokens come ordered by stream and position: stable sorts by score and then by stream rank the oldest first.
         order = tokens.scores.argsort(stable=True)
@@ -385,22 +406,40 @@ class HAMCacheLayer(CacheLayerMixin):
         return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
 
     def count_step(self) -> None:
-        """Takes in that the device has appended, or been told to append, one token to every row by itself."""
+        """Updates the host's counters after a kernel appended one token per row."""
+        self.changes += 1
         self.seen_tokens += 1
         if self.store is not None:
             self.store.reserved_steps -= 1
 
     def _snapshot(self, step: LayerStep) -> dict:
-        conv_state = self.conv_state
+        conv_state, recurrent_state = self.conv_state, self.recurrent_state
         if conv_state is None and step.conv_state is not None:
             conv_state = torch.zeros_like(step.conv_state)
+        if recurrent_state is None and step.recurrent_state is not None:
+            recurrent_state = torch.zeros_like(step.recurrent_state)
         return {
             "conv_state": conv_state,
-            "recurrent_state": self.recurrent_state,
+            "recurrent_state": recurrent_state,
             "real_tokens": self.real_tokens,
             "seen_tokens": self.seen_tokens,
             "store": None if self.store is None else self.store.mark(),
         }
+
+    def accept(self, inputs: torch.Tensor, keys: torch.Tensor | None = None) -> None:
+        """Raises `ValueError` for a model that computes in another dtype than the one that filled this layer.
+
+        Args:
+            inputs: `[..., C]` inputs of the convolution.
+            keys: `[..., K]` keys that attention reads.
+        """
+        held_keys = None if self.store is None else self.store.tail["keys"]
+        for name, held, new in (("inputs", self.conv_state, inputs), ("keys", held_keys, keys)):
+            if held is not None and new is not None and held.dtype != new.dtype:
+                raise ValueError(
+                    f"`cache` holds {name} in {held.dtype}, this call computes them in {new.dtype}: convert the "
+                    "model, leave or enter autocast, or start with an empty cache."
+                )
 
     def activate_past_recording(self) -> None:
         """Remembers what later forwards add, until `crop`, so that it can be taken back exactly.
@@ -409,6 +448,11 @@ class HAMCacheLayer(CacheLayerMixin):
         `crop`.
         """
         self.record_past = True
+
+    def stop_past_recording(self) -> None:
+        """Makes every token final and remembers no more."""
+        self.record_past = False
+        self._base, self._steps = None, []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens, and makes the ones before them final.
@@ -425,6 +469,7 @@ class HAMCacheLayer(CacheLayerMixin):
                 "remembered."
             )
         base, steps = self._base, self._steps
+        self.changes += 1
         self._base, self._steps = None, []
         if base is None or not removed:
             return
@@ -451,12 +496,12 @@ class HAMCacheLayer(CacheLayerMixin):
         """Keeps the rows at `indices` `[n]` (int, repeats allowed, or a bool mask); earlier tokens become final."""
         if not self.is_initialized:
             return
-        _check_rows(indices, self.batch_size)
-        self._base, self._steps = None, []
         # Where the tensors are: an offloaded layer is not on the device it works on.
         device = self.real_tokens.device
         everyone = torch.arange(self.batch_size, device=device)
-        rows = everyone[indices.to(device)]
+        rows = everyone[checked_rows(indices, self.batch_size).to(device)]
+        self.changes += 1
+        self._base, self._steps = None, []
         if torch.equal(rows, everyone):
             return
         if self.store is not None:
@@ -467,21 +512,13 @@ class HAMCacheLayer(CacheLayerMixin):
         self.conv_state = None if self.conv_state is None else self.conv_state[rows]
         self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state[rows]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times, copies side by side."""
-        if isinstance(repeats, bool) or not isinstance(repeats, int):
-            raise TypeError(f"`repeats` must be a positive int, got {repeats!r} of type {type(repeats).__name__}.")
-        if repeats < 1:
-            raise ValueError(f"`repeats` must be a positive int, got {repeats}.")
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rearranges rows for beam search."""
         self.batch_select_indices(beam_idx)
 
     def prune(self, threshold: torch.Tensor) -> None:
         """Drops the kept tokens with a score below `threshold` `[B or 1, Hk or 1]`; earlier tokens become final."""
+        self.changes += 1
         self._base, self._steps = None, []
         store = self._kept_store()
         heads = store.num_streams // self.batch_size
@@ -508,9 +545,10 @@ class HAMCacheLayer(CacheLayerMixin):
         """Moves everything to `device`."""
         if not self.is_initialized:
             return
-        own = _to(device, [self.conv_state, self.recurrent_state, self.real_tokens, self._base])
+        move = partial(torch.Tensor.to, device=device)
+        own = map_tensors(move, [self.conv_state, self.recurrent_state, self.real_tokens, self._base])
         self.conv_state, self.recurrent_state, self.real_tokens, self._base = own
-        self._steps = [LayerStep(**_to(device, vars(step))) for step in self._steps]
+        self._steps = [step.mapped(move) for step in self._steps]
         if self.store is not None:
             self.store.to(device)
 
@@ -549,15 +587,6 @@ class HAMCacheLayer(CacheLayerMixin):
             self.to(self.device)
 
 
-def _to(device: torch.device, x: Any) -> Any:
-    """Nested tensors on another device; everything else as it is."""
-    if isinstance(x, (list, tuple)):
-        return type(x)(_to(device, y) for y in x)
-    if isinstance(x, dict):
-        return {name: _to(device, y) for name, y in x.items()}
-    return x.to(device) if isinstance(x, torch.Tensor) else x
-
-
 def _check_crop(tokens_to_remove: object) -> int:
     # Some releases of Transformers give the number as a tensor.
     if isinstance(tokens_to_remove, torch.Tensor) and tokens_to_remove.ndim == 0:
@@ -571,18 +600,22 @@ def _check_crop(tokens_to_remove: object) -> int:
     return -tokens_to_remove
 
 
-def _check_rows(indices: object, batch: int) -> None:
-    expected = f"a tensor of row numbers below {batch}, or {batch} bools"
-    if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.is_complex():
-        found = indices.dtype if isinstance(indices, torch.Tensor) else type(indices).__name__
+def checked_rows(indices: object, batch: int) -> torch.Tensor:
+    """Row numbers `[n]` int64, or bools `[batch]`, from a tensor or a list; `TypeError` or `ValueError` otherwise."""
+    expected = f"a tensor or list of row numbers below {batch}, or {batch} bools"
+    integers = isinstance(indices, (list, tuple)) and all(isinstance(i, int) for i in indices)
+    rows = torch.tensor(indices, device="cpu") if integers and indices else indices
+    if not isinstance(rows, torch.Tensor) or rows.is_floating_point() or rows.is_complex():
+        found = rows.dtype if isinstance(rows, torch.Tensor) else repr(rows)
         raise TypeError(f"`indices` must be {expected}, got {found}.")
-    fits = indices.ndim == 1
-    if fits and indices.dtype == torch.bool:
-        fits = len(indices) == batch and bool(indices.any())
+    fits = rows.ndim == 1
+    if fits and rows.dtype == torch.bool:
+        fits = len(rows) == batch and bool(rows.any())
     elif fits:
-        fits = indices.numel() > 0 and bool(((indices >= -batch) & (indices < batch)).all())
+        fits = rows.numel() > 0 and bool(((rows >= -batch) & (rows < batch)).all())
     if not fits:
-        raise ValueError(f"`indices` must be {expected}, at least one; got {indices.tolist()}.")
+        raise ValueError(f"`indices` must be {expected}, at least one; got {rows.tolist()}.")
+    return rows
 
 
 class HAMCache(Cache):
@@ -590,6 +623,10 @@ class HAMCache(Cache):
 
     Two numbers are kept apart: tokens seen (`get_seq_length`), which positions come from, and tokens kept
     (`kept_tokens`), which memory is paid for.
+
+    A call that fails before it changed anything leaves the cache as it was. One that stops later (an exception, an
+    interrupt) leaves it half-changed: every use but `reset` then raises `RuntimeError`. So does a second call while
+    one is under way. A cache holds no autograd graph: gradients stop at it, as in truncated backpropagation.
 
     Args:
         config: the model's `HAMConfig`.
@@ -615,11 +652,44 @@ class HAMCache(Cache):
         super().__init__(layers=[HAMCacheLayer() for _ in range(config.num_hidden_layers)])
         self.config = config
         self.offload_layers = offloading
+        # The model that filled the cache, and what is known of that one if it is no longer there.
+        self._model: weakref.ref[nn.Module] | None = None
+        self._fingerprint: dict[str, str] | None = None
+        # `[B, n]` bool, true for padding among the first `n` tokens seen; every later one is real.
+        self._padding: torch.Tensor | None = None
+        self.holds_cut_graph = False
+        self._guard = CacheGuard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Gives a copy the model's fingerprint instead of the model."""
+        return vars(self) | {"_model": None, "_fingerprint": self._known_fingerprint()}
 
     def _stores(self) -> list[PagedStore | None]:
+        self._guard.check()
         if not self.layers[0].is_initialized:
             raise ValueError("This cache has seen no tokens yet: run the model with it first.")
         return [layer.store for layer in self.layers]
+
+    @contextlib.contextmanager
+    def changing(self, what: str) -> Iterator[None]:
+        """Guards a call that changes one layer after the other, see the class.
+
+        Args:
+            what: the call's name, for errors.
+
+        Raises:
+            RuntimeError: if an earlier call stopped halfway, or another one is under way.
+        """
+        with self._guard.held(what):
+            fresh, before = not self.is_initialized, [layer.changes for layer in self.layers]
+            try:
+                yield
+            except BaseException as error:
+                if fresh:
+                    self._forget()
+                elif before != [layer.changes for layer in self.layers]:
+                    self._guard.broke(what, error)
+                raise
 
     @property
     def is_initialized(self) -> bool:
@@ -629,7 +699,98 @@ class HAMCache(Cache):
     @property
     def real_tokens(self) -> torch.Tensor | None:
         """`[B]` tokens seen that were not padding, `None` before the first."""
+        self._guard.check()
         return self.layers[0].real_tokens if self.is_initialized else None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, kept or not, padding included."""
+        self._guard.check()
+        return super().get_seq_length(layer_idx)
+
+    def past_real(self) -> torch.Tensor | None:
+        """`[B, S]` bool of the tokens seen, false for padding; `None` if every one is real."""
+        self._guard.check()
+        if self._padding is None:
+            return None
+        return ~F.pad(self._padding, (0, self.get_seq_length() - self._padding.shape[1]))
+
+    @contextlib.contextmanager
+    def filling(self, model: nn.Module, real: torch.Tensor | None) -> Iterator[None]:
+        """Guards a call of the decoder `model` that fills every layer with tokens `real` `[B, T]`, false for padding.
+
+        Raises:
+            ValueError: if another model filled the cache before.
+            RuntimeError: as `changing` does.
+        """
+        same = self._model is not None and self._model() is model
+        if self.is_initialized and not same and (known := self._known_fingerprint()) is not None:
+            check_same_model("cache", known, fingerprint(model))
+        before = self.get_seq_length()
+        with self.changing("forward"):
+            yield
+            self._note_padding(real, before)
+        if not same:
+            self._model = weakref.ref(model)
+
+    def _note_padding(self, real: torch.Tensor | None, before: int) -> None:
+        if real is None:
+            return
+        known = real.new_zeros(len(real), 0) if self._padding is None else self._padding.to(real.device)
+        self._padding = torch.cat([F.pad(known, (0, before - known.shape[1])), ~real], dim=1)
+
+    def _known_fingerprint(self) -> dict[str, str] | None:
+        model = None if self._model is None else self._model()
+        return self._fingerprint if model is None else fingerprint(model)
+
+    def reset(self) -> None:
+        """Forgets everything, also that a call stopped halfway."""
+        self._forget()
+        self._guard = CacheGuard()
+
+    def _forget(self) -> None:
+        super().reset()
+        self._model = self._fingerprint = self._padding = None
+        self.holds_cut_graph = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, which must have been recorded; earlier ones become final.
+
+        Raises:
+            ValueError: if the number is positive, or reaches further back than what was recorded.
+        """
+        with self.changing("crop"):
+            super().crop(tokens_to_remove)
+            if self._padding is not None:
+                self._padding = self._padding[:, : self.layers[0].seen_tokens]
+
+    def stop_past_recording(self) -> None:
+        """Makes every token final, and ends what `activate_past_recording` began."""
+        for layer in self.layers:
+            layer.stop_past_recording()
+
+    def batch_select_indices(self, indices: torch.Tensor | list[int]) -> None:
+        """Keeps the rows at `indices` `[n]` (int, repeats allowed, or bools); earlier tokens become final."""
+        if not self.is_initialized:
+            self._guard.check()
+            return
+        rows = checked_rows(indices, self.batch_size)
+        with self.changing("batch_select_indices"):
+            super().batch_select_indices(rows)
+            if self._padding is not None:
+                self._padding = self._padding[rows.to(self._padding.device)]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearranges rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times, copies side by side."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int):
+            raise TypeError(f"`repeats` must be a positive int, got {repeats!r} of type {type(repeats).__name__}.")
+        if repeats < 1:
+            raise ValueError(f"`repeats` must be a positive int, got {repeats}.")
+        rows = torch.arange(max(self.batch_size, 0), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reserve(self, layer_idx: int | None = None) -> None:
         """Sees to it that the device can append one more token to every head of every row by itself.
@@ -656,7 +817,7 @@ class HAMCache(Cache):
         """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""
         stores = self._stores()
         heads, batch = self.config.num_key_value_heads, self.batch_size
-        empty = torch.zeros(batch, heads, dtype=torch.long)
+        empty = torch.zeros(batch, heads, dtype=torch.long, device="cpu")
         return torch.stack([empty if s is None else s.counts.view(batch, heads).cpu() for s in stores])
 
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
@@ -675,11 +836,14 @@ class HAMCache(Cache):
 
     def kv_usage(self) -> torch.Tensor:
         """`[layers, B, Hk]` float32 fraction of the tokens seen (padding aside) that is kept."""
-        return self.kept_tokens() / self.layers[0].real_tokens.cpu().clamp(min=1)[None, :, None]
+        return self.kept_tokens().float() / self.layers[0].real_tokens.cpu().clamp(min=1)[None, :, None]
 
     def memory_bytes(self) -> int:
         """Bytes of memory that the cache really holds: allocated storage, unused slots included."""
+        self._guard.check()
         storages = {}
+        if self._padding is not None:
+            storages[self._padding.device, self._padding.data_ptr()] = self._padding.nbytes
         for layer in self.layers:
             for x in layer.tensors() if layer.is_initialized else []:
                 storages[x.device, x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -687,6 +851,7 @@ class HAMCache(Cache):
 
     def state_bytes(self) -> int:
         """Bytes of the states of fixed size (convolution and RNN), part of `memory_bytes`."""
+        self._guard.check()
         return sum(layer.state_bytes() for layer in self.layers)
 
     def full_kv_bytes(self) -> int:
@@ -707,53 +872,49 @@ class HAMCache(Cache):
         tensor = check_threshold(threshold, len(hybrid), self.batch_size, self.config.num_key_value_heads)
         if tensor is None:
             raise TypeError("`threshold` must be given: `prune` has no learned thresholds to fall back to.")
-        for layer_idx, limit in zip(hybrid, tensor.expand(len(hybrid), -1, -1), strict=True):
-            self.layers[layer_idx].prune(limit)
+        with self.changing("prune"):
+            for layer_idx, limit in zip(hybrid, tensor.expand(len(hybrid), -1, -1), strict=True):
+                self.layers[layer_idx].prune(limit)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the cache to one safetensors file, whole or not at all."""
+        """Writes the cache to one safetensors file, whole or not at all, with the permissions of any new file.
+
+        Raises:
+            OSError: if the file cannot be written; it names `path`.
+            ValueError: if the cache is empty, or holds values that are not finite.
+        """
         self._stores()
-        tensors: dict[str, torch.Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            tensors |= {f"{i}.{name}": x.contiguous() for name, x in layer.state_dict().items()}
-        metadata = {
-            "format": FILE_FORMAT,
-            "seen_tokens": str(self.get_seq_length()),
-            "shape": json.dumps(cache_shape(self.config)),
-        }
-        temporary = f"{os.fspath(path)}.partial"
-        with contextlib.ExitStack() as stack:
-            stack.callback(pathlib.Path(temporary).unlink, missing_ok=True)
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
+        states = [layer.state_dict() for layer in self.layers]
+        for i, (state, layer_type) in enumerate(zip(states, self.config.layer_types, strict=True)):
+            check_saved_layer(f"layer {i}", state, self.config, layer_type, self.get_seq_length())
+        tensors = {f"{i}.{name}": x.contiguous() for i, state in enumerate(states) for name, x in state.items()}
+        if self._padding is not None:
+            tensors["padding"] = self._padding.contiguous()
+        write_cache(path, tensors, self.config, self.get_seq_length(), self._known_fingerprint())
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: HAMConfig, device: torch.device | str = "cpu") -> "HAMCache":
         """Reads a cache written by `save`; `config` must be the one of the model that filled it.
 
+        The first call of a model compares its dtype and a sample of its weights with those that filled the cache.
+
         Raises:
             OSError: if there is no such file.
-            ValueError: if it is damaged, not a cache, or of a model of another shape.
+            ValueError: if it is damaged, not a cache, of another version, or of a model of another configuration.
         """
-        cache = cls(config)
-        path, device = os.fspath(path), torch.device(device)
-        try:
-            file = safe_open(path, framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"`path` {path!r} is not a cache written by `HAMCache.save`, whole: {error}.") from error
-        with file:
-            seen_tokens = check_metadata(path, file.metadata() or {}, config)
-            names = list(file.keys())
-            prefixes = tuple(f"{i}." for i in range(len(cache.layers)))
-            if foreign := [name for name in names if not name.startswith(prefixes)]:
-                raise ValueError(f"`path` {path!r} holds {foreign[0]!r}, which is part of no layer.")
-            for i, layer in enumerate(cache.layers):
-                prefix = f"{i}."
-                state = {name[len(prefix) :]: file.get_tensor(name) for name in names if name.startswith(prefix)}
-                check_saved_layer(f"`path` {path!r}, layer {i}", state, config, config.layer_types[i], seen_tokens)
-                layer.load_state_dict(state, seen_tokens)
-                if not torch.equal(layer.real_tokens, cache.layers[0].real_tokens):
-                    raise ValueError(f"`path` {path!r}, layer {i}: `real_tokens` must be those of layer 0.")
+        cache, device = cls(config), torch.device(device)
+        seen_tokens, known, tensors = read_cache(path, config, device)
+        padding = tensors.pop("padding", None)
+        for i, layer in enumerate(cache.layers):
+            prefix = f"{i}."
+            state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+            where = f"`path` {os.fspath(path)!r}, layer {i}"
+            check_saved_layer(where, state, config, config.layer_types[i], seen_tokens)
+            layer.load_state_dict(state, seen_tokens)
+            if not torch.equal(layer.real_tokens, cache.layers[0].real_tokens):
+                raise ValueError(f"{where}: `real_tokens` must be those of layer 0.")
+        check_saved_padding(f"`path` {os.fspath(path)!r}", padding, cache.layers[0].real_tokens, seen_tokens)
+        cache._padding, cache._fingerprint = padding, known
         return cache
 
 

@@ -5,7 +5,14 @@ from functools import wraps
 from typing import Any
 
 import torch
-from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin, GenerationMode
+from transformers.generation import (
+    CandidateGenerator,
+    GenerationConfig,
+    GenerationMixin,
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_ham import HAMCache
@@ -14,6 +21,36 @@ from .inputs_ham import CACHE_NAME, given_cache
 
 # What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
 ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
+
+
+class EndedRows(StoppingCriteriaList):
+    """Stopping criteria that remember which tokens were chosen for rows that had ended: these count as padding.
+
+    Attributes:
+        fillers: for each token generated so far, `[B]` bool of the rows that had ended before it.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        super().__init__(criteria)
+        self.fillers: list[torch.Tensor] = []
+        self._ended: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """`[B]` bool of the rows that end with the last token of `input_ids` `[B, T]`."""
+        ends = super().__call__(input_ids, scores, **kwargs)
+        ended = torch.zeros_like(ends) if self._ended is None else self._ended
+        self.fillers.append(ended)
+        self._ended = ended | ends
+        return ends
+
+    def padding(self) -> torch.Tensor | None:
+        """`[B, n]` bool of the tokens generated, true where a row had ended; `None` if the host sees that none had."""
+        if not self.fillers or len(self.fillers[-1]) == 1:
+            return None
+        # A GPU is not waited for.
+        if self.fillers[-1].device.type == "cpu" and not bool(self.fillers[-1].any()):
+            return None
+        return torch.stack(self.fillers, dim=1)
 
 
 class HAMGenerationMixin(GenerationMixin):
@@ -70,7 +107,8 @@ class HAMGenerationMixin(GenerationMixin):
         self, *, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> CandidateGenerator:
         """Leaves an assistant model to its own generation configuration: it has other layers, or is no HAM."""
-        others = {name: value for name, value in model_kwargs.items() if name not in ROUTING_ARGUMENTS}
+        own = (*ROUTING_ARGUMENTS, "tokens_in_cache")
+        others = {name: value for name, value in model_kwargs.items() if name not in own}
         return super()._get_candidate_generator(model_kwargs=others, **kwargs)  # type: ignore[misc]
 
     # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
@@ -100,17 +138,67 @@ class HAMGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache
 
+    def _sample(  # type: ignore[override]
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates; without an end-of-sequence token Transformers feeds rows that have ended what they predict."""
+        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            stopping_criteria = kwargs["ended_rows"] = EndedRows(stopping_criteria)
+        return super()._sample(  # type: ignore[misc]
+            input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+        )
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates with drafts; the cache records what it may have to take back during this call only.
+
+        Transformers would feed the whole prompt again, so the first call is told how much of it the cache holds.
+        """
+        kwargs["tokens_in_cache"] = kwargs[CACHE_NAME].get_seq_length()
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            kwargs[CACHE_NAME].stop_past_recording()
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Any,
+        next_sequence_length: int | None = None,
         *,
         inputs_embeds: torch.Tensor | None = None,
+        ended_rows: EndedRows | None = None,
+        tokens_in_cache: int = 0,
         tokenizer: Any = None,
         assistant_tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Leaves out the tokenizers that `generate` needs for `stop_strings`, but hands on to every forward call."""
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        """Marks what is fed to rows that have ended as padding, and leaves out what no forward call takes.
+
+        The tokenizers are there for `stop_strings`.
+        """
+        if tokens_in_cache and kwargs.get("is_first_iteration"):
+            next_sequence_length = input_ids.shape[1] - tokens_in_cache
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+        padding = None if ended_rows is None else ended_rows.padding()
+        cache = inputs.get(CACHE_NAME)
+        if inputs.get("attention_mask") is None and (
+            padding is not None or (cache is not None and cache.past_real() is not None)
+        ):
+            # Transformers drops a mask of ones only; what the cache holds must not contradict it all the same.
+            new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            seen = 0 if cache is None else cache.get_seq_length()
+            inputs["attention_mask"] = new.new_ones((new.shape[0], seen + new.shape[1]), dtype=torch.long)
+        if padding is not None:
+            mask = inputs["attention_mask"].clone()
+            mask[:, -padding.shape[1] :].masked_fill_(padding, 0)
+            inputs["attention_mask"] = mask
+        return inputs
 
     def _expand_inputs_for_generation(
         self,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_file_ham import cache_shape, check_same_shape
+from .cache_file_ham import cache_contents, check_same_contents
 from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
 from .ops_ham import exporting
@@ -77,12 +77,11 @@ def token_layout(
     """Works out the layout of `[batch, length]` new tokens; the arguments are those of `HAMModel.forward`, checked."""
     seen = 0 if cache is None else cache.get_seq_length()
     seen_real = None if cache is None else cache.real_tokens
-    past_real = real = None
+    past_real = None if cache is None else cache.past_real()
+    real = None
     if attention_mask is not None:
-        mask = attention_mask.bool()
-        past_real, real = mask[:, :seen], mask[:, seen:]
-        # Reading the mask stalls a GPU: worth it once per prompt, not once per generated token.
-        if length > 1 and not exporting() and bool(real.all()):
+        real = attention_mask[:, seen:].bool()
+        if reads_mask(attention_mask, length) and bool(real.all()):
             real = None
     positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
     if seq_idx is None and position_ids is not None and length > 1:
@@ -95,6 +94,11 @@ def token_layout(
         before = positions if real is None else positions + ~real
         positions = positions - before.gather(1, first)
     return TokenLayout(positions.clamp(min=0), real, seq_idx, past_real)
+
+
+def reads_mask(attention_mask: torch.Tensor, length: int) -> bool:
+    """Whether the host looks at a mask: it stalls a GPU, which is worth it once per prompt, not once per new token."""
+    return (length > 1 or attention_mask.device.type == "cpu") and not exporting()
 
 
 def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
@@ -184,15 +188,30 @@ def check_inputs(
         readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
             raise ValueError("`attention_mask` must be 1 for real tokens and 0 for padding, got other values.")
+        if cache is not None and seen and reads_mask(attention_mask, length):
+            _check_past(attention_mask[:, :seen].bool(), cache.past_real())
     if position_ids is not None:
         _check_integers("position_ids", position_ids, [(batch, length), (1, length)], 0)
+
+
+def _check_past(mask: torch.Tensor, past_real: torch.Tensor | None) -> None:
+    """`ValueError` unless a mask `[B, S]` of the tokens in the cache marks as padding what came in as padding."""
+    expected = torch.ones_like(mask) if past_real is None else past_real.to(mask.device)
+    different = (mask != expected).nonzero()
+    if len(different):
+        row, token = different[0].tolist()
+        was, now = ("real", "padding") if expected[row, token] else ("padding", "real")
+        raise ValueError(
+            f"`attention_mask` contradicts `cache`: token {token} of row {row} is {now} now and was {was} when the "
+            "cache took it in. Give the mask of the earlier calls (`cache.past_real()`), then that of the new tokens."
+        )
 
 
 def _check_cache(batch: int, cache: HAMCache, config: HAMConfig) -> None:
     if not isinstance(cache, HAMCache):
         raise TypeError(f"`cache` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
     if cache.config is not config:
-        check_same_shape("cache", cache_shape(cache.config), config)
+        check_same_contents("cache", cache_contents(cache.config), config)
     if cache.is_initialized and cache.batch_size != batch:
         raise ValueError(f"`cache` holds {cache.batch_size} rows, the input {batch}.")
 

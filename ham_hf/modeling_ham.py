@@ -4,6 +4,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -66,6 +68,8 @@ try:
     from ham_hf.hub.push import push_model
 except ImportError:  # this file as remote code, where the package is not installed
     push_model = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
@@ -358,6 +362,8 @@ class HAMMixer(nn.Module):
                 return out
         step = LayerStep(positions=tokens.positions, real=tokens.real)
         raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
+        if layer_cache is not None:
+            layer_cache.accept(raw)
         convolved = raw
         if self.has_conv:
             step.conv_inputs = raw
@@ -376,6 +382,8 @@ class HAMMixer(nn.Module):
                 v = self._scale_values(v, scores)
             # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
             q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
+            if layer_cache is not None:
+                layer_cache.accept(raw, k)
             routed, keep = self._route(scores, k, threshold, tokens)
             step.keys, step.values, step.scores, step.keep = k, v, routed, keep
             if output_attentions or exporting():
@@ -581,7 +589,7 @@ class HAMMixer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scores `[B, T, Hk]` that rank tokens, and which are kept `[B, T, Hk]`; without a router, all at 1."""
         if scores is None:
-            scores = torch.ones(k.shape[:3], device=k.device)
+            scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         else:
             scores = scores.detach()
@@ -875,21 +883,28 @@ class HAMModel(HAMPreTrainedModel):
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         controls: list[torch.Tensor] = []
-        for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
-            trims = layer is self.layers[-1] and 0 < hidden_states_to_keep < length
-            output = layer(
-                hidden_states,
-                outputs_to_keep=hidden_states_to_keep if trims else None,
-                position_embeddings=position_embeddings,
-                tokens=tokens,
-                cache=cache,
-                threshold=layer_threshold,
-                kv_budget=kv_budget,
-                output_attentions=output_attentions,
-            )
-            hidden_states = output[0] if isinstance(output, tuple) else output
-            controls.extend(output[1:] if isinstance(output, tuple) else ())
+        with nullcontext() if cache is None else cache.filling(self, tokens.real):
+            for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
+                trims = layer is self.layers[-1] and 0 < hidden_states_to_keep < length
+                output = layer(
+                    hidden_states,
+                    outputs_to_keep=hidden_states_to_keep if trims else None,
+                    position_embeddings=position_embeddings,
+                    tokens=tokens,
+                    cache=cache,
+                    threshold=layer_threshold,
+                    kv_budget=kv_budget,
+                    output_attentions=output_attentions,
+                )
+                hidden_states = output[0] if isinstance(output, tuple) else output
+                controls.extend(output[1:] if isinstance(output, tuple) else ())
         hidden_states = self.norm(hidden_states)
+        if cache is not None and hidden_states.requires_grad:
+            if cache.holds_cut_graph:
+                logger.warning_once(
+                    "Gradients stop at `cache`: a HAMCache holds no autograd graph of the calls that filled it."
+                )
+            cache.holds_cut_graph = True
         if controls and not kwargs.get("output_threshold_control"):
             hidden_states, controls = self._steer(hidden_states, controls), []
         return HAMModelOutputWithPast(

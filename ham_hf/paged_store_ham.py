@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """PagedStore: real memory for kept tokens of any number a stream, in pages that never move."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,12 @@ class PagedStore:
         self._slab_table: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes over: not the table, whose addresses are those of this store's tensors."""
+        """Gives a copy everything but the table, whose addresses are those of this store's tensors."""
         return vars(self) | {"_slab_table": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes a copy that can be written, also one made in inference mode."""
+        vars(self).update(map_tensors(writable, state))
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
     def _new_pages(self, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -108,25 +113,38 @@ class PagedStore:
             return
         added = torch.bincount(tokens.streams, minlength=self.num_streams)
         slot = self.fill[tokens.streams] + ranks(tokens.streams, added)
-        pages, self_fill = (self.fill + added) // PAGE_SIZE, self.fill
-        sealed_before = self.counts // PAGE_SIZE
-        self.counts, self.reserved_steps = self.counts + added, 0
+        pages = (self.fill + added) // PAGE_SIZE
         total = int(pages.sum())
         if total == 0:
             self._write(self.tail, tokens, tokens.streams, slot)
-            return
+        else:
+            self._seal(tokens, slot, pages, total)
+            self.full_pages = self.full_pages + total
+        # Counted last: where memory runs out before, the store is as it was.
+        self.counts, self.reserved_steps = self.counts + added, 0
+
+    def _seal(self, tokens: KeptTokens, slot: torch.Tensor, pages: torch.Tensor, total: int) -> None:
+        """Writes tokens of which some fill pages.
+
+        Args:
+            tokens: ordered by stream and position.
+            slot: `[n]` place of each behind the start of its stream's open page.
+            pages: `[N]` pages that each stream fills.
+            total: their sum.
+        """
+        spans = self._room(total)
         # Full pages are laid out stream by stream; each stream's first one begins with what its open page held.
         start = pages.cumsum(0) - pages
         complete = slot < pages[tokens.streams] * PAGE_SIZE
         sealed, rest = tokens.select(complete), tokens.select(~complete)
         page, column = start[sealed.streams] + slot[complete] // PAGE_SIZE, slot[complete] % PAGE_SIZE
-        in_use = torch.arange(PAGE_SIZE, device=self.device) < self_fill[:, None]
+        in_use = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
         stream, opened_column = (in_use & (pages > 0)[:, None]).nonzero(as_tuple=True)
         fields = {name: self.tail[name][stream, opened_column] for name in self.FIELDS}
         opened = KeptTokens(**fields, streams=stream)
         owner = torch.repeat_interleave(pages, output_size=total)
-        rank = sealed_before[owner] + ranks(owner, pages)
-        for slab, offset, first, last in self._take(total):
+        rank = (self.counts // PAGE_SIZE)[owner] + ranks(owner, pages)
+        for slab, offset, first, last in spans:
             slab["owner"][offset : offset + last - first] = owner[first:last]
             slab["rank"][offset : offset + last - first] = rank[first:last]
             for part, part_page, part_column in ((opened, start[stream], opened_column), (sealed, page, column)):
@@ -161,7 +179,7 @@ class PagedStore:
         self.slabs.append(self._new_pages(max(pages, MIN_SLAB_PAGES), self.device))
         self._slab_table = None
 
-    def _take(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
+    def _room(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
         """The next `pages` free pages: `(slab, offset, first, last)` has those from `first` to `last` of them."""
         used = self.used
         begin = sum(used)
@@ -169,7 +187,6 @@ class PagedStore:
         if missing > 0:
             self._grow(max(missing, int(self.capacity * SLAB_GROWTH)))
             used.append(0)
-        self.full_pages = self.full_pages + pages
         spans, first = [], 0
         for slab, offset in zip(self.slabs, used, strict=True):
             last = min(first + len(slab["owner"]) - offset, pages)
@@ -266,7 +283,7 @@ class PagedStore:
         opened = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
         scores = [pages["scores"] for pages, _ in everything[:-1]]
         scores.append(self.tail["scores"].masked_fill(~opened, torch.inf))
-        lowest = torch.full((self.num_streams,), torch.inf, device=self.device)
+        lowest = torch.full((self.num_streams,), torch.inf, dtype=torch.float32, device=self.device)
         for page_scores, (_, owner) in zip(scores, everything, strict=True):
             lowest.scatter_reduce_(0, owner, page_scores.amin(1), "amin")
         oldest = torch.full((self.num_streams,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=self.device)
@@ -299,9 +316,24 @@ class PagedStore:
         self.reserved_steps, self._slab_table = 0, None
 
 
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
+    """Nested lists, tuples and dictionaries with every tensor changed."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(map_tensors(change, y) for y in x)
+    if isinstance(x, dict):
+        return {name: map_tensors(change, y) for name, y in x.items()}
+    return change(x) if isinstance(x, torch.Tensor) else x
+
+
+@torch.inference_mode(False)
+def writable(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor, or its copy where inference mode made it, which nothing outside of that mode may write."""
+    return x.clone() if x.is_inference() else x
+
+
 def ranks(streams: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """`[n]` rank of each token within its stream, for tokens ordered by stream; `counts` `[N]` tokens per stream."""
     return torch.arange(len(streams), device=streams.device) - (counts.cumsum(0) - counts)[streams]
 
 
-__all__ = ["KeptTokens", "PagedStore", "ranks"]
+__all__ = ["KeptTokens", "PagedStore", "map_tensors", "ranks", "writable"]

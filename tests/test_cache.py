@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ham_hf import HAMCache, HAMForCausalLM, cache_ham, paged_store_ham
+from ham_hf import HAMCache, HAMForCausalLM, cache_file_ham, paged_store_ham
 from ham_hf.cache_ham import (
     GROWS,
     GROWS_WITH_OTHERS,
@@ -861,7 +861,7 @@ def test_saving_is_whole_or_not_at_all(model, ids, tmp_path, monkeypatch):
 
     cache = filled(model, ids[:, :30])
     with monkeypatch.context() as patch:
-        patch.setattr(cache_ham, "save_file", failing)
+        patch.setattr(cache_file_ham, "save_file", failing)
         with pytest.raises(OSError, match="no space left"):
             cache.save(path)
     assert list(tmp_path.iterdir()) == []
@@ -869,7 +869,7 @@ def test_saving_is_whole_or_not_at_all(model, ids, tmp_path, monkeypatch):
     whole = path.read_bytes()
     feed(model, cache, ids)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_ham, "save_file", failing)
+        patch.setattr(cache_file_ham, "save_file", failing)
         with pytest.raises(OSError, match="no space left"):
             cache.save(path)
     assert path.read_bytes() == whole
