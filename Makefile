@@ -20,12 +20,14 @@ BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 # The oldest Transformers that is supported; tests put this folder before the environment's own.
 OLDEST := $(VENV)/oldest
+OLDEST_TESTS := tests/test_transformers_contract.py tests/test_generation.py tests/test_common_suite.py \
+	tests/test_exactness.py $(wildcard tests/test_cache*.py) tests/test_remote_code.py tests/training
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
 PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench gpu-check clean
+.PHONY: help demo test test-slow test-oldest lint format bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +38,12 @@ demo: $(BASE) ## install the package and run its demo
 test: $(DEV) $(OLDEST)/.installed ## run the tests, without the slow ones
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(DEV) $(OLDEST)/.installed ## run the slow tests (minutes)
+test-slow: $(DEV) $(OLDEST)/.installed ## run the slow tests, then those for the oldest Transformers (minutes)
 	@$(PYTEST) -m slow $(ARGS)
+	@$(MAKE) --no-print-directory test-oldest
+
+test-oldest: $(DEV) $(OLDEST)/.installed ## run what depends on Transformers with the oldest supported release
+	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
 
 lint: $(DEV) ## check style, format and types; changes nothing
 	@$(BIN)/ruff check .

@@ -93,17 +93,19 @@ class CapturedStep:
         addressed = [x for layer in layers for x in layer.addressed()]
         recording = self._recording
         if recording is not None and _same(addressed, recording.addressed):
-            for layer in layers:
-                layer.count_step()
-        else:
-            _check_kernels(self.model, self.cache)
-            if not _same(addressed, self._rehearsed):
-                self._rehearsed = addressed
-                return self._step()
-            self._recording = None  # frees its memory
-            recording = self._recording = self._record(addressed)
-        recording.graph.replay()
-        return recording.logits
+            with self.cache.changing("CapturedStep"):
+                for layer in layers:
+                    layer.count_step()
+            recording.graph.replay()
+            return recording.logits
+        _check_kernels(self.model, self.cache)
+        if not _same(addressed, self._rehearsed):
+            self._rehearsed = addressed
+            return self._step()
+        self._recording = None  # frees its memory
+        self._recording = self._record(addressed)
+        self._recording.graph.replay()
+        return self._recording.logits
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         own = self._tokens

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMCache, HAMForCausalLM, cache_ham, decoding, ops_ham
+from ham_hf import HAMCache, HAMForCausalLM, decoding, ops_ham, paged_store_ham
 from ham_hf.decoding import CapturedStep
 
 # The package names its op as the file is named.
@@ -91,7 +91,7 @@ def on_kernels(monkeypatch):
 @pytest.fixture
 def small_pages(monkeypatch):
     """Slabs of few pages, so that a short text fills several."""
-    monkeypatch.setattr(cache_ham, "MIN_SLAB_PAGES", 1)
+    monkeypatch.setattr(paged_store_ham, "MIN_SLAB_PAGES", 1)
 
 
 def make_model(tiny_config, device, **overrides):
@@ -157,7 +157,7 @@ def test_nor_does_a_step_that_uses_up_the_room(tiny_config, on_kernels, device, 
     cache.reserve()
     for layer in cache.layers:
         layer.store.reserved_steps = 1
-    monkeypatch.setattr(cache_ham.PagedStore, "shortage", lambda *arguments: pytest.fail("the host looked"))
+    monkeypatch.setattr(paged_store_ham.PagedStore, "shortage", lambda *arguments: pytest.fail("the host looked"))
     step = {"inputs_embeds": torch.randn(1, 1, 32, device=device), "cache": cache}
     with torch.no_grad():
         model(**step)
