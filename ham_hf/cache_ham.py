@@ -600,6 +600,14 @@ def _check_crop(tokens_to_remove: object) -> int:
     return -tokens_to_remove
 
 
+def _trimmed(padding: torch.Tensor) -> torch.Tensor | None:
+    """`[B, n]` bool up to the last column that holds padding, `None` if none does; a GPU is not waited for."""
+    if padding.device.type != "cpu":
+        return padding
+    columns = padding.any(0).nonzero()
+    return padding[:, : int(columns[-1]) + 1].clone() if len(columns) else None
+
+
 def checked_rows(indices: object, batch: int) -> torch.Tensor:
     """Row numbers `[n]` int64, or bools `[batch]`, from a tensor or a list; `TypeError` or `ValueError` otherwise."""
     expected = f"a tensor or list of row numbers below {batch}, or {batch} bools"
@@ -736,7 +744,7 @@ class HAMCache(Cache):
         if real is None:
             return
         known = real.new_zeros(len(real), 0) if self._padding is None else self._padding.to(real.device)
-        self._padding = torch.cat([F.pad(known, (0, before - known.shape[1])), ~real], dim=1)
+        self._padding = _trimmed(torch.cat([F.pad(known, (0, before - known.shape[1])), ~real], dim=1))
 
     def _known_fingerprint(self) -> dict[str, str] | None:
         model = None if self._model is None else self._model()
@@ -761,7 +769,7 @@ class HAMCache(Cache):
         with self.changing("crop"):
             super().crop(tokens_to_remove)
             if self._padding is not None:
-                self._padding = self._padding[:, : self.layers[0].seen_tokens]
+                self._padding = _trimmed(self._padding[:, : self.layers[0].seen_tokens])
 
     def stop_past_recording(self) -> None:
         """Makes every token final, and ends what `activate_past_recording` began."""
@@ -777,7 +785,7 @@ class HAMCache(Cache):
         with self.changing("batch_select_indices"):
             super().batch_select_indices(rows)
             if self._padding is not None:
-                self._padding = self._padding[rows.to(self._padding.device)]
+                self._padding = _trimmed(self._padding[rows.to(self._padding.device)])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rearranges rows for beam search."""

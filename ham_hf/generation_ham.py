@@ -188,7 +188,7 @@ class HAMGenerationMixin(GenerationMixin):
         padding = None if ended_rows is None else ended_rows.padding()
         cache = inputs.get(CACHE_NAME)
         if inputs.get("attention_mask") is None and (
-            padding is not None or (cache is not None and cache.past_real() is not None)
+            padding is not None or (isinstance(cache, HAMCache) and cache.past_real() is not None)
         ):
             # Transformers drops a mask of ones only; what the cache holds must not contradict it all the same.
             new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
