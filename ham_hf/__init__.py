@@ -1,34 +1,12 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Hybrid Associative Memories for Hugging Face Transformers; importing it registers the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import sys
+from typing import TYPE_CHECKING, Any
 
-from .cache_ham import HAMCache
-from .configuration_ham import HAMConfig
-from .modeling_ham import (
-    HAMForCausalLM,
-    HAMForQuestionAnswering,
-    HAMForSequenceClassification,
-    HAMForTokenClassification,
-    HAMModel,
-    HAMPreTrainedModel,
-)
+import ham_hf_command
 
 __version__ = "0.1.0"
-
-AutoConfig.register("ham", HAMConfig)
-AutoModel.register(HAMConfig, HAMModel)
-AutoModelForCausalLM.register(HAMConfig, HAMForCausalLM)
-AutoModelForSequenceClassification.register(HAMConfig, HAMForSequenceClassification)
-AutoModelForTokenClassification.register(HAMConfig, HAMForTokenClassification)
-AutoModelForQuestionAnswering.register(HAMConfig, HAMForQuestionAnswering)
 
 __all__ = [
     "HAMCache",
@@ -40,3 +18,31 @@ __all__ = [
     "HAMModel",
     "HAMPreTrainedModel",
 ]
+
+
+def _imported_by_the_command() -> bool:
+    """Whether `ham-hf` or `python -m ham_hf.cli` starts; while Python looks for a `-m` module, `argv` begins so."""
+    return ham_hf_command.running or (sys.argv[:1] == ["-m"] and "ham_hf.cli" in sys.orig_argv)
+
+
+# The command must answer `--help` or a wrong path at once: it imports PyTorch, and registers, when it needs a model.
+if TYPE_CHECKING or not _imported_by_the_command():
+    from .auto_classes import (
+        HAMCache,
+        HAMConfig,
+        HAMForCausalLM,
+        HAMForQuestionAnswering,
+        HAMForSequenceClassification,
+        HAMForTokenClassification,
+        HAMModel,
+        HAMPreTrainedModel,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """A public class in the process of a command, where it is imported, and registered, by the first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import auto_classes
+
+    return getattr(auto_classes, name)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -22,8 +23,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import ham_hf
 import ham_hf.cli as cli
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, __version__
+from ham_hf.cli import demo
+from ham_hf.cli import models as cli_models
 from ham_hf.hub.push import Pushed
 from ham_hf.inspection import comparison
 from ham_hf.inspection.kept_tokens import Piece, numbered_text, pieces_of, printable, shaded_text, wrapped
@@ -128,9 +132,13 @@ def test_help_and_version(capsys):
         (["card", "--help"], "ham-hf card my-ham --results my-results --repo-id OWNER/my-ham"),
         (["push", "--help"], "ham-hf push my-ham OWNER/my-ham --private"),
         (["run", "--help"], "transformers serve"),
+        ([], "ham-hf demo"),
     ):
-        with pytest.raises(SystemExit, match=r"^0$"):
-            cli.main(arguments)
+        if arguments:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                cli.main(arguments)
+        else:
+            assert cli.main([]) == 0
         assert expected in capsys.readouterr().out
 
 
@@ -144,17 +152,85 @@ def test_run_hands_its_arguments_to_another_command(capsys, monkeypatch):
     assert "'no-such-tool'" in refusal(capsys, "run", "no-such-tool", "--help")
 
 
-# Where torchao is installed Transformers imports it, and it writes to stderr: what is ours is looked at without it.
-WITHOUT_TORCHAO = (
-    "import runpy, sys; sys.modules['torchao'] = None; runpy.run_module('ham_hf.cli', run_name='__main__')"
+# The installed script, for the code of this folder; and what a call imported, for calls that import next to nothing.
+COMMAND = "import sys; from ham_hf_command import main; sys.exit(main())"
+AS_A_MODULE = """
+import runpy
+sys.argv[0], sys.orig_argv = "-m", ["python", "-m", "ham_hf.cli"]
+runpy.run_module("ham_hf.cli", run_name="__main__", alter_sys=True)
+"""
+LOOK_BEHIND = """
+import atexit, sys
+atexit.register(lambda: print([x for x in ("torch", "transformers", "rich") if x in sys.modules], file=sys.stderr))
+"""
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONIOENCODING": "utf-8",
+    "PYTHONPATH": str(Path(ham_hf.__file__).parents[1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        ([], 0),
+        *[([name, "--help"], 0) for name in ("generate", "demo", "train", "study", "card", "push", "run")],
+        (["train", "no/such/recipe.yaml"], 2),
+        (["study", "no/such/study.yaml", "--output", "x"], 2),
+        (["card", "no/such/folder"], 2),
+        (["push", "no/such/folder", "me/my-ham"], 2),
+        (["generate", "Ahab", "--model", "no/such/folder"], 2),
+        (["run", "no-such-tool"], 2),
+    ],
 )
+@pytest.mark.parametrize("program", [COMMAND, AS_A_MODULE], ids=["script", "module"])
+def test_help_and_wrong_paths_are_answered_at_once(arguments, status, program, tmp_path):
+    """Without torch, which takes ten seconds; by the installed script and by `python -m`."""
+    command = [sys.executable, "-c", LOOK_BEHIND + program, *arguments]
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
+    assert time.monotonic() - begin < 5, "0.2 s on an idle core"
+    *said, imported = done.stderr.splitlines()
+    assert imported == "[]"
+    assert done.returncode == status, done.stderr
+    assert len(said) == (1 if status else 0), said
+    assert bool(done.stdout) == (status == 0)
+
+
+AT_ONCE = """
+import pickle
+import ham_hf
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("ham")) is ham_hf.HAMConfig
+assert pickle.loads(pickle.dumps(ham_hf.HAMConfig())).to_dict() == ham_hf.HAMConfig().to_dict()
+"""
+LATER = """
+import ham_hf_command, sys
+ham_hf_command.running = True
+import ham_hf
+assert "torch" not in sys.modules and not hasattr(ham_hf, "HAMNothing")
+from ham_hf import HAMCache, HAMConfig, cache_ham
+from transformers import AutoModelForCausalLM
+assert HAMCache is cache_ham.HAMCache
+config = HAMConfig(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+assert type(AutoModelForCausalLM.from_config(config)) is ham_hf.HAMForCausalLM
+"""
+
+
+@pytest.mark.parametrize("program", [AT_ONCE, LATER], ids=["for users", "for the command"])
+def test_importing_the_package_registers_it(program):
+    """For users at once; in a process of the command with the first class that is asked for."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pipe_gets_the_whole_text_without_escape_codes(checkpoint):
-    command = [sys.executable, "-c", WITHOUT_TORCHAO, "generate", PROMPT, "--model", checkpoint]
+    """And stderr nothing, whatever torchao and PyTorch have to say about each other."""
+    command = [sys.executable, "-c", COMMAND, "generate", PROMPT, "--model", checkpoint]
     command += ["--max-new-tokens", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
     output = done.stdout.decode()
     assert PROMPT in output
@@ -251,8 +327,8 @@ def test_one_token_prompt(capsys, checkpoint):
 
 
 def test_demo_runs_from_all_tokens_to_none(capsys, monkeypatch, checkpoint, calibrated_checkpoint):
-    for path, settings in ((checkpoint, cli.DEMO_THRESHOLDS), (calibrated_checkpoint, cli.DEMO_USAGES)):
-        monkeypatch.setattr(cli, "EMBEDDED_CHECKPOINT", path)
+    for path, settings in ((checkpoint, demo.THRESHOLDS), (calibrated_checkpoint, demo.USAGES)):
+        monkeypatch.setattr(cli_models, "EMBEDDED_CHECKPOINT", path)
         assert cli.main(["demo", "--max-new-tokens", "1"]) == 0
         table = rows(capsys.readouterr().out)
         assert [row[0] for row in table] == [f"{x:g}" for x in settings]
@@ -307,7 +383,6 @@ def test_refused_prompts(capsys, checkpoint, tmp_path, monkeypatch):
     assert "UTF-8" in message("caf\udce9")
     assert "--score" in message("a", "--score")
     assert "'a'" in message("--threshold", "0.5", "a")  # PROMPT behind --threshold: the message says where it goes
-    assert "generate|demo|train|study|card|push|run" in refusal(capsys)
 
 
 def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatch):
@@ -320,7 +395,7 @@ def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatc
     (tmp_path / "nothing").mkdir()
     assert "config.json" in message(tmp_path / "nothing")
     assert "no folder" in message(tmp_path / "missing")
-    monkeypatch.setattr(cli, "EMBEDDED_CHECKPOINT", tmp_path / "missing")
+    monkeypatch.setattr(cli_models, "EMBEDDED_CHECKPOINT", tmp_path / "missing")
     assert "lacks its checkpoint" in refusal(capsys, "demo")
 
     other = copy("other")
@@ -452,7 +527,10 @@ def test_refused_pushes(capsys, checkpoint, tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     assert "OWNER/NAME" in refusal(capsys, "push", checkpoint)
-    assert "`repo_id`" in refusal(capsys, "push", checkpoint, "./my-ham")
+    for name in ("./my-ham", "../my-ham", "/srv/my-ham", str(tmp_path)):
+        message = refusal(capsys, "push", checkpoint, name)
+        assert "push uploads to the Hub" in message
+        assert f"cp -r {checkpoint} {name}" in message
     assert "missing" in refusal(capsys, "push", tmp_path / "missing", "me/my-ham")
     monkeypatch.setattr(HfApi, "create_repo", fail)
     assert "no route" in refusal(capsys, "push", checkpoint, "me/my-ham")
@@ -466,7 +544,7 @@ def test_interruption_and_lack_of_memory_end_in_one_line(capsys, monkeypatch, er
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.setattr(demo, "load", fail)
     assert cli.main(["demo"]) == status
     assert capsys.readouterr().err.strip().count("\n") == 0
 

@@ -252,7 +252,7 @@ def test_names_that_no_repository_can_have(hub, folder, repo_id):
 
 def test_a_path_is_no_repository(hub, folder, monkeypatch):
     monkeypatch.chdir(folder.parents[1])
-    with pytest.raises(ValueError, match="path here"):
+    with pytest.raises(ValueError, match="path on this machine"):
         push_folder(folder, f"{folder.parent.name}/{folder.name}")
     assert not hub.calls
 

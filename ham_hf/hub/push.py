@@ -106,7 +106,7 @@ def push_folder(
         ValueError: if `folder` is not a whole HAM checkpoint, a file in it does not hold what it should, or `repo_id`
             cannot be the name of a repository; nothing was sent then.
     """
-    check_repo_id(repo_id)
+    check_repo_id(repo_id, folder)
     checkpoint, sources = read_checkpoint(folder), read_sources(folder)
     # As it is, not as it would be written again.
     card = None if card_in(folder) is None else (folder / REPOCARD_NAME).read_bytes()
@@ -131,14 +131,23 @@ def push_folder(
     return Pushed(repo_id, commit, sorted({*files, REPOCARD_NAME}), size, origin, code, sorted(kept_back))
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raises `ValueError` for what cannot be the name of a repository, such as a path."""
+def check_repo_id(repo_id: str, folder: Path | None = None) -> None:
+    """Raises `ValueError` for what cannot be the name of a repository, such as a path, where `folder` could be copied.
+
+    Args:
+        repo_id: `"OWNER/NAME"` or `"NAME"`.
+        folder: the checkpoint that is to be pushed.
+    """
+    if repo_id.startswith((".", "/", "~")) or ("/" in repo_id and Path(repo_id).exists()):
+        copy = "" if folder is None else f" To have the checkpoint there, copy it: cp -r {folder} {repo_id}"
+        raise ValueError(
+            f"`repo_id` must be OWNER/NAME on the Hub, got {repo_id!r}, a path on this machine: push uploads to the "
+            f"Hub.{copy}"
+        )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"`repo_id` must be OWNER/NAME, got {repo_id!r}: {error}") from error
-    if "/" in repo_id and Path(repo_id).exists():
-        raise ValueError(f"`repo_id` must be OWNER/NAME on the Hub, got {repo_id!r}, which is a path here.")
 
 
 def open_repository(

@@ -1,0 +1,71 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Arguments and errors that the commands share."""
+
+import argparse
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class CommandError(Exception):
+    """The one line that tells the user why a command cannot be carried out."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that explains an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error for `main` to print."""
+        raise CommandError(message)
+
+
+def add_command(commands: Any, name: str, help_text: str, description: str, epilog: str | None = None) -> Parser:
+    """Adds a command to those of `build_parser`; its parser takes the rest."""
+    parser: Parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def number(expected: str, low: float, high: float, convert: type = float) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` to `high`; anything else is answered with what was `expected`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+            valid = low <= value <= high  # false for NaN
+        except ValueError:
+            valid = False
+        if not valid:
+            shown = textwrap.shorten(text, 40, placeholder=" ...")
+            raise argparse.ArgumentTypeError(f"got {shown!r}, takes {expected}")
+        return value
+
+    return parse
+
+
+@contextmanager
+def failing_as(message: str, width: int = 160) -> Iterator[None]:
+    """Turns any failure into a `CommandError`: a broken checkpoint fails in as many ways as libraries read it."""
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), width, placeholder=" ...") or type(error).__name__
+        raise CommandError(f"{message}: {reason}") from error
+
+
+def check_checkpoint_folder(folder: Path, argument: str) -> None:
+    """Refuses what is no folder with a config.json, before anything is imported to read it."""
+    if not folder.is_dir():
+        raise CommandError(f"{argument}: there is no folder {folder}, takes the folder of a HAM checkpoint")
+    if not (folder / "config.json").is_file():
+        raise CommandError(f"{argument}: the folder {folder} holds no config.json, takes a HAM checkpoint")

@@ -1,0 +1,91 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""`ham-hf study`: trains small models of every kind and compares what they recall and keep."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .arguments import CommandError, add_command, failing_as, number
+from .libraries import import_transformers
+from .models import pick_device
+
+STUDIES = Path(__file__).parents[1] / "evaluation" / "study"
+
+EXAMPLES = """\
+examples:
+  ham-hf study cpu --output my-study --parts recall gradients
+  ham-hf study cpu --output my-study --corpus CORPUS --tokenizer TOKENIZER
+  ham-hf study my-study.yaml --output my-study --device cuda
+  ham-hf study cpu --output model_cards/study --report
+
+STUDY is cpu, gpu or a YAML file like theirs. Every model's result is stored in OUTPUT when it is done, so the same
+command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
+python -m ham_hf.training.corpus and python -m ham_hf.training.tokenizer.
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "study",
+        "train small models of every kind and compare what they recall and keep",
+        "Trains small models of every kind, and tells and draws what they recall, keep and predict.",
+        EXAMPLES,
+    )
+    whole = number("a whole number from 1", 1, 2**31, int)
+    parser.add_argument("study", metavar="STUDY", help="cpu, gpu or a YAML file")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where results and plots go")
+    parser.add_argument("--parts", metavar="PART", nargs="+", help="of the study (default: all)")
+    parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, for language")
+    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
+    parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--report", action="store_true", help="train nothing: tell and draw all that is stored")
+    parser.set_defaults(execute=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """`ham-hf study`."""
+    if arguments.report and arguments.parts:
+        raise CommandError("argument --parts: not with --report, which tells of all parts that have results")
+    if find_spec("matplotlib") is None:  # found out before the training, not behind it
+        raise CommandError("the plots need matplotlib, which the extra `eval` brings: pip install 'ham-hf[eval]'")
+    if not Path(arguments.study).is_file() and not (STUDIES / f"{arguments.study}.yaml").is_file():
+        known = ", ".join(sorted(x.stem for x in STUDIES.glob("*.yaml")))
+        raise CommandError(
+            f"argument STUDY: there is no file {arguments.study!r}, takes a YAML file or one of {known}"
+        )
+    import_transformers()
+    import torch
+
+    from ham_hf.evaluation.study.language import Texts
+    from ham_hf.evaluation.study.report import write_report
+    from ham_hf.evaluation.study.study import check_results, jobs_of, parts_of, read_results, read_study, run_study
+
+    with failing_as("argument STUDY"):
+        study = read_study(arguments.study)
+    parts = arguments.parts or parts_of(study)
+    for part in parts:
+        if part not in study:
+            raise CommandError(f"argument --parts: got {part!r}, takes some of {', '.join(study.keys() - {'arms'})}")
+    texts = None
+    if "language" in parts and not arguments.report:
+        if arguments.corpus is None or arguments.tokenizer is None:
+            raise CommandError("argument --corpus: language needs it and --tokenizer; or give other --parts")
+        with failing_as("argument --corpus"):
+            texts = Texts(arguments.corpus, arguments.tokenizer)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with failing_as("argument STUDY"):
+        jobs = list(jobs_of(study))
+    with failing_as("argument --output"):
+        check_results(jobs, arguments.output)
+    if not arguments.report:
+        wanted = [job for job in jobs if job.part in parts]
+        run_study(wanted, arguments.output, texts, str(pick_device(arguments.device)))
+    with failing_as("argument --output"):
+        written = write_report(read_results(jobs, arguments.output), list(study["arms"]), arguments.output)
+    print((arguments.output / "study.md").read_text())
+    print(f"Wrote {', '.join(map(str, written))}")
