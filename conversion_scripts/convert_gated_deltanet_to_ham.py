@@ -33,7 +33,7 @@ from ham_hf import HAMConfig
 from ham_hf.hub.conversion import VERIFIED_ROWS, Conversion, Requirement, main
 from ham_hf.hub.features import same_fields
 from ham_hf.hub.memories import INERT_ATTENTION, doubled, halved, new_attention, shut_attention
-from ham_hf.hub.shards import Recipe, copied
+from ham_hf.hub.shards import TensorRule, copied
 
 # What a token of a block of values takes in fla's recurrent kernel under the interpreter, in seconds.
 INTERPRETED_STEP, VALUE_BLOCK = 0.01, 8
@@ -126,8 +126,8 @@ def first_of(rows: torch.Tensor, heads: int, times: int) -> torch.Tensor:
     return rows.unflatten(0, (heads, times, -1))[:, 0].flatten(0, 1)
 
 
-def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the HAM."""
+def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the HAM."""
     heads = source.num_heads
     repeat = partial(repeated, heads=heads, times=config.num_attention_heads // heads)
 
@@ -138,16 +138,16 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
         yield copied(name, source_name)
     for i in range(config.num_hidden_layers):
         mixer, rnn = f"model.layers.{i}.mixer", f"model.layers.{i}.attn"
-        yield Recipe(f"{mixer}.q_proj.weight", (f"{rnn}.q_proj.weight",), repeat)
-        yield Recipe(f"{mixer}.k_proj.weight", (f"{rnn}.k_proj.weight",), repeat)
+        yield TensorRule(f"{mixer}.q_proj.weight", (f"{rnn}.q_proj.weight",), repeat)
+        yield TensorRule(f"{mixer}.k_proj.weight", (f"{rnn}.k_proj.weight",), repeat)
         convolutions = tuple(f"{rnn}.{x}_conv1d.weight" for x in "qkv")
-        yield Recipe(f"{mixer}.conv.weight", convolutions, joined_convolution)
+        yield TensorRule(f"{mixer}.conv.weight", convolutions, joined_convolution)
         yield doubled(f"{mixer}.o_proj.weight", f"{rnn}.o_proj.weight")
         yield from new_attention(mixer, config)
 
 
-def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the source."""
+def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the source."""
     heads = source.num_heads
     first = partial(first_of, heads=heads, times=config.num_attention_heads // heads)
 
@@ -159,10 +159,10 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
         yield copied(source_name, name)
     for i in range(config.num_hidden_layers):
         mixer, rnn = f"model.layers.{i}.mixer", f"model.layers.{i}.attn"
-        yield Recipe(f"{rnn}.q_proj.weight", (f"{mixer}.q_proj.weight",), first)
-        yield Recipe(f"{rnn}.k_proj.weight", (f"{mixer}.k_proj.weight",), first)
+        yield TensorRule(f"{rnn}.q_proj.weight", (f"{mixer}.q_proj.weight",), first)
+        yield TensorRule(f"{rnn}.k_proj.weight", (f"{mixer}.k_proj.weight",), first)
         for n, x in enumerate("qkv"):
-            yield Recipe(f"{rnn}.{x}_conv1d.weight", (f"{mixer}.conv.weight",), partial(convolution, n))
+            yield TensorRule(f"{rnn}.{x}_conv1d.weight", (f"{mixer}.conv.weight",), partial(convolution, n))
         yield halved(f"{rnn}.o_proj.weight", f"{mixer}.o_proj.weight")
 
 

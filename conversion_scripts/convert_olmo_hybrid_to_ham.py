@@ -31,7 +31,7 @@ from ham_hf.hub.features import (
     same_fields,
 )
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
-from ham_hf.hub.shards import Recipe, copied
+from ham_hf.hub.shards import TensorRule, copied
 
 # In the source's code, not in its configuration.
 OUTPUT_NORM_EPS = 1e-5
@@ -117,8 +117,8 @@ def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
                 yield f"{mixer}.{x}_proj.bias", f"{source_mixer}.{x}_proj.bias"
 
 
-def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the HAM."""
+def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the HAM."""
     for name, source_name in shared_names(config):
         yield copied(name, source_name)
     for layer_type, mixer, source_mixer in layers(config):
@@ -128,15 +128,15 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
             continue
         # Wherever the source cuts: Transformers saves three parts of about the same size.
         parts = tuple(f"{source_mixer}.{x}_conv1d.weight" for x in "qkv")
-        yield Recipe(f"{mixer}.conv.weight", parts, lambda *x: torch.cat(x).squeeze(1))
+        yield TensorRule(f"{mixer}.conv.weight", parts, lambda *x: torch.cat(x).squeeze(1))
         if config.attention_bias:
             sizes = [*config.layer_shape(layer_type).channels, config.hidden_size]
             for x, size in zip("qkvo", sizes, strict=True):
-                yield Recipe(f"{mixer}.{x}_proj.bias", (), partial(torch.zeros, size))
+                yield TensorRule(f"{mixer}.{x}_proj.bias", (), partial(torch.zeros, size))
 
 
-def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the source."""
+def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the source."""
     for name, source_name in shared_names(config):
         yield copied(source_name, name)
     sizes = config.layer_shape("linear_attention").channels
@@ -149,7 +149,7 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
             yield halved(f"{source_mixer}.o_proj.weight", f"{mixer}.o_proj.weight")
             continue
         for i, x in enumerate("qkv"):
-            yield Recipe(f"{source_mixer}.{x}_conv1d.weight", (f"{mixer}.conv.weight",), partial(part, i))
+            yield TensorRule(f"{source_mixer}.{x}_conv1d.weight", (f"{mixer}.conv.weight",), partial(part, i))
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:

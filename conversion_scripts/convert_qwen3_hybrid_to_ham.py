@@ -23,7 +23,7 @@ from ham_hf import HAMConfig
 from ham_hf.hub.conversion import Conversion, Requirement, main
 from ham_hf.hub.features import LAYER_TYPES, LINEAR_FIELDS, TRANSFORMER_FIELDS, check_linear_hybrid, same_fields
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, new_rnn, shut_rnn
-from ham_hf.hub.shards import Recipe, copied
+from ham_hf.hub.shards import TensorRule, copied
 from ham_hf.modeling_ham import HAMRotaryEmbedding, partial_rotary_order
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -156,8 +156,8 @@ def in_order(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return weight[order]
 
 
-def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the HAM."""
+def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the HAM."""
     for name, source_name in shared_names(config):
         yield copied(name, source_name)
     for i, layer_type in enumerate(config.layer_types):
@@ -167,19 +167,19 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
         for projection in projections(source, layer_type):
             for part in projection.rows:
                 split = partial(projection.split, part=part, order=orders.get(part))
-                yield Recipe(f"{mixer}.{part}_proj.weight", (f"{layer}.{projection.name}.weight",), split)
+                yield TensorRule(f"{mixer}.{part}_proj.weight", (f"{layer}.{projection.name}.weight",), split)
         if layer_type == "hybrid":
             for part, order in orders.items():
                 norm = f"{part}_norm.weight"
-                yield Recipe(f"{mixer}.{norm}", (f"{layer}.{norm}",), partial(in_order, order=order))
+                yield TensorRule(f"{mixer}.{norm}", (f"{layer}.{norm}",), partial(in_order, order=order))
             yield doubled(f"{mixer}.o_proj.weight", f"{layer}.o_proj.weight")
             yield from new_rnn(mixer, config)
         else:
-            yield Recipe(f"{mixer}.conv.weight", (f"{layer}.conv1d.weight",), lambda x: x.squeeze(1))
+            yield TensorRule(f"{mixer}.conv.weight", (f"{layer}.conv1d.weight",), lambda x: x.squeeze(1))
 
 
-def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the source."""
+def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the source."""
     for name, source_name in shared_names(config):
         yield copied(source_name, name)
     for i, layer_type in enumerate(config.layer_types):
@@ -189,14 +189,14 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
         for projection in projections(source, layer_type):
             parts = tuple(f"{mixer}.{part}_proj.weight" for part in projection.rows)
             join = partial(projection.join, orders=[orders.get(part) for part in projection.rows])
-            yield Recipe(f"{layer}.{projection.name}.weight", parts, join)
+            yield TensorRule(f"{layer}.{projection.name}.weight", parts, join)
         if layer_type == "hybrid":
             for part, order in orders.items():
                 norm = f"{part}_norm.weight"
-                yield Recipe(f"{layer}.{norm}", (f"{mixer}.{norm}",), partial(in_order, order=order.argsort()))
+                yield TensorRule(f"{layer}.{norm}", (f"{mixer}.{norm}",), partial(in_order, order=order.argsort()))
             yield halved(f"{layer}.o_proj.weight", f"{mixer}.o_proj.weight")
         else:
-            yield Recipe(f"{layer}.conv1d.weight", (f"{mixer}.conv.weight",), lambda x: x.unsqueeze(1))
+            yield TensorRule(f"{layer}.conv1d.weight", (f"{mixer}.conv.weight",), lambda x: x.unsqueeze(1))
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:

@@ -20,7 +20,7 @@ from ham_hf import HAMConfig
 from ham_hf.hub.conversion import Conversion, Requirement, main
 from ham_hf.hub.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields
 from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
-from ham_hf.hub.shards import Recipe, copied
+from ham_hf.hub.shards import TensorRule, copied
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -78,22 +78,22 @@ def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
             yield f"model.layers.{i}.{name}", f"model.layers.{i}.{name}"
 
 
-def to_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the HAM."""
+def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the HAM."""
     for name, source_name in shared_names(config):
         yield copied(name, source_name)
     for i in range(config.num_hidden_layers):
         mixer, attention = f"model.layers.{i}.mixer", f"model.layers.{i}.self_attn"
         yield doubled(f"{mixer}.o_proj.weight", f"{attention}.o_proj.weight")
         if source.model_type == "qwen2":
-            yield Recipe(f"{mixer}.o_proj.bias", (), lambda: torch.zeros(config.hidden_size))
+            yield TensorRule(f"{mixer}.o_proj.bias", (), lambda: torch.zeros(config.hidden_size))
         elif config.attention_bias:
             yield copied(f"{mixer}.o_proj.bias", f"{attention}.o_proj.bias")
         yield from new_rnn(mixer, config)
 
 
-def from_ham(source: Any, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for every tensor of the source."""
+def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for every tensor of the source."""
     for name, source_name in shared_names(config):
         yield copied(source_name, name)
     for i in range(config.num_hidden_layers):

@@ -1,8 +1,11 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What is asked of a checkpoint's files before anything is read from them or memory is taken for them."""
+"""Checks of a checkpoint's files before anything is read or memory is taken; who may read those that are written."""
 
+import errno
 import math
 import os
+import stat
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -16,6 +19,11 @@ HOW_TO_CONVERT = (
 # a new head are missing. A model of few needs no files at all.
 MOST_PARAMETERS = 16
 FEW_PARAMETERS = 2**22
+# What `save_pretrained` writes: a model, or an adapter alone.
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+# The permissions that safetensors gives what it writes.
+PRIVATE = 0o600
+SAVED_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 
 
 def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> None:
@@ -41,3 +49,21 @@ def check_size(model: nn.Module, files: list[str]) -> None:
             f"The configuration asks for {wanted} parameters, the files hold {held}, less than one in "
             f"{MOST_PARAMETERS}: the checkpoint is damaged, or of another model."
         )
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Refuses, with `NotADirectoryError`, a file as the folder to save to: Transformers would log that and go on."""
+    if os.path.isfile(path):
+        raise NotADirectoryError(errno.ENOTDIR, "A model is saved to a folder, not to a file", os.fspath(path))
+
+
+def share_weights(folder: str | os.PathLike) -> None:
+    """Gives the weights just saved to `folder` the permissions of the configuration, which followed the umask."""
+    config = next((x for x in map(Path(folder).joinpath, CONFIGURATIONS) if x.is_file()), None)
+    if config is None:  # a process that saves nothing
+        return
+    permissions = stat.S_IMODE(config.stat().st_mode)
+    for pattern in SAVED_WEIGHTS:
+        for path in Path(folder).glob(pattern):
+            if stat.S_IMODE(path.stat().st_mode) == PRIVATE:
+                path.chmod(permissions)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -44,7 +45,7 @@ from .inputs_ham import (
     packed_documents,
     token_layout,
 )
-from .loading_ham import HOW_TO_CONVERT, check_files, check_size
+from .loading_ham import HOW_TO_CONVERT, check_files, check_folder, check_size, share_weights
 from .ops_ham import (
     decode_kernel,
     exporting,
@@ -770,6 +771,18 @@ class HAMPreTrainedModel(PreTrainedModel):
         init.normal_(router.up_proj.weight, std=router.up_proj.in_features**-0.5)
         # Of a unit normal `x`, the mean square of SiLU(x) is 0.36.
         init.normal_(router.down_proj.weight, std=(0.36 * router.down_proj.in_features) ** -0.5)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves as Transformers does, but where that fails in silence, or in other words, an `OSError` names the path.
+
+        The weights may be read by whoever may read the configuration: safetensors leaves them to the owner alone.
+        """
+        check_folder(save_directory)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"Cannot write the weights to {save_directory}: {error}") from error
+        share_weights(save_directory)
 
     @wraps(PreTrainedModel.push_to_hub)
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is

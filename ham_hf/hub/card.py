@@ -1,6 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The model card of a checkpoint: what its files and its measurements say, and nothing that they do not."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.checkpoint import Checkpoint
 from ham_hf.hub.shards import DTYPES
-from ham_hf.hub.sources import LICENCE_FIELDS, Sources
+from ham_hf.hub.sources import LICENCE_FIELDS, Sources, check_depth
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Tells a card that may be written anew from one that someone wrote.
@@ -48,6 +50,8 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
     evaluation = sources.metadata.get("evaluation", {})
     content = {
         "marker": MARKER,
+        "prose": prose,
+        "error_figure": error_figure,
         "name": name,
         "sections": sources.sections,
         "parameters": None if is_quantized(checkpoint.config) else f"{sum(checkpoint.parameters.values()):,}",
@@ -80,6 +84,16 @@ def quotable(value: Any) -> Any:
     return " ".join(value.split()).replace("`", "'") if isinstance(value, str) else value
 
 
+def prose(text: str) -> str:
+    """A quotable text as Markdown shows it outside of code: it begins no HTML, link, picture or cell of a table."""
+    return re.sub(r"([\[\]|])", r"\\\1", html.escape(text, quote=False))
+
+
+def error_figure(value: float) -> str:
+    """A difference of logits, with two digits wherever it is told."""
+    return f"{value:.1e}"
+
+
 def placeholder(name: str) -> str:
     """What stands for a repository whose owner is not known; the code in a card has it between quotes."""
     try:
@@ -92,12 +106,17 @@ def placeholder(name: str) -> str:
 def card_in(folder: Path) -> ModelCard | None:
     """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
     path = folder / REPOCARD_NAME
-    if not path.is_file():
-        return None
+    return load_card(path) if path.is_file() else None
+
+
+def load_card(path: str | Path) -> ModelCard:
+    """The model card in a file; `ValueError` if the Hub could not read its metadata."""
     try:
-        return ModelCard.load(path)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+        card = ModelCard.load(path)
+        check_depth("its metadata", vars(card.data))
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
+    return card
 
 
 def missing_from(sources: Sources, repo_id: str | None) -> list[str]:

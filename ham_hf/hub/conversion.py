@@ -32,12 +32,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ham_hf import HAMConfig, HAMForCausalLM, __version__
-from ham_hf.files import write_whole
+from ham_hf.files import remove_unfinished, write_whole
 from ham_hf.generation_ham import ROUTING_ARGUMENTS
 
-from .card import build_card, card_in
+from .card import build_card, card_in, error_figure
 from .checkpoint import read_checkpoint
-from .shards import Recipe, Weights, check_recipes, write_shards
+from .shards import TensorRule, Weights, check_rules, write_shards
 from .sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
 
 # Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
@@ -111,15 +111,15 @@ class Conversion:
         script: the script's file name.
         model_types: the `model_type`s that it reads.
         ham_config: the HAM that computes what a configuration does; `ValueError` names a feature that HAM lacks.
-        to_ham: recipes for every tensor of the HAM.
-        from_ham: recipes for every tensor of the source.
+        to_ham: rules for every tensor of the HAM.
+        from_ham: rules for every tensor of the source.
         requirements: what must hold of a HAM for the way back.
         prepare: imports what Transformers must know of the source; `ImportError` says what to install.
         logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
         source_code: what computes them, for the card, given the architecture.
         empty_source: the source's model of a configuration, with the tensors that its files hold.
         rename: turns a tensor's name in the source's files, of which there may be several, into the one that the
-            recipes use.
+            rules use.
         inert: a pattern of the HAM's tensors that only its shut memory reads.
         summary: what the new HAM is at first, for the user.
         left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
@@ -129,8 +129,8 @@ class Conversion:
     script: str
     model_types: tuple[str, ...]
     ham_config: Callable[[Any], HAMConfig]
-    to_ham: Callable[[Any, HAMConfig], Iterable[Recipe]]
-    from_ham: Callable[[Any, HAMConfig], Iterable[Recipe]]
+    to_ham: Callable[[Any, HAMConfig], Iterable[TensorRule]]
+    from_ham: Callable[[Any, HAMConfig], Iterable[TensorRule]]
     requirements: Callable[[Any, HAMConfig], Iterable[Requirement]]
     inert: str
     summary: str
@@ -222,15 +222,15 @@ class Run:
         ham_config = conversion.ham_config(config)
         old = Weights(self.source, conversion.rename)
         ham_config.dtype = old.main_dtype()
-        recipes = {recipe.name: recipe for recipe in conversion.to_ham(config, ham_config)}
+        rules = {rule.name: rule for rule in conversion.to_ham(config, ham_config)}
         left_out = self._left_out(old, config)
         shapes = shapes_of(HAMForCausalLM, ham_config)
-        check_recipes(recipes, shapes, left_out, old)
+        check_rules(rules, shapes, left_out, old)
         self._resume_or_begin(old)
         ham_config.architectures = ["HAMForCausalLM"]
         ham_config.save_pretrained(self.partial)
         self._copy_companions()
-        self._write(old, recipes, shapes)
+        self._write(old, rules, shapes)
         self._record(config, config_json, left_out - {"lm_head.weight"})
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
         write_whole(self.partial / REPOCARD_NAME, str(card))
@@ -306,15 +306,15 @@ class Run:
                     f"The way back would lose something: {requirement.name} {requirement.says}. A HAM that was "
                     "trained with both memories has no counterpart among its sources."
                 )
-        recipes = {recipe.name: recipe for recipe in conversion.from_ham(config, ham_config)}
+        rules = {rule.name: rule for rule in conversion.from_ham(config, ham_config)}
         implied = {requirement.name for requirement in conversion.requirements(config, ham_config)}
         implied |= {name for name in old.names() if re.search(conversion.inert, name)}
         shapes = shapes_of(conversion.empty_source, config)
-        check_recipes(recipes, shapes, implied, old)
+        check_rules(rules, shapes, implied, old)
         self._resume_or_begin(old)
         write_whole(self.partial / CONFIG_NAME, text)
         self._copy_companions()
-        self._write(old, recipes, shapes)
+        self._write(old, rules, shapes)
         self._verify(self.partial, self.source, config)
         self._finish()
 
@@ -340,11 +340,11 @@ class Run:
             return tied
         return tied | {name for name in old.names() if re.search(self.conversion.left_out, name)}
 
-    def _write(self, old: Weights, recipes: dict[str, Recipe], shapes: dict[str, torch.Size]) -> None:
+    def _write(self, old: Weights, rules: dict[str, TensorRule], shapes: dict[str, torch.Size]) -> None:
         size = sum(shape.numel() for shape in shapes.values())
         print(f"Reads {self.source}: {len(old.names())} tensors in {len(old.files)} file(s)")
         print(f"Writes {self.output}: {len(shapes)} tensors, {size / 1e6:,.1f} million parameters", flush=True)
-        write_shards(recipes, shapes, old, self.partial, self.arguments.max_shard_size)
+        write_shards(rules, shapes, old, self.partial, self.arguments.max_shard_size)
 
     def _resume_or_begin(self, old: Weights) -> None:
         """Keeps the shards that an interrupted run of the same command left, else starts afresh."""
@@ -362,6 +362,7 @@ class Run:
                 )
             if json.loads(self.state.read_text(encoding="utf-8")) == state:
                 print(f"Goes on with {self.partial}")
+                remove_unfinished(self.partial)
                 return
             shutil.rmtree(self.partial)
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -414,12 +415,14 @@ class Run:
         figures = compare_logits(self.conversion.logits(source, tokens), transformers_logits(ham, tokens))
         figures["source_code"] = self.conversion.source_code(name)
         print(
-            f"  largest difference {figures['max_abs_logit_error']:.1e} (allowed {figures['tolerance']:.1e}), mean "
-            f"{figures['mean_abs_logit_error']:.1e}, same likeliest token {figures['top1_agreement']:.1%}"
+            f"  largest difference {error_figure(figures['max_abs_logit_error'])} "
+            f"(allowed {error_figure(figures['tolerance'])}), mean {error_figure(figures['mean_abs_logit_error'])}, "
+            f"same likeliest token {figures['top1_agreement']:.1%}"
         )
         if not agree(figures):
             raise ValueError(
-                f"The two models must agree to {figures['tolerance']:.1e}, got {figures['max_abs_logit_error']:.1e}; "
+                f"The two models must agree to {error_figure(figures['tolerance'])}, got "
+                f"{error_figure(figures['max_abs_logit_error'])}; "
                 f"nothing was written but {self.partial}, for inspection: remove it with {self.state.name}."
             )
         return figures

@@ -15,7 +15,7 @@ from ham_hf import HAMConfig
 from ham_hf.routing_ham import NUM_QUANTILES
 
 from .conversion import Requirement
-from .shards import Recipe
+from .shards import TensorRule
 
 SHUT = -20.0
 KEEP_NOTHING = 1.01
@@ -24,8 +24,8 @@ INERT_RNN = r"\.mixer\.(conv\.weight|a_proj\.weight|b_proj\.weight|A_log|dt_bias
 INERT_ATTENTION = r"\.mixer\.(q_norm\.weight|k_norm\.weight|kv_norm\.weight|threshold|score_quantiles)$"
 
 
-def new_rnn(prefix: str, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for the RNN of a hybrid layer made from an attention layer: shut, while attention keeps every token.
+def new_rnn(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for the RNN of a hybrid layer made from an attention layer: shut, while attention keeps every token.
 
     The RNN reads the attention's own q, k and v: its convolution passes them on. Decays are spread as in a fresh HAM:
     `A` from 1 to 16, time steps log-spaced from 0.001 to 0.1; neither they nor the write strength (0.5, or 1 with
@@ -49,8 +49,8 @@ def new_rnn(prefix: str, config: HAMConfig) -> Iterator[Recipe]:
     yield from _gates(prefix, config, shut="rnn", threshold=0.0)
 
 
-def new_attention(prefix: str, config: HAMConfig) -> Iterator[Recipe]:
-    """Recipes for the attention of a hybrid layer made from a Gated DeltaNet layer: shut, and nothing is kept for it.
+def new_attention(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
+    """Rules for the attention of a hybrid layer made from a Gated DeltaNet layer: shut, and nothing is kept for it.
 
     Arguments as in `new_rnn`.
     """
@@ -60,14 +60,14 @@ def new_attention(prefix: str, config: HAMConfig) -> Iterator[Recipe]:
     yield from _gates(prefix, config, shut="kv", threshold=KEEP_NOTHING)
 
 
-def doubled(name: str, source: str) -> Recipe:
+def doubled(name: str, source: str) -> TensorRule:
     """An output projection behind a gate of 0.5: twice the source's, exactly."""
-    return Recipe(name, (source,), lambda x: x * 2)
+    return TensorRule(name, (source,), lambda x: x * 2)
 
 
-def halved(name: str, source: str) -> Recipe:
+def halved(name: str, source: str) -> TensorRule:
     """The way back of `doubled`."""
-    return Recipe(name, (source,), lambda x: x / 2)
+    return TensorRule(name, (source,), lambda x: x / 2)
 
 
 def shut_rnn(prefix: str) -> Iterator[Requirement]:
@@ -86,11 +86,11 @@ def is_zero(x: torch.Tensor) -> bool:
     return not x.any()
 
 
-def _new(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Recipe:
-    return Recipe(name, (), lambda: tensor, dtype)
+def _new(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> TensorRule:
+    return TensorRule(name, (), lambda: tensor, dtype)
 
 
-def _gates(prefix: str, config: HAMConfig, shut: str, threshold: float) -> Iterator[Recipe]:
+def _gates(prefix: str, config: HAMConfig, shut: str, threshold: float) -> Iterator[TensorRule]:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     for memory in ("rnn", "kv"):
         bias = torch.full((heads,), SHUT if memory == shut else 0.0)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from ham_hf.hub.card import build_card, card_in
+from ham_hf.hub.card import build_card, card_in, load_card
 from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
 from ham_hf.hub.sources import read_sources
 
@@ -169,7 +169,7 @@ def card_on_hub(api: HfApi, repo_id: str, revision: str | None, made: ModelCard)
     """The repository's card, its missing metadata taken from the one `made` here, or that one; and which it is."""
     if not api.file_exists(repo_id, REPOCARD_NAME, revision=revision):
         return made, "made of the checkpoint"
-    card = ModelCard.load(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision))
+    card = load_card(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision))
     for name, value in vars(made.data).items():
         if value is not None and card.data.get(name) is None:
             card.data[name] = value

@@ -3,7 +3,6 @@
 
 import collections
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ham_hf.files import write_whole
+from ham_hf.files import whole_file, write_whole
 
 from .sources import read_json
 
@@ -24,7 +23,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorRule:
     """How one tensor of a new checkpoint is made.
 
     Attributes:
@@ -40,9 +39,9 @@ class Recipe:
     dtype: torch.dtype | None = None
 
 
-def copied(name: str, source: str) -> Recipe:
+def copied(name: str, source: str) -> TensorRule:
     """The tensor `name`, equal to `source`."""
-    return Recipe(name, (source,), lambda x: x)
+    return TensorRule(name, (source,), lambda x: x)
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -120,14 +119,14 @@ class Weights:
         return self.files[shard].get_slice(stored_name)
 
 
-def check_recipes(
-    recipes: dict[str, Recipe], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Weights
+def check_rules(
+    rules: dict[str, TensorRule], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Weights
 ) -> None:
-    """Refuses, with `ValueError`, recipes that miss a tensor of the new model or leave one of the old unused."""
-    if recipes.keys() != shapes.keys():
-        missing, unknown = sorted(shapes.keys() - recipes.keys()), sorted(recipes.keys() - shapes.keys())
-        raise ValueError(f"The new model has no recipe for {missing[:5]}, and no place for {unknown[:5]}.")
-    read = {source for recipe in recipes.values() for source in recipe.sources}
+    """Refuses, with `ValueError`, rules that miss a tensor of the new model or leave one of the old unused."""
+    if rules.keys() != shapes.keys():
+        missing, unknown = sorted(shapes.keys() - rules.keys()), sorted(rules.keys() - shapes.keys())
+        raise ValueError(f"The new model has no rule for {missing[:5]}, and no place for {unknown[:5]}.")
+    read = {source for rule in rules.values() for source in rule.sources}
     missing = sorted(read - old.names())
     unread = sorted(old.names() - read - set(left_out))
     if missing:
@@ -137,12 +136,12 @@ def check_recipes(
 
 
 def write_shards(
-    recipes: dict[str, Recipe], shapes: dict[str, torch.Size], old: Weights, folder: Path, max_shard_size: str
+    rules: dict[str, TensorRule], shapes: dict[str, torch.Size], old: Weights, folder: Path, max_shard_size: str
 ) -> None:
     """Makes every tensor and writes it to `folder`, shard by shard; shards that are there already stay.
 
     Args:
-        recipes: by the name of what they make.
+        rules: by the name of what they make.
         shapes: of the new tensors.
         old: the checkpoint to make them from.
         folder: where the shards, and the index if there are several, go.
@@ -152,8 +151,8 @@ def write_shards(
         ValueError: if a tensor comes out in another shape than `shapes` has.
     """
     dtypes, main_dtype = {}, old.main_dtype()
-    for name, recipe in recipes.items():
-        dtypes[name] = recipe.dtype or (old.dtype(recipe.sources[0]) if recipe.sources else main_dtype)
+    for name, rule in rules.items():
+        dtypes[name] = rule.dtype or (old.dtype(rule.sources[0]) if rule.sources else main_dtype)
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()},
         max_shard_size=max_shard_size,
@@ -161,27 +160,26 @@ def write_shards(
     with tqdm(total=plan.metadata["total_size"], unit="B", unit_scale=True, desc="tensors") as bar:
         for filename, names in plan.filename_to_tensors.items():
             if not (folder / filename).is_file():
-                tensors = {name: _make(recipes[name], shapes[name], old).to(dtypes[name]) for name in names}
-                partial = folder / f"{filename}.writing"
-                save_file(tensors, partial, metadata={"format": "pt"})
-                os.replace(partial, folder / filename)
+                tensors = {name: _make(rules[name], shapes[name], old).to(dtypes[name]) for name in names}
+                with whole_file(folder / filename) as unfinished:
+                    save_file(tensors, unfinished, metadata={"format": "pt"})
             bar.update(sum(shapes[name].numel() * dtypes[name].itemsize for name in names))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_whole(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _make(recipe: Recipe, shape: torch.Size, old: Weights) -> torch.Tensor:
-    tensors = [old.get(source) for source in recipe.sources]
+def _make(rule: TensorRule, shape: torch.Size, old: Weights) -> torch.Tensor:
+    tensors = [old.get(source) for source in rule.sources]
     try:
-        tensor = recipe.make(*tensors)
+        tensor = rule.make(*tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"{recipe.name} cannot be made of {', '.join(recipe.sources)}: configuration and weights disagree; {error}"
+            f"{rule.name} cannot be made of {', '.join(rule.sources)}: configuration and weights disagree; {error}"
         ) from error
     if tensor.shape != shape:
         raise ValueError(
-            f"{recipe.name} must have the shape {list(shape)}, got {list(tensor.shape)} from "
-            f"{', '.join(recipe.sources)}: configuration and weights disagree."
+            f"{rule.name} must have the shape {list(shape)}, got {list(tensor.shape)} from "
+            f"{', '.join(rule.sources)}: configuration and weights disagree."
         )
     return tensor.contiguous()

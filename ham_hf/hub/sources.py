@@ -56,6 +56,10 @@ VERIFICATION_FIELDS = {
 }
 
 
+# How deep a file of metadata may be nested. Python follows a thousand calls, several for each level.
+DEEPEST = 100
+
+
 class Sources(NamedTuple):
     """What is known of a checkpoint beside its own files.
 
@@ -72,12 +76,24 @@ class Sources(NamedTuple):
     plot: Path | None
 
 
+def check_depth(where: str, content: Any) -> None:
+    """Raises `ValueError`, which says `where`, for dictionaries and lists nested more than `DEEPEST` deep."""
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [y for x in level if isinstance(x, dict | list) for y in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise ValueError(f"{where} is nested more than {DEEPEST} deep.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; `ValueError` if it holds something else."""
+    """The object that a JSON file holds; `ValueError` if it holds something else, or is nested too deep."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one too
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested more than {DEEPEST} deep.") from None
+    check_depth(str(path), content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content

@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ..configuration_ham import HAMConfig
+from ..hub.sources import DEEPEST
 from .control import UsageSchedule
 from .distillation import check_bias, check_mixture
 
@@ -436,6 +437,18 @@ def read_recipe(path: str | Path) -> TrainRecipe:
 
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice, and takes 1e-3 for the number that it is in YAML 1.2."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """What is read next; `yaml.YAMLError` if it lies deeper than anything would, and Python could follow."""
+        self._depth += 1
+        if self._depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {DEEPEST} deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A dictionary; `yaml.YAMLError` if a key comes twice."""

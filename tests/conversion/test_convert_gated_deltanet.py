@@ -216,11 +216,11 @@ def test_a_wrong_mapping_is_not_written(swap, source, module, convert, tmp_path,
     right = module.to_ham
 
     def confused(*arguments):
-        for recipe in right(*arguments):
+        for rule in right(*arguments):
             sources = [
-                name.replace(swap[0], "?").replace(swap[1], swap[0]).replace("?", swap[1]) for name in recipe.sources
+                name.replace(swap[0], "?").replace(swap[1], swap[0]).replace("?", swap[1]) for name in rule.sources
             ]
-            yield module.Recipe(recipe.name, tuple(sources), recipe.make, recipe.dtype)
+            yield module.TensorRule(rule.name, tuple(sources), rule.make, rule.dtype)
 
     wrong = dataclasses.replace(module.CONVERSION, to_ham=confused)
     arguments = [source(num_hidden_layers=1), tmp_path / "ham", "--verify-tokens", 6]

@@ -127,3 +127,9 @@ def test_files_of_two_formats_are_refused(read, tmp_path):
     (tmp_path / "b.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="of one format, got \\['json', 'text'\\]"):
         read(base=BASE.replace("/a.txt", ""))
+
+
+@pytest.mark.parametrize("depth", [101, 400, 1000, 50_000])
+def test_yaml_that_is_nested_too_deep_is_refused(read, depth):
+    with pytest.raises(ValueError, match=r"r\.yaml is not valid YAML: it is nested more than 100 deep"):
+        read("trainer: " + "[" * depth + "]" * depth)
