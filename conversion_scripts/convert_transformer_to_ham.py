@@ -7,6 +7,7 @@ keys and values and is shut, too far for training to find it: to keep less, rais
 from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
+  python conversion_scripts/convert_transformer_to_ham.py path/to/model.Q4_K_M.gguf model-ham
   python conversion_scripts/convert_transformer_to_ham.py qwen3-ham qwen3-again --back
 """
 
@@ -119,6 +120,7 @@ CONVERSION = Conversion(
     from_ham=from_ham,
     requirements=requirements,
     inert=INERT_RNN,
+    reads_gguf=True,
     left_out=r"\.rotary_emb\.inv_freq$",
     left_out_because="the configuration gives the frequencies of RoPE",
     summary="The attention of every layer is the source's and keeps every token; the RNN beside it is shut, so what a "

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 HOW_TO_CONVERT = (
@@ -36,12 +36,20 @@ def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> No
             raise ValueError(f"The index of the weights must name files beside it, got {name!r}.")
 
 
+def open_weights(path: str | os.PathLike) -> Any:
+    """An open safetensors file; `ValueError` that names it if it is none, or was cut off."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
 def check_size(model: nn.Module, files: list[str]) -> None:
     """Refuses, with `ValueError`, a model far larger than its files, before memory is taken for it."""
     held = 0
     for file in files:
         # Opening compares the header with the size of the file.
-        with safe_open(file, framework="pt") as weights:
+        with open_weights(file) as weights:
             held += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     wanted = sum(x.numel() for x in model.parameters())
     if wanted > max(MOST_PARAMETERS * held, FEW_PARAMETERS):

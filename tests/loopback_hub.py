@@ -46,6 +46,7 @@ class Repository:
     """Commits by their hash, each with all of its files by path, and the branches and tags that name commits."""
 
     private: bool
+    gated: bool = False
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
@@ -303,6 +304,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def download(self, name: str, revision: str, path: str) -> None:
         repository = self.repository(name)
+        if repository.gated:
+            # Its files are listed all the same.
+            raise Refusal(403 if self.known else 401, "GatedRepo", "Access to this model is restricted")
         sha = repository.resolve(revision)
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         file = repository.commits[sha].get(path)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 from ham_hf.configuration_ham import HAMConfig
 from ham_hf.hub.shards import find_weights
 from ham_hf.hub.sources import read_conversion, read_json
+from ham_hf.loading_ham import open_weights
 
 # How each head is loaded, and the task that the Hub lists it under.
 AUTO_CLASSES: dict[str, tuple[str, str | None]] = {
@@ -103,15 +103,12 @@ def read_weights(files: list[Path]) -> tuple[Counter[str], dict[str, list[torch.
     parameters: Counter[str] = Counter()
     routing: dict[str, list[torch.Tensor]] = {"threshold": [], "score_quantiles": []}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, not a dict
-                    header = file.get_slice(name)
-                    kind = name.rpartition(".")[2]
-                    if kind in routing:
-                        routing[kind].append(file.get_tensor(name))
-                    if kind != "score_quantiles":
-                        parameters[header.get_dtype()] += torch.Size(header.get_shape()).numel()
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118, not a dict
+                header = file.get_slice(name)
+                kind = name.rpartition(".")[2]
+                if kind in routing:
+                    routing[kind].append(file.get_tensor(name))
+                if kind != "score_quantiles":
+                    parameters[header.get_dtype()] += torch.Size(header.get_shape()).numel()
     return parameters, routing

@@ -14,18 +14,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,7 +36,9 @@ from ham_hf.generation_ham import ROUTING_ARGUMENTS
 
 from .card import build_card, card_in, error_figure
 from .checkpoint import read_checkpoint
-from .shards import TensorRule, Weights, check_rules, write_shards
+from .gguf import SUFFIX, GGUFTensors, check_packages, find_gguf, read_config, read_model
+from .origin import download, load_tokenizer
+from .shards import TensorRule, Tensors, Weights, check_rules, write_shards
 from .sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
 
 # Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
@@ -45,19 +46,24 @@ TOLERANCE = 1e-4
 VERIFIED_ROWS = 2
 # As many as a convolution usually reads.
 FEWEST_VERIFIED = 4
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Functions of Transformers' models in whose place a package is called where it is installed.
 PACKAGED = (
     "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"
 )  # fmt: skip
-# Weights once more, in the formats of their makers.
-SECOND_COPIES = ["consolidated*", "original/*"]
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
 # Fields of a HAMConfig that change no logit of a checkpoint without its RNN, or without its cache; training sets some.
 FREE_FIELDS = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "router",
     "router_hidden_size", "target_kv_usage", "threshold_scope", "transformers_version", "use_cache",
 }  # fmt: skip
+
+# Once a HAM is written.
+NEXT = """\
+Next: ham-hf generate PROMPT --model {output}
+Then heal it, which teaches its new memory what the other one may drop: ham-hf train healing.yaml, with a recipe of
+  model: {{from: {output}}}
+  usage: {{schedule: [[0, 1.0], [2000, 0.25]]}}
+  distillation: {{teacher: {teacher}}}
+and the rest as in ham_hf/training/examples/small.yaml; the README, "Healing a converted model", has a whole one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,11 @@ class Requirement:
 
 def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits `[B, T, vocabulary]` in float32 of the causal language model in `folder`, by its Auto class."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model_logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokens)
+
+
+def model_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, T, vocabulary]` of one of Transformers' models."""
     with torch.no_grad(), in_pytorch(model):
         return model(input_ids=tokens, use_cache=False).logits
 
@@ -122,6 +132,7 @@ class Conversion:
             rules use.
         inert: a pattern of the HAM's tensors that only its shut memory reads.
         summary: what the new HAM is at first, for the user.
+        reads_gguf: whether a source may be a GGUF file, as Transformers reads it.
         left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
         left_out_because: why, for the user.
     """
@@ -139,6 +150,7 @@ class Conversion:
     source_code: Callable[[str], str] = str
     empty_source: Callable[[Any], torch.nn.Module] = transformers_model
     rename: Callable[[str], str] = lambda name: name
+    reads_gguf: bool = False
     left_out: str | None = None
     left_out_because: str = ""
 
@@ -185,29 +197,34 @@ class Run:
         self.state = self.output.with_name(self.output.name + ".partial.json")
         if os.path.lexists(self.output):
             raise ValueError(f"`output` must not exist yet, got {self.output}.")
-        self.source = self._source()
+        self.source, self.gguf_file = self._find_source()
 
-    def _source(self) -> Path:
-        source, revision = self.arguments.source, self.arguments.revision
-        if Path(source).is_dir():
-            if revision:
-                raise ValueError(f"`--revision` belongs to a repository on the Hub, got the folder {source}.")
-            return Path(source)
-        print(f"{source} is no folder here: fetches it from the Hub", flush=True)
-        try:
-            return Path(
-                snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=SECOND_COPIES)
-            )
-        except (HFValidationError, RepositoryNotFoundError) as error:
-            raise ValueError(
-                f"`source` must be a folder, or OWNER/NAME on the Hub, got {source!r}: your token may read no "
-                "repository of that name."
-            ) from error
+    def _find_source(self) -> tuple[Path, str | None]:
+        """The source's folder, and the name of the GGUF file in it that is to be read, if one is."""
+        source, revision, gguf_file = self.arguments.source, self.arguments.revision, self.arguments.gguf_file
+        path = Path(source)
+        if path.exists() and revision:
+            raise ValueError(f"`--revision` belongs to a repository on the Hub, got {source}, which is here.")
+        if path.is_file():
+            if path.suffix != SUFFIX:
+                raise ValueError(f"`source` must be a folder, a {SUFFIX} file or OWNER/NAME on the Hub, got {source}.")
+            if gguf_file is not None:
+                raise ValueError(f"`--gguf-file` belongs to a folder or a repository, got the file {source}.")
+            path, gguf_file = path.parent, path.name
+        elif not path.is_dir():
+            print(f"{source} is no folder here: fetches it from the Hub", flush=True)
+            path = download(source, revision, gguf_file)
+        gguf_file = find_gguf(path, gguf_file)
+        if gguf_file is not None:
+            if not self.conversion.reads_gguf or self.arguments.back:
+                raise ValueError(f"{self.conversion.script} reads no GGUF here, got {gguf_file}.")
+            check_packages()
+        return path, gguf_file
 
     def _source_name(self) -> str:
-        """A repository's name on the Hub, a folder's without those above it."""
+        """A repository's name on the Hub, that of a folder or a file without the folders above it."""
         source = self.arguments.source
-        return Path(source).resolve().name if Path(source).is_dir() else source
+        return Path(source).resolve().name if Path(source).exists() else source
 
     def _command(self) -> str:
         """What was called, for others: without the folders above source and output."""
@@ -220,7 +237,7 @@ class Run:
         conversion = self.conversion
         config, config_json = self._source_config()
         ham_config = conversion.ham_config(config)
-        old = Weights(self.source, conversion.rename)
+        old = self._source_tensors()
         ham_config.dtype = old.main_dtype()
         rules = {rule.name: rule for rule in conversion.to_ham(config, ham_config)}
         left_out = self._left_out(old, config)
@@ -229,13 +246,16 @@ class Run:
         self._resume_or_begin(old)
         ham_config.architectures = ["HAMForCausalLM"]
         ham_config.save_pretrained(self.partial)
-        self._copy_companions()
+        self._copy_companions(config)
         self._write(old, rules, shapes)
+        del old  # which may be in memory, and two models are about to be, in turn
         self._record(config, config_json, left_out - {"lm_head.weight"})
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
         write_whole(self.partial / REPOCARD_NAME, str(card))
         self._finish()
-        print(f"{conversion.summary}\nNext: ham-hf generate PROMPT --model {self.output}")
+        # A teacher has plain weights.
+        teacher = self.arguments.source if self.gguf_file is None else "(what this script writes of it with --back)"
+        print(f"{conversion.summary}\n{NEXT.format(output=self.output, teacher=teacher)}")
 
     def _record(self, config: Any, config_json: dict[str, Any], left_out: set[str]) -> None:
         """Verifies the HAM and writes down where it comes from, for its card and for the way back."""
@@ -248,7 +268,7 @@ class Run:
             "source": {
                 "name": self.arguments.name or self._source_name(),
                 # The cache of the Hub names folders by their commits.
-                "commit": None if Path(self.arguments.source).is_dir() else self.source.name,
+                "commit": None if Path(self.arguments.source).exists() else self.source.name,
                 "model_type": config.model_type,
                 "architecture": (config.architectures or ["unknown"])[0],
                 "config": config_json,
@@ -257,22 +277,39 @@ class Run:
             "command": self._command(),
             "date": datetime.date.today().isoformat(),
             "notes": notes,
-            "verification": self._verify(self.source, self.partial, config),
+            "verification": self._verify(self._source_logits, self.partial, config),
         }
         write_whole(self.partial / RECORD, json.dumps(record, indent=1) + "\n")
 
-    def _source_config(self) -> tuple[Any, dict[str, Any]]:
-        """The configuration of the source's language model, and what a config.json of that model alone holds."""
-        conversion = self.conversion
-        config_json = read_json(self.source / CONFIG_NAME)
-        # Before Transformers reads it, which would ask whether to run the code of a type that it does not know.
-        model_type = config_json.get("model_type")
-        if model_type not in conversion.model_types:
+    def _source_tensors(self) -> Tensors:
+        """The source's tensors."""
+        if self.gguf_file is not None:
+            return GGUFTensors(self.source, self.gguf_file)
+        return Weights(self.source, self.conversion.rename)
+
+    def _source_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the source's own code computes."""
+        if self.gguf_file is not None:
+            return model_logits(read_model(self.source, self.gguf_file), tokens)
+        return self.conversion.logits(self.source, tokens)
+
+    def _check_model_type(self, model_type: Any) -> None:
+        known = self.conversion.model_types
+        if model_type not in known:
             hint = " For the way back add --back." if model_type == HAMConfig.model_type else ""
             raise ValueError(
-                f"`source` must be of a model type in {conversion.model_types} for {conversion.script}, got "
-                f"{model_type!r}.{hint}"
+                f"`source` must be of a model type in {known} for {self.conversion.script}, got {model_type!r}.{hint}"
             )
+
+    def _source_config(self) -> tuple[Any, dict[str, Any]]:
+        """The configuration of the source's language model, and what a config.json of that model alone holds."""
+        if self.gguf_file is not None:
+            config, config_json = read_config(self.source, self.gguf_file)
+            self._check_model_type(config.model_type)
+            return config, config_json
+        config_json = read_json(self.source / CONFIG_NAME)
+        # Before Transformers reads it, which would ask whether to run the code of a type that it does not know.
+        self._check_model_type(config_json.get("model_type"))
         config = AutoConfig.from_pretrained(self.source)
         if getattr(config, "quantization_config", None):
             raise ValueError(
@@ -313,9 +350,9 @@ class Run:
         check_rules(rules, shapes, implied, old)
         self._resume_or_begin(old)
         write_whole(self.partial / CONFIG_NAME, text)
-        self._copy_companions()
+        self._copy_companions(config)
         self._write(old, rules, shapes)
-        self._verify(self.partial, self.source, config)
+        self._verify(partial(conversion.logits, self.partial), self.source, config)
         self._finish()
 
     def _check_lossless(self, expected: HAMConfig, got: HAMConfig) -> None:
@@ -327,7 +364,7 @@ class Run:
                     f"{got_fields.get(field)!r}."
                 )
 
-    def _left_out(self, old: Weights, config: Any) -> set[str]:
+    def _left_out(self, old: Tensors, config: Any) -> set[str]:
         # Some tied models are saved with both copies.
         tied = {"lm_head.weight"} & old.names() if config.tie_word_embeddings else set()
         embedding = {"model.embed_tokens.weight", "model.embeddings.weight"} & old.names()
@@ -340,13 +377,13 @@ class Run:
             return tied
         return tied | {name for name in old.names() if re.search(self.conversion.left_out, name)}
 
-    def _write(self, old: Weights, rules: dict[str, TensorRule], shapes: dict[str, torch.Size]) -> None:
+    def _write(self, old: Tensors, rules: dict[str, TensorRule], shapes: dict[str, torch.Size]) -> None:
         size = sum(shape.numel() for shape in shapes.values())
         print(f"Reads {self.source}: {len(old.names())} tensors in {len(old.files)} file(s)")
         print(f"Writes {self.output}: {len(shapes)} tensors, {size / 1e6:,.1f} million parameters", flush=True)
         write_shards(rules, shapes, old, self.partial, self.arguments.max_shard_size)
 
-    def _resume_or_begin(self, old: Weights) -> None:
+    def _resume_or_begin(self, old: Tensors) -> None:
         """Keeps the shards that an interrupted run of the same command left, else starts afresh."""
         state = {
             "script": self.conversion.script,
@@ -369,11 +406,12 @@ class Run:
         write_whole(self.state, json.dumps(state))
         self.partial.mkdir()
 
-    def _copy_companions(self) -> None:
+    def _copy_companions(self, config: PreTrainedConfig) -> None:
         """Takes over what is not weights: tokenizer, generation settings, licence."""
         said = []
-        if any((self.source / name).is_file() for name in TOKENIZER_FILES):
-            AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.partial)
+        tokenizer = None if self.arguments.no_tokenizer else load_tokenizer(self.source, self.gguf_file, config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.partial)
             said.append("the tokenizer")
         if (self.source / GENERATION_CONFIG_NAME).is_file():
             # As they are: Transformers does not save all that it loads, and reads no HAM's own from a marked file.
@@ -390,7 +428,9 @@ class Run:
         if "license" in licence:
             write_whole(self.partial / "card.json", json.dumps(licence) + "\n")
             said.append(f"the licence that its card states ({licence.get('license_name', licence['license'])})")
-        print(f"Copied {', '.join(said)}" if said else "Found no tokenizer to copy")
+        print(f"Copied {', '.join(said) or 'nothing'} beside the weights")
+        if tokenizer is None:
+            print("Left the tokenizer out, as asked" if self.arguments.no_tokenizer else "Found no tokenizer to copy")
 
     def _licence(self) -> dict[str, str]:
         """What the source's card states of its licence, if it can be read."""
@@ -402,7 +442,9 @@ class Run:
         stated = {} if card is None else {name: card.data.get(name) for name in LICENCE_FIELDS}
         return {name: value for name, value in stated.items() if isinstance(value, str)}
 
-    def _verify(self, source: Path, ham: Path, config: PreTrainedConfig) -> dict[str, Any] | None:
+    def _verify(
+        self, source_logits: Callable[[torch.Tensor], torch.Tensor], ham: Path, config: PreTrainedConfig
+    ) -> dict[str, Any] | None:
         """Compares the logits of both checkpoints on random tokens; one model at a time is in memory."""
         if self.arguments.no_verify:
             print("Not verified, as asked")
@@ -412,7 +454,7 @@ class Run:
         tokens = torch.randint(config.vocab_size, (VERIFIED_ROWS, length), generator=generator)
         name = (config.architectures or [config.model_type])[0]
         print(f"Compares the logits of {name} and of HAM on {VERIFIED_ROWS} x {length} random tokens in float32")
-        figures = compare_logits(self.conversion.logits(source, tokens), transformers_logits(ham, tokens))
+        figures = compare_logits(source_logits(tokens), transformers_logits(ham, tokens))
         figures["source_code"] = self.conversion.source_code(name)
         print(
             f"  largest difference {error_figure(figures['max_abs_logit_error'])} "
@@ -461,10 +503,15 @@ def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(
         prog=conversion.script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="folder of the checkpoint, or its name on the Hub")
+    or_gguf = ", or a GGUF file" if conversion.reads_gguf else ""
+    parser.add_argument("source", help=f"folder of the checkpoint{or_gguf}, or its name on the Hub")
     parser.add_argument("output", help="folder to write; must not exist")
     parser.add_argument("--back", action="store_true", help="turn such a HAM into its source again")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
+    parser.set_defaults(gguf_file=None)
+    if conversion.reads_gguf:
+        parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to read in the folder or repository")
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     help_text = "what the card calls the source, such as OWNER/NAME (default: from SOURCE)"
     parser.add_argument("--name", type=plain_name, help=help_text)
     help_text = "largest file (default %(default)s)"

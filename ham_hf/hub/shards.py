@@ -3,6 +3,7 @@
 
 import collections
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ham_hf.files import whole_file, write_whole
+from ham_hf.loading_ham import open_weights
 
 from .sources import read_json
 
@@ -65,21 +66,61 @@ def find_weights(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-class Weights:
+class Tensors(ABC):
+    """The tensors of a checkpoint by their names, however they are stored.
+
+    Args:
+        folder: where the checkpoint is.
+        files: the names of the files that hold them.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[str]):
+        self.folder = folder
+        self.files = list(files)
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Every tensor."""
+
+    @abstractmethod
+    def get(self, name: str) -> torch.Tensor:
+        """Reads a tensor; `ValueError` if there is none of this name."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, which is not read."""
+
+    def check_name(self, name: str) -> None:
+        """Raises `ValueError` if there is no tensor of this name."""
+        if name not in self.names():
+            raise ValueError(f"`source` lacks the tensor {name}, which its configuration implies.")
+
+    def main_dtype(self) -> torch.dtype:
+        """The dtype that most tensors have."""
+        return collections.Counter(map(self.dtype, sorted(self.names()))).most_common(1)[0][0]
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of change of configuration and weights: what a run that goes on must find unchanged."""
+        paths = {name: self.folder / name for name in (CONFIG_NAME, *self.files)}
+        stats = {name: path.stat() for name, path in paths.items() if path.is_file()}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+class Weights(Tensors):
     """The tensors of a folder of safetensors, sharded or not, read when asked for.
 
     Args:
         folder: where the safetensors are.
         rename: turns the name of a tensor in the files into the name by which it is known here.
 
-    Raises `ValueError` for what `find_weights` refuses, two tensors of one name, and dtypes that are not plain
-    floating point (quantised weights).
+    Raises `ValueError` for what `find_weights` refuses, files that are not whole, two tensors of one name, and dtypes
+    that are not plain floating point (quantised weights).
     """
 
     def __init__(self, folder: Path, rename: Callable[[str], str] = lambda name: name):
-        self.folder = folder
-        self.files = {path.name: safe_open(path, "pt") for path in find_weights(folder)}
-        names = [(rename(name), (shard, name)) for shard, x in self.files.items() for name in x.keys()]  # noqa: SIM118
+        self._open = {path.name: open_weights(path) for path in find_weights(folder)}
+        super().__init__(folder, self._open)
+        names = [(rename(name), (shard, name)) for shard, x in self._open.items() for name in x.keys()]  # noqa: SIM118
         self.stored = dict(names)
         if len(self.stored) < len(names):
             raise ValueError(f"`source` must hold every tensor once, got {len(names) - len(self.stored)} twice.")
@@ -96,31 +137,21 @@ class Weights:
 
     def get(self, name: str) -> torch.Tensor:
         """Reads a tensor; `ValueError` if there is none of this name."""
-        if name not in self.stored:
-            raise ValueError(f"`source` lacks the tensor {name}, which its configuration implies.")
+        self.check_name(name)
         shard, stored_name = self.stored[name]
-        return self.files[shard].get_tensor(stored_name)
+        return self._open[shard].get_tensor(stored_name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, which is not read."""
         return DTYPES[self._slice(name).get_dtype()]
 
-    def main_dtype(self) -> torch.dtype:
-        """The dtype that most tensors have."""
-        return collections.Counter(map(self.dtype, sorted(self.stored))).most_common(1)[0][0]
-
-    def fingerprint(self) -> dict[str, list[int]]:
-        """Size and time of change of configuration and shards: what a run that goes on must find unchanged."""
-        stats = {name: (self.folder / name).stat() for name in (CONFIG_NAME, *self.files)}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
     def _slice(self, name: str) -> Any:
         shard, stored_name = self.stored[name]
-        return self.files[shard].get_slice(stored_name)
+        return self._open[shard].get_slice(stored_name)
 
 
 def check_rules(
-    rules: dict[str, TensorRule], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Weights
+    rules: dict[str, TensorRule], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Tensors
 ) -> None:
     """Refuses, with `ValueError`, rules that miss a tensor of the new model or leave one of the old unused."""
     if rules.keys() != shapes.keys():
@@ -136,7 +167,7 @@ def check_rules(
 
 
 def write_shards(
-    rules: dict[str, TensorRule], shapes: dict[str, torch.Size], old: Weights, folder: Path, max_shard_size: str
+    rules: dict[str, TensorRule], shapes: dict[str, torch.Size], old: Tensors, folder: Path, max_shard_size: str
 ) -> None:
     """Makes every tensor and writes it to `folder`, shard by shard; shards that are there already stay.
 
@@ -169,7 +200,7 @@ def write_shards(
         write_whole(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _make(rule: TensorRule, shape: torch.Size, old: Weights) -> torch.Tensor:
+def _make(rule: TensorRule, shape: torch.Size, old: Tensors) -> torch.Tensor:
     tensors = [old.get(source) for source in rule.sources]
     try:
         tensor = rule.make(*tensors)

@@ -2,6 +2,7 @@
 """A source on the Hub is read at the commit that was asked for, without its weights in other formats."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from tests.loopback_hub import LoopbackHub
@@ -42,6 +43,50 @@ for arguments in json.loads(calls):
         codes.append(stop.code)
 print(json.dumps(codes))
 """
+
+
+REFUSED = """
+import contextlib, io, json, runpy, sys
+
+script, calls = sys.argv[1:]
+said = []
+for arguments in json.loads(calls):
+    sys.argv = [script, *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            said.append([stop.code, error.getvalue().splitlines()[-1]])
+print(json.dumps(said))
+"""
+
+
+def test_gated_missing_and_misnamed_repositories_are_told_apart(run_python, tmp_path):
+    """Each with what to do about it; the Hub does not tell a missing one from another's private one."""
+    with LoopbackHub().serving() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
+        run_python(tmp_path, PUBLISH, **environment)
+        hub.repositories["someone/gated"] = replace(hub.repositories["someone/llama"], gated=True)
+        calls = [
+            ["someone/gated", "a"],
+            ["someone/none", "b"],
+            ["someone/llama", "c", "--revision", "v9"],
+            ["./someone", "d"],
+        ]
+        said = run_python(tmp_path, REFUSED, SCRIPT, json.dumps(calls), package=True, **environment)
+        without_token = {"HF_ENDPOINT": hub.url}
+        said += run_python(tmp_path, REFUSED, SCRIPT, json.dumps(calls[:2]), package=True, **without_token)
+    assert [code for code, _ in said] == [2] * 6
+    gated, missing, revision, misnamed, gated_unknown, missing_unknown = (line for _, line in said)
+    for line in (gated, gated_unknown):
+        assert "someone/gated is gated" in line
+        assert f"Ask for access on its page, {hub.url}/someone/gated" in line
+        assert "hf auth login" in line
+    for line in (missing, missing_unknown):
+        assert "no repository of that name, or a private one" in line
+        assert "gated" not in line
+    assert "`--revision` must be a branch, tag or commit of someone/llama, got 'v9'" in revision
+    assert "must be a folder, or OWNER/NAME on the Hub, got './someone', which is neither" in misnamed
 
 
 def test_a_revision_of_a_source_on_the_hub(run_python, tmp_path):

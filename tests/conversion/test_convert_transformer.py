@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import sys
 import weakref
 from pathlib import Path
 
@@ -307,6 +308,22 @@ def test_a_wrong_mapping_is_not_written(source, module, convert, tmp_path, monke
     assert not (tmp_path / "ham").exists()
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_sentencepiece(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+
+
+def tokenizer_with_code(folder):
+    only_sentencepiece(folder)
+    config = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -339,14 +356,24 @@ def edit_config(folder, **changes):
             "must hold all of its safetensors weights",
         ),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "must hold a `weight_map`"),
-        (lambda f: next(f.glob("*.safetensors")).write_bytes(b"12345678{"), "header"),
+        (
+            lambda f: next(f.glob("*-00002-*.safetensors")).write_bytes(b"12345678{"),
+            "model-00002-of-00004.safetensors is not a whole safetensors file",
+        ),
+        (
+            lambda f: cut(next(f.glob("*-00003-*.safetensors"))),
+            "model-00003-of-00004.safetensors is not a whole safetensors file",
+        ),
+        (lambda f: only_sentencepiece(f), "pip install sentencepiece protobuf. To convert the model without it add"),
+        (lambda f: tokenizer_with_code(f), "is code in its repository, which a conversion does not run"),
         (lambda f: edit_config(f, vocab_size="many"), "vocab_size"),
         (lambda f: edit_config(f, model_type="theirs", auto_map={"AutoConfig": "code.Config"}), "got 'theirs'"),
         (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
         (lambda f: edit_config(f, tie_word_embeddings=True), "must hold an lm_head.weight equal to its embeddings"),
     ],
 )
-def test_refusals(spoil, message, source, convert, tmp_path, capsys):
+def test_refusals(spoil, message, source, convert, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
     folder = source(SOURCES["llama"])
     spoil(folder)
     assert convert(folder, tmp_path / "ham") == 2
@@ -354,6 +381,17 @@ def test_refusals(spoil, message, source, convert, tmp_path, capsys):
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "ham").exists()
+
+
+@pytest.mark.parametrize("spoil", [only_sentencepiece, tokenizer_with_code])
+def test_goes_on_without_a_tokenizer_that_cannot_be_read(spoil, source, convert, tmp_path, capsys):
+    folder = source(SOURCES["llama"])
+    spoil(folder)
+    assert convert(folder, tmp_path / "ham", "--no-verify", "--no-tokenizer") == 0
+    assert "Left the tokenizer out, as asked" in (said := capsys.readouterr().out)
+    assert not list((tmp_path / "ham").glob("tokenizer*"))
+    assert "ham-hf train" in said
+    assert f"distillation: {{teacher: {folder}}}" in said
 
 
 def test_both_copies_of_a_tied_head(source, convert, tensors_of, tmp_path):
@@ -410,7 +448,7 @@ def test_wrong_arguments(arguments, source, convert, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["no/such/folder", "./qwen", "a b"])
 def test_a_source_that_cannot_be_on_the_hub(name, convert, tmp_path, capsys):
     assert convert(name, tmp_path / "ham") == 2
-    assert f"must be a folder, or OWNER/NAME on the Hub, got {name!r}" in capsys.readouterr().err
+    assert f"must be a folder, or OWNER/NAME on the Hub, got {name!r}, which is neither" in capsys.readouterr().err
 
 
 def test_a_card_without_readable_metadata_costs_the_licence_only(source, convert, tmp_path, capsys):
