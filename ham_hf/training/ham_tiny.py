@@ -11,7 +11,6 @@ as copying layers (`initialize_recall`), and in the first steps most rows repeat
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.evaluation import calibrate
-from ham_hf.files import write_whole
+from ham_hf.files import whole_file, write_whole
 from ham_hf.training.corpus import SPLIT_FILES, read_documents
 
 CALIBRATE_EVERY = 50
@@ -289,8 +288,8 @@ def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list, r
         for n, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{n}.{name}": torch.as_tensor(x).clone() for name, x in moments.items()}
     metadata = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
-    save_file({name: x.contiguous() for name, x in tensors.items()}, f"{path}.partial", metadata=metadata)
-    os.replace(f"{path}.partial", path)
+    with whole_file(path) as unfinished:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata=metadata)
 
 
 def load_state(path: Path, model: HAMForCausalLM, optimizers: list, recipe: Recipe) -> int:

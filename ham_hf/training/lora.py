@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import whole_file
 from ..modeling_ham import HAMForCausalLM
 from .control import thresholds_of
 from .recipe import LoraRecipe
@@ -52,7 +53,8 @@ def add_adapters(model: HAMForCausalLM, recipe: LoraRecipe, train_thresholds: bo
 
 def save_thresholds(model: "PeftModel", folder: Path) -> None:
     """Writes the thresholds beside the adapters of a checkpoint."""
-    save_file({name: x.detach().cpu() for name, x in thresholds_of(model).items()}, folder / THRESHOLDS)
+    with whole_file(folder / THRESHOLDS) as unfinished:
+        save_file({name: x.detach().cpu() for name, x in thresholds_of(model).items()}, unfinished)
 
 
 def load_checkpoint(model: "PeftModel", folder: Path) -> None:
