@@ -295,6 +295,8 @@ class HAMConfig(PreTrainedConfig):
         if self.layer_types is None and self.num_hidden_layers <= LARGEST["num_hidden_layers"]:
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # TRL reads it of every model that is none of Transformers' own, from a folder without code, too.
+        self.auto_map = getattr(self, "auto_map", None) or {}
 
     def _check_inherited(self, extra: dict[str, Any]) -> None:
         """Refuses what Transformers would stumble over, or take over, when it reads the fields and `extra` keys."""

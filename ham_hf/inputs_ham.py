@@ -209,7 +209,10 @@ def _check_past(mask: torch.Tensor, past_real: torch.Tensor | None) -> None:
 
 def _check_cache(batch: int, cache: HAMCache, config: HAMConfig) -> None:
     if not isinstance(cache, HAMCache):
-        raise TypeError(f"`cache` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config).")
+        raise TypeError(
+            f"`cache` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config). Keys and values alone, "
+            "such as the prefix of peft's prefix tuning, are none, as they have no RNN state."
+        )
     if cache.config is not config:
         check_same_contents("cache", cache_contents(cache.config), config)
     if cache.is_initialized and cache.batch_size != batch:
@@ -274,17 +277,25 @@ def _check_integers(
 
 
 def packed_documents(kwargs: dict[str, Any], batch: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """`[B, T]` document of each token from `seq_idx` or `cu_seq_lens_q`, checked; `None` without them."""
+    """`[B, T]` document of each token from `seq_idx`, `cu_seq_lens_q` or both, checked; `None` without them."""
     seq_idx, lengths, key_lengths = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
     if seq_idx is not None:
         _check_integers("seq_idx", seq_idx, [(batch, length)])
         if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
             raise ValueError("`seq_idx` must not fall along a row: it numbers the documents in order.")
-        if lengths is not None or key_lengths is not None:
-            raise ValueError("Give at most one of `seq_idx` and `cu_seq_lens_q`: both tell where documents begin.")
-        return seq_idx.long().to(device)
+        seq_idx = seq_idx.long().to(device)
     if lengths is None and key_lengths is None:
-        return None
+        return seq_idx
+    documents = _documents_of_lengths(lengths, key_lengths, batch, length, device)
+    if seq_idx is not None and not torch.equal(seq_idx.diff() > 0, documents.diff() > 0):
+        raise ValueError("`seq_idx` and `cu_seq_lens_q` must begin documents at the same tokens, or give one of them.")
+    return documents
+
+
+def _documents_of_lengths(
+    lengths: Any, key_lengths: Any, batch: int, length: int, device: torch.device
+) -> torch.Tensor:
+    """`[1, T]` document of each token from cumulative lengths."""
     lengths = _check_integers("cu_seq_lens_q", lengths, [(None,)])
     if key_lengths is not None and not torch.equal(torch.as_tensor(key_lengths), lengths):
         raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: queries and keys are the same tokens.")

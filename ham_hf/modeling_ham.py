@@ -24,6 +24,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -91,8 +92,8 @@ class HAMModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):  # type:
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
         routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
-        threshold_control: with `output_threshold_control=True` in training, `[3, Hk]` per hybrid layer: zeros that
-            carry the thresholds' gradients, the thresholds, and the fractions kept.
+        threshold_control: with `output_threshold_control=True` in training, `[2 + B, Hk]` per hybrid layer: zeros that
+            carry the thresholds' gradients, the thresholds, and how many tokens each row kept.
     """
 
     routing_scores: tuple[torch.Tensor, ...] | None = None
@@ -340,8 +341,8 @@ class HAMMixer(nn.Module):
 
         Returns:
             `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
-            while the threshold is learned, `[3, Hk]`: a zero that carries the threshold's gradient, the threshold, and
-            the fraction kept.
+            while the threshold is learned, `[2 + B, Hk]`: a zero that carries the threshold's gradient, the threshold,
+            and how many tokens each row kept.
         """
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         offloaded = cache is not None and cache.offload_layers
@@ -403,7 +404,7 @@ class HAMMixer(nn.Module):
                 layer_cache.offload()
         control = None
         if self.training and self.layer_type == "hybrid" and threshold is None:
-            control = self._control(keep, tokens)
+            control = self._control(keep)
         if outputs_to_keep is not None:
             hidden_states = hidden_states[:, -outputs_to_keep:]
             o_rnn, o_kv = (None if x is None else x[:, -outputs_to_keep:] for x in (o_rnn, o_kv))
@@ -602,12 +603,10 @@ class HAMMixer(nn.Module):
     def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
 
-    def _control(self, keep: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
+    def _control(self, keep: torch.Tensor) -> torch.Tensor:
         """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
-        kept = keep.sum((0, 1)).float()
-        seen = keep.shape[0] * keep.shape[1] if tokens.real is None else tokens.real.sum().clamp(min=1)
         threshold = self.threshold.float()
-        return torch.stack([threshold - threshold.detach(), threshold.detach(), kept / seen])
+        return torch.cat([torch.stack([threshold - threshold.detach(), threshold.detach()]), keep.sum(1).float()])
 
     def _attend(
         self,
@@ -784,6 +783,22 @@ class HAMPreTrainedModel(PreTrainedModel):
             raise OSError(f"Cannot write the weights to {save_directory}: {error}") from error
         share_weights(save_directory)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes as Transformers does; `ValueError`, with nothing changed, where the padding token would be lost."""
+        pad = self.config.pad_token_id
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        lowest = 1 if pad is None else pad + 1
+        if size < lowest:
+            why = "" if pad is None else f", as `pad_token_id` is {pad}"
+            raise ValueError(f"`new_num_tokens` must be at least {lowest}{why}, got {new_num_tokens}.")
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.vocab_size = self.config.vocab_size
+        return embeddings
+
     @wraps(PreTrainedModel.push_to_hub)
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
         """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
@@ -919,19 +934,26 @@ class HAMModel(HAMPreTrainedModel):
                 )
             cache.holds_cut_graph = True
         if controls and not kwargs.get("output_threshold_control"):
-            hidden_states, controls = self._steer(hidden_states, controls), []
+            seen = real_tokens(tokens.real, batch, length, hidden_states.device)
+            hidden_states, controls = self._steer(hidden_states, controls, seen), []
         return HAMModelOutputWithPast(
             last_hidden_state=hidden_states,
             threshold_control=tuple(controls) or None,
             **{CACHE_NAME: cache},  # type: ignore[arg-type]
         )
 
-    def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tensor:
+    def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor], seen: torch.Tensor) -> torch.Tensor:
         """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits.
 
         Such a loss tells nothing of how many calls an update has, so that each adds a whole step to the thresholds.
+
+        Args:
+            hidden_states: `[B, n, D]`, which the loss is made of.
+            controls: of every hybrid layer, see `HAMMixer.forward`.
+            seen: `[B]` float32 real tokens of each row.
         """
-        return AddGradient.apply(hidden_states, *_control_loop(controls, self.config, hidden_states.device))
+        weights = (1 / seen.sum().clamp(min=1)).expand_as(seen)
+        return AddGradient.apply(hidden_states, *_control_loop(controls, weights, self.config))
 
     def layer_thresholds(
         self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
@@ -978,22 +1000,63 @@ class HAMModel(HAMPreTrainedModel):
         return cache
 
 
+def real_tokens(real: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """How many of a call's new tokens are real in each row, `[B]` float32; `real` `[B, T]` is `None` if all are."""
+    if real is None:
+        return torch.full((batch,), float(length), device=device)
+    return real.sum(1).to(device, torch.float32)
+
+
 def _control_loop(
-    controls: Sequence[torch.Tensor], config: HAMConfig, device: torch.device
+    controls: Sequence[torch.Tensor], weights: torch.Tensor, config: HAMConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device."""
-    levers, thresholds, usage = torch.stack([x.to(device) for x in controls]).unbind(1)
-    measured = thresholds.detach(), usage.detach()
-    return levers, threshold_gradients(*measured, config.target_kv_usage, config.threshold_scope)
+    """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device.
+
+    Args:
+        controls: of every hybrid layer, see `HAMMixer.forward`.
+        weights: `[B]` of a kept token of each row in the usage, which is their sum.
+    """
+    stacked = torch.stack([x.to(weights.device) for x in controls])
+    levers, thresholds, kept = stacked[:, 0], stacked[:, 1].detach(), stacked[:, 2:].detach()
+    usage = (weights[:, None] * kept).sum(1)
+    return levers, threshold_gradients(thresholds, usage, config.target_kv_usage, config.threshold_scope)
 
 
-def _batch_share(labels: torch.Tensor | None, loss_kwargs: dict[str, Any]) -> torch.Tensor | float:
-    """This call's share of a batch that several calls or ranks add up; 1 unless `num_items_in_batch` is given."""
-    if loss_kwargs.get("num_items_in_batch") is None:
-        return 1.0
+def _labels_by_row(labels: torch.Tensor | None, loss_kwargs: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """How many labels of each row the loss counts, `[B]` float32."""
     shifted = loss_kwargs.get("shift_labels")
     counted = labels[:, 1:] if shifted is None and labels is not None else shifted
-    return (counted != loss_kwargs.get("ignore_index", -100)).sum() / loss_kwargs["num_items_in_batch"]
+    return (counted != loss_kwargs.get("ignore_index", -100)).sum(1).to(device, torch.float32)
+
+
+def _batch_share(
+    counted: torch.Tensor, seen: torch.Tensor, num_items: torch.Tensor | int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This call's part in the control loop: weights `[B]` of kept tokens in its usage, and the share of its gradient.
+
+    A call that is given `num_items_in_batch` may be a piece of a batch, of which it knows no more than how many labels
+    there are. So each row's usage has the weight of its labels there, as its loss has: then the pieces into which rows
+    are dealt add up to the whole. A call without it is a whole batch, in which every token has the same weight. Both
+    are the same where rows have labels in proportion to their tokens, as rows of one length do that are learned whole.
+
+    A call without a label has no share: its loss moves nothing.
+
+    Args:
+        counted: `[B]` float32 labels of each row that count.
+        seen: `[B]` float32 real tokens of each row.
+        num_items: labels of the whole batch.
+    """
+    total = counted.sum()
+    if num_items is None:
+        return (1 / seen.sum().clamp(min=1)).expand_as(seen), (total > 0).float()
+    weights = counted / (total.clamp(min=1) * seen.clamp(min=1))
+    # Without labels the number of items may be 0, too.
+    return weights, torch.where(total > 0, total / num_items, 0.0)
+
+
+def _shifts_labels(model_class: type) -> None:
+    """Has Trainer shift the labels that it smooths: it goes by the names of classes, and would learn to copy."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
 
 
 class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
@@ -1010,9 +1073,15 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         self.model = HAMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Transformers reads it from the name of the class, and a subclass has its own.
+        self.loss_type = "ForCausalLM"
         self.post_init()
         # A GenerationConfig with this mark ignores custom fields such as `threshold` when it is read from a file.
         self.generation_config._from_model_config = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _shifts_labels(cls)  # as FSDP derives one
 
     @can_return_tuple
     def forward(
@@ -1045,10 +1114,13 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
             labels: `[B, T]` int64, -100 where no loss is wanted. In training the loss carries the thresholds' control
                 loop as a term of value zero.
             logits_to_keep: form logits for the last so many positions only (0: all), or for the positions in a tensor.
-            loss_kwargs: handed to the loss function, such as `shift_labels` and `num_items_in_batch`.
+            loss_kwargs: `shift_labels` `[B, T]` in place of `labels`, `ignore_index` in place of -100, and
+                `num_items_in_batch`, the number of labels that count in all calls and ranks which share a batch: what
+                sums are divided by. Trainer gives the last also where it makes the loss itself, of `logits`: without
+                labels it changes nothing, and each call moves the thresholds by a whole step.
         """
         has_loss = labels is not None or loss_kwargs.get("shift_labels") is not None
-        unknown = sorted(set(loss_kwargs) - (LOSS_ARGUMENTS if has_loss else set()))
+        unknown = sorted(set(loss_kwargs) - (LOSS_ARGUMENTS if has_loss else {"num_items_in_batch"}))
         if unknown:
             raise TypeError(f"HAMForCausalLM.forward() got unexpected keyword arguments {unknown}.")
         check_outputs_wanted(input_ids, inputs_embeds, labels, logits_to_keep, loss_kwargs, self.config)
@@ -1083,8 +1155,13 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         if has_loss:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
             if outputs.threshold_control:
-                share = _batch_share(labels, loss_kwargs)
-                levers, gradients = _control_loop(outputs.threshold_control, self.config, loss.device)
+                batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+                real = None if attention_mask is None else attention_mask[:, -length:]
+                seen = real_tokens(real, batch, length, loss.device)
+                counted = _labels_by_row(labels, loss_kwargs, loss.device)
+                weights, share = _batch_share(counted, seen, loss_kwargs.get("num_items_in_batch"))
+                levers, gradients = _control_loop(outputs.threshold_control, weights, self.config)
+                # A zero, by which the thresholds have their gradients.
                 loss = loss + share * (levers * gradients).sum()
         return HAMCausalLMOutputWithPast(
             loss=loss,
@@ -1096,16 +1173,25 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         )
 
 
+_shifts_labels(HAMForCausalLM)
+
+
 class HAMForSequenceClassification(GenericForSequenceClassification, HAMPreTrainedModel):
     """The decoder with a classifier of the last real token."""
+
+    accepts_loss_kwargs = False  # Trainer scales the loss of an accumulated batch, which Transformers' heads do not
 
 
 class HAMForTokenClassification(GenericForTokenClassification, HAMPreTrainedModel):
     """The decoder with a classifier of every token."""
 
+    accepts_loss_kwargs = False
+
 
 class HAMForQuestionAnswering(GenericForQuestionAnswering, HAMPreTrainedModel):
     """The decoder with a span head."""
+
+    accepts_loss_kwargs = False
 
 
 __all__ = [

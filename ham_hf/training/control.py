@@ -10,16 +10,18 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..configuration_ham import check_target_kv_usage
+from ..configuration_ham import HAMConfig, check_target_kv_usage
 from ..modeling_ham import HAMMixer, HAMModel
+from ..routing_ham import threshold_gradients
 
 Target = float | list[float]
 
 # Parameters of a HAM that weight decay would pull away from what they mean: it is for matrices.
-UNDECAYED = {"bias", "A_log", "dt_bias", "error_weight"}
+UNDECAYED = {"bias", "A_log", "dt_bias", "error_weight", "threshold"}
 # Has SGD, and Adam and its kin, descend by the gradient itself. Adam divides it by its usual size, and would take
 # steps of one length however near the target is; what momentum remembers carries a threshold past it.
 PLAIN_DESCENT = {"weight_decay": 0.0, "eps": 1.0, "betas": (0.0, 0.99), "momentum": 0.0}
@@ -96,8 +98,19 @@ def _check_step(name: str, step: Any) -> None:
         raise ValueError(f"`{name}` must count steps from 0, got {step}.")
 
 
+def _check_rate(name: str, rate: Any) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate!r}.")
+
+
 def _is_threshold(name: str) -> bool:
     return name.rpartition(".")[2] == "threshold"
+
+
+def _decays(name: str) -> bool:
+    """Whether weight decay is for a parameter."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf not in UNDECAYED and not owner.endswith("norm")
 
 
 def thresholds_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -139,20 +152,18 @@ def parameter_groups(
         "router_learning_rate": router_rate,
     }
     for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
-            raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate!r}.")
+        _check_rate(name, rate)
     settings: dict[tuple[float, float], list[nn.Parameter]] = {}
     thresholds = []
     for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if "flat_param" in leaf:
+        if "flat_param" in name:
             raise ValueError("`model` must keep its parameters' names: give FSDP `use_orig_params=True`.")
         if not parameter.requires_grad:
             continue
         if _is_threshold(name):
             thresholds.append(parameter)
             continue
-        decay = 0.0 if leaf in UNDECAYED or owner.endswith("norm") else weight_decay
+        decay = weight_decay if _decays(name) else 0.0
         rate = router_rate if ".router." in f".{name}" else learning_rate
         settings.setdefault((rate, decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
@@ -185,16 +196,19 @@ class UsageMeter:
     Args:
         model: a HAM, also wrapped.
         bins: number of equal parts of `[0, 1]` in which scores are counted.
+        with_gradients: measure only calls that a gradient is computed of, not those that TRL's trainers make within a
+            step to generate, or for a reference.
 
     Raises:
         ValueError: for a model without hybrid layers.
     """
 
-    def __init__(self, model: nn.Module, bins: int = 50):
+    def __init__(self, model: nn.Module, bins: int = 50, with_gradients: bool = False):
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"`bins` must be a positive int, got {bins!r}.")
         self.decoder = _ham(model)
         self.bins = bins
+        self.with_gradients = with_gradients
         self.mixers = [layer.mixer for layer in self.decoder.layers if layer.mixer.layer_type == "hybrid"]
         if not self.mixers:
             raise ValueError("`model` has no hybrid layer, so there is no usage to measure.")
@@ -228,7 +242,8 @@ class UsageMeter:
         self._handles, self._inside = [], False
 
     def _enter_decoder(self, inside: bool) -> None:
-        self._inside = inside
+        # Asked here: within a layer that is checkpointed there may be no gradients yet.
+        self._inside = inside and (torch.is_grad_enabled() or not self.with_gradients)
 
     def _hook(self, index: int) -> Any:
         def hook(mixer: HAMMixer, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
@@ -290,54 +305,146 @@ class UsageMeter:
 
 
 class ThresholdCallback(TrainerCallback):
-    """Has Transformers' Trainer follow a schedule, and log what is kept.
+    """Has Transformers' Trainer, and those made from it such as TRL's, meet a target usage, and log what is kept.
 
-    Before every step `config.target_kv_usage` becomes the schedule's target at `state.global_step`, so that a resumed
-    training goes on as it would have. With every log of the training loss come the fraction kept since the last one
-    (`kv_usage`), the target of the last step (`kv_usage_target`, a mean of several, unless thresholds are held), and
-    by layer `kv_usage/layer_0`, `kv_usage_min/layer_0`, `kv_usage_max/layer_0` (mean,
-    smallest and largest of its heads) and `threshold/layer_0` (mean). They join the Trainer's `log_history` and the
-    `logs` of callbacks that follow. Trainer puts those that report to other tools before all it is given: to be read
-    by them, this one must be inserted at the front of `trainer.callback_handler.callbacks`.
+    Before every step the target becomes the schedule's at `state.global_step`, so that a resumed training goes on as
+    it would have. After the optimizer's step each threshold moves by `threshold_learning_rate` times its error in
+    usage, which is measured over all tokens of the update: every piece of an accumulated batch and every rank counts.
+    So it makes no difference which optimizer, schedule of the learning rate, clipping and loss the training has. For
+    the optimizer the thresholds' gradients are zero meanwhile (`config.target_kv_usage` is `None` within a step, and
+    the target between steps), and weight decay is kept from thresholds, decay rates, norms and biases.
+
+    An optimizer that holds the thresholds in a group of their own, as one of `parameter_groups`, moves them itself, at
+    the rate of that group.
+
+    With every log of the training loss come the fraction kept since the last one (`kv_usage`), the target of the last
+    step (`kv_usage_target`, a mean of several, unless thresholds are held), and by layer `kv_usage/layer_0`,
+    `kv_usage_min/layer_0`, `kv_usage_max/layer_0` (mean, smallest and largest of its heads) and `threshold/layer_0`
+    (mean). They join the Trainer's `log_history` and the `logs` of callbacks that follow. Trainer puts those that
+    report to other tools before all it is given: to be read by them, this one must be inserted at the front of
+    `trainer.callback_handler.callbacks`.
 
     Args:
-        schedule: the target usage of each step.
+        schedule: the target usage of each step. Default: the configuration's `target_kv_usage` throughout.
+        threshold_learning_rate: too high a rate has usage swing from step to step, too low a rate has it come late.
 
     Attributes:
         figures: what `UsageMeter.read` gave for the last log, histograms included; `None` before the first.
+
+    Raises:
+        ValueError: for a rate that is no finite number of at least 0.
     """
 
-    def __init__(self, schedule: UsageSchedule):
+    def __init__(self, schedule: UsageSchedule | None = None, threshold_learning_rate: float = 0.2):
+        _check_rate("threshold_learning_rate", threshold_learning_rate)
         self.schedule = schedule
+        self.threshold_learning_rate = threshold_learning_rate
         self.figures: dict[str, Any] | None = None
-        self._meter: UsageMeter | None = None
+        self._meter: UsageMeter | None = None  # since the last log
+        self._update: UsageMeter | None = None  # of one update, where the thresholds are ours to move
+        self._targets = UsageSchedule(((0, 1.0),))
+        self._undecayed: set[int] = set()
+        self._regrouped: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Refuses, with `ValueError`, a schedule that this model or this training cannot follow."""
-        self.schedule.check(state.max_steps)
-        meter = UsageMeter(model)
-        config = meter.decoder.config
-        for _, target in self.schedule.points:
-            check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
+        """Refuses, with `ValueError`, what this model, this optimizer or this training cannot follow."""
+        meter = UsageMeter(model, with_gradients=True)
+        targets = self._schedule_for(meter.decoder.config)
+        targets.check(state.max_steps)
+        thresholds = [mixer.threshold for mixer in meter.mixers]
+        if not any(threshold.requires_grad for threshold in thresholds):
+            raise ValueError("`model` has no threshold that learns: set `requires_grad_(True)` on these parameters.")
+        update = None
+        if not _have_groups_of_their_own(thresholds, optimizer):
+            check_movable(args, thresholds, meter.decoder.config.num_key_value_heads)
+            update = UsageMeter(model, bins=1, with_gradients=True)
+        for old in (self._meter, self._update):
+            if old is not None:
+                old.__exit__()  # of a training that broke off within a step
+        self._put_back(optimizer)
+        self._meter, self._update, self._targets = meter, update, targets
+        self._undecayed = {id(parameter) for name, parameter in model.named_parameters() if not _decays(name)}
+
+    def _schedule_for(self, config: HAMConfig) -> UsageSchedule:
+        """The schedule, or else the configuration's target throughout; `ValueError` for what a model cannot follow."""
         if config.threshold is not None:
             raise ValueError(
                 f"`threshold` of the configuration must be None, so that thresholds learn, got {config.threshold}."
             )
-        if not any(mixer.threshold.requires_grad for mixer in meter.mixers):
-            raise ValueError("`model` has no threshold that learns: set `requires_grad_(True)` on these parameters.")
-        if self._meter is not None:
-            self._meter.__exit__()  # of a training that broke off within a step
-        self._meter = meter
+        if self.schedule is None:
+            if config.target_kv_usage is None:
+                raise ValueError(
+                    "`target_kv_usage` of the configuration must be set where no `schedule` is given, got None, by "
+                    "which thresholds are held."
+                )
+            return UsageSchedule(((0, config.target_kv_usage),))
+        for _, target in self.schedule.points:
+            check_target_kv_usage(target, config.threshold_scope, config.num_hybrid_layers)
+        return self.schedule
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets the target of the step, whose calls are measured; those of an evaluation are not."""
         assert self._meter is not None
-        self._meter.decoder.config.target_kv_usage = self.schedule.target_at(state.global_step)
+        target = None if self._update is not None else self._targets.target_at(state.global_step)
+        self._meter.decoder.config.target_kv_usage = target
         self._meter.__enter__()
+        if self._update is not None:
+            self._update.__enter__()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keeps weight decay from what it is not for, by groups that last for one step.
+
+        Groups that stayed would be saved, and a checkpoint is resumed into those that Trainer makes.
+        """
+        for group in list(optimizer.param_groups):
+            spared = [parameter for parameter in group["params"] if id(parameter) in self._undecayed]
+            if spared and group.get("weight_decay"):
+                self._regrouped.append((group, group["params"]))
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in self._undecayed]
+                optimizer.param_groups.append({**group, "params": spared, "weight_decay": 0.0})
+
+    def _put_back(self, optimizer: Any) -> None:
+        if self._regrouped:
+            del optimizer.param_groups[-len(self._regrouped) :]
+        for group, parameters in self._regrouped:
+            group["params"] = parameters
+        self._regrouped = []
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Moves the thresholds, unless the optimizer has done it."""
+        self._put_back(optimizer)
+        if self._update is None:
+            return
+        target = self._targets.target_at(state.global_step)
+        figures, scope = self._update.read(), self._update.decoder.config.threshold_scope
+        steps = threshold_gradients(figures["thresholds"], figures["usage"], target, scope)
+        for mixer, step in zip(self._update.mixers, steps, strict=True):
+            if mixer.threshold.requires_grad:
+                descend(mixer.threshold, self.threshold_learning_rate * step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -345,6 +452,10 @@ class ThresholdCallback(TrainerCallback):
         """Ends the measurement of the step."""
         assert self._meter is not None
         self._meter.__exit__()
+        if self._update is not None:
+            self._update.__exit__()
+            # `global_step` counts this step already.
+            self._meter.decoder.config.target_kv_usage = self._targets.target_at(state.global_step - 1)
 
     def on_log(
         self,
@@ -364,6 +475,36 @@ class ThresholdCallback(TrainerCallback):
             scalars["kv_usage_target"] = sum(target) / len(target) if isinstance(target, list) else target
         logs.update(scalars)
         state.log_history[-1].update(scalars)
+
+
+def _have_groups_of_their_own(thresholds: list[nn.Parameter], optimizer: Any) -> bool:
+    """Whether an optimizer holds all thresholds apart from other parameters, as `parameter_groups` has it."""
+    wanted = {id(threshold) for threshold in thresholds if threshold.requires_grad}
+    alone = [group["params"] for group in optimizer.param_groups if {id(x) for x in group["params"]} <= wanted]
+    return wanted == {id(parameter) for parameters in alone for parameter in parameters}
+
+
+def check_movable(arguments: TrainingArguments, thresholds: list[nn.Parameter], heads: int) -> None:
+    """Refuses, with `ValueError`, engines that hold other copies of the parameters than those of the model."""
+    if getattr(arguments, "deepspeed", None) is not None or getattr(arguments, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "`deepspeed` must be left out with ThresholdCallback: DeepSpeed trains copies of the thresholds, which "
+            "nobody else can move. Use DDP or FSDP2."
+        )
+    if any(threshold.shape != (heads,) for threshold in thresholds):
+        raise ValueError(
+            "`fsdp_version` must be 2 with ThresholdCallback: FSDP1 cuts the thresholds from the model's parameters."
+        )
+
+
+@torch.no_grad()
+def descend(threshold: nn.Parameter, step: torch.Tensor) -> None:
+    """Subtracts a step `[Hk]` from a threshold, which may be sharded over ranks that all know the step."""
+    step = step.to(threshold.device)
+    if isinstance(threshold.data, DTensor):
+        mesh, placements = threshold.data.device_mesh, threshold.data.placements
+        step = distribute_tensor(step, mesh, placements, src_data_rank=None)
+    threshold.sub_(step)
 
 
 def usage_scalars(figures: dict[str, Any], layers: Iterable[int]) -> dict[str, float]:

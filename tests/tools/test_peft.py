@@ -126,6 +126,14 @@ def test_gradient_checkpointing_changes_no_gradient(model, ids):
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_prefix_tuning_is_refused(model, ids):
+    """Its keys and values are what attention saw before the text; of what the RNN saw they tell nothing."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(TypeError, match="such as the prefix of peft's prefix tuning"):
+        peft.get_peft_model(model, config)(input_ids=ids, labels=ids)
+
+
 def test_adapters_on_4bit_weights(checkpoint, ids):
     """QLoRA on a CPU: the weights are bitsandbytes' 4-bit ones, and stay so."""
     pytest.importorskip("bitsandbytes")

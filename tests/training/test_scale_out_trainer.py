@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Transformers' Trainer with two processes: the curve, the weights and the checkpoint of one."""
+"""Transformers' Trainer with two processes, which steers usage: the curve, the weights and the checkpoint of one."""
 
 import json
 from pathlib import Path

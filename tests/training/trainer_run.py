@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from ham_hf import HAMForCausalLM
+from ham_hf.training.control import ThresholdCallback, UsageSchedule
 
 STEPS, ROWS = 6, 8
 FSDP2 = {
@@ -89,13 +90,15 @@ def train(way: str, source: Path, output: Path, stop: bool, resume: bool) -> Tra
         logging_steps=1,
         learning_rate=1e-2,
         adam_epsilon=1e-3,
+        weight_decay=0.1,
         max_grad_norm=5.0,
         use_cpu=True,
         seed=3,
         report_to=[],
         disable_tqdm=True,
     )
-    callbacks = [Stop()] if stop else []
+    steering = ThresholdCallback(UsageSchedule(((0, 0.3),)))
+    callbacks = [steering, Stop()] if stop else [steering]
     trainer = Trainer(model, arguments, collate, Rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{STEPS // 2}") if resume else None)
     return trainer
