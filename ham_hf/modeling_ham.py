@@ -796,7 +796,8 @@ class HAMPreTrainedModel(PreTrainedModel):
             why = "" if pad is None else f", as `pad_token_id` is {pad}"
             raise ValueError(f"`new_num_tokens` must be at least {lowest}{why}, got {new_num_tokens}.")
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.base_model.vocab_size = self.config.vocab_size
+        decoder: Any = self.base_model
+        decoder.vocab_size = self.config.vocab_size
         return embeddings
 
     @wraps(PreTrainedModel.push_to_hub)
@@ -1155,7 +1156,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         if has_loss:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
             if outputs.threshold_control:
-                batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+                batch, length = (loss_kwargs["shift_labels"] if labels is None else labels).shape
                 real = None if attention_mask is None else attention_mask[:, -length:]
                 seen = real_tokens(real, batch, length, loss.device)
                 counted = _labels_by_row(labels, loss_kwargs, loss.device)

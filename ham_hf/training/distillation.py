@@ -144,17 +144,26 @@ class Teacher:
         Raises:
             ValueError: for packed documents without `position_ids`, across which the teacher would read.
         """
+        return distillation_loss(
+            loss,
+            logits,
+            self.logits(inputs),
+            inputs["labels"],
+            self.weight,
+            self.temperature,
+            num_items_in_batch,
+        )
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The teacher's logits `[B, T, vocabulary]` of a batch; raises as `loss` does."""
         given = {name: inputs[name] for name in TEACHER_INPUTS if inputs.get(name) is not None}
         if "position_ids" not in given and any(inputs.get(name) is not None for name in PACKED_INPUTS):
             raise ValueError(f"`position_ids` must be given with {PACKED_INPUTS}, as the teacher knows none of these.")
         if "attention_mask" in given and bool(given["attention_mask"].all()):
             # Beside a mask Transformers' models do not ask positions where a packed document begins.
             del given["attention_mask"]
-        with torch.no_grad():
-            teacher_logits = self.model(**given, use_cache=False).logits
-        return distillation_loss(
-            loss, logits, teacher_logits, inputs["labels"], self.weight, self.temperature, num_items_in_batch
-        )
+        return self.model(**given, use_cache=False).logits
 
 
 def _is_number(x: object) -> bool:

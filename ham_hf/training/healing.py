@@ -304,8 +304,16 @@ class Study:
             subprocess.run([sys.executable, str(CONVERT), str(self.source), str(self.converted)], check=True)
         results = {"settings": settings, "windows": len(self.windows)}
         results["unhealed"] = self.stored("unhealed", self.unhealed)
+        print(before_healing(results["unhealed"]), flush=True)
         results["trained_on"] = self.stored("trained_on", self.trained_on)
         return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
+
+
+def before_healing(figures: dict[str, Any]) -> str:
+    """The held-out losses that healing begins from, on one line."""
+    names = {"source": "source", "100%": "converted", "50%": "at 50%", "25%": "at 25%", "opened": "gates opened"}
+    losses = ", ".join(f"{name} {figures[key]['loss']:.4f}" for key, name in names.items())
+    return f"Held-out loss before healing (nats/token): {losses}"
 
 
 def done(results: dict[str, Any]) -> list[tuple[str, Run]]:

@@ -2,6 +2,7 @@
 """What a user sees of a training: a progress bar, a line a log, a table an evaluation, and log.jsonl."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_whole
+
+# How a setting of an evaluation is called in its table.
+NAMES = {"": "learned", "usage": "for usage", "threshold": "at", "teacher": "(the teacher)"}
 
 
 class LogFile(TrainerCallback):
@@ -63,16 +67,22 @@ def _line(entry: dict[str, Any]) -> str:
 class Progress(TrainerCallback):
     """Shows a bar on a terminal, a line for every log and a table for every evaluation, on rank 0.
 
+    Every line is written out at once, also into a file or a pipe. Where there is no bar, the first step has a line of
+    its own, so that the speed is known before the first loss.
+
     Args:
         tokens: that a step reads.
         bar: whether to show one.
+        loss: what the loss of a step is called: "loss" is that on next tokens, as in the tables.
     """
 
-    def __init__(self, tokens: int, bar: bool):
+    def __init__(self, tokens: int, bar: bool, loss: str = "loss"):
         self.tokens = tokens
         self.show_bar = bar
+        self.loss = loss
         self.bar: tqdm | None = None
-        self.seen = (0, 0.0)  # step and time of the last line
+        self.seen = (0, 0.0)  # step and time of the last line with a loss, or of the begin
+        self.stepped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -85,16 +95,25 @@ class Progress(TrainerCallback):
         parameters, learning = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
         part = "" if learning == parameters else f"{learning:,} of "
         begun = f", going on after step {state.global_step:,}" if state.global_step else ""
-        print(f"Training {part}{parameters:,} parameters: {state.max_steps:,} steps of {self.tokens:,} tokens{begun}")
+        steps = f"{state.max_steps:,} steps of {self.tokens:,} tokens{begun}"
+        print(f"Training {part}{parameters:,} parameters: {steps}", flush=True)
         disable = None if self.show_bar else True  # `None`: where stderr is no terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=disable)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Moves the bar."""
-        if self.bar is not None:
-            self.bar.update()
+        """Moves the bar; without one, tells of the first step."""
+        if self.bar is None:
+            return
+        self.bar.update()
+        if self.bar.disable and not self.stepped and state.global_step % state.logging_steps:
+            _write(f"step {state.global_step:6,}  {self._speed(state):,.0f} tokens/s")
+        self.stepped = True
+
+    def _speed(self, state: TrainerState) -> float:
+        """Tokens a second since the last line with a loss."""
+        return (state.global_step - self.seen[0]) * self.tokens / (time.monotonic() - self.seen[1])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,27 +134,33 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or logs is None:
             return
         if "loss" in logs:
-            now = time.monotonic()
-            speed = (state.global_step - self.seen[0]) * self.tokens / (now - self.seen[1])
-            self.seen = (state.global_step, now)
+            speed = self._speed(state)
+            self.seen = (state.global_step, time.monotonic())
             kept = f"  kept {logs['kv_usage']:6.1%}" if "kv_usage" in logs else ""
-            tqdm.write(
-                f"step {state.global_step:6,}  loss {logs['loss']:.4f}{kept}  lr {logs['learning_rate']:.2e}  "
+            _write(
+                f"step {state.global_step:6,}  {self.loss} {logs['loss']:.4f}{kept}  lr {logs['learning_rate']:.2e}  "
                 f"gradient {logs['grad_norm']:.2f}  {speed:,.0f} tokens/s"
             )
         elif "eval_loss" in logs:
-            tqdm.write(table_of(state.global_step, logs))
+            _write(table_of(state.global_step, logs))
             self.seen = (state.global_step, time.monotonic())
 
 
+def _write(text: str) -> None:
+    """Above the bar, and at once: a pipe would hold it back until much has come together."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def table_of(step: int, metrics: dict[str, float]) -> str:
-    """An evaluation as a table: a row for each setting of the thresholds."""
-    lines = [f"evaluation after step {step:,}", f"  {'thresholds':<18}{'loss':>8}{'kept':>9}"]
+    """An evaluation as a table: losses on next tokens at each setting of the thresholds, and of a teacher."""
+    lines = [f"evaluation after step {step:,}" if step else "evaluation before the first step"]
+    lines += [f"  {'thresholds':<18}{'loss':>8}{'kept':>9}"]
     for key, loss in metrics.items():
         if not key.startswith("eval_loss"):
             continue
         setting = key.removeprefix("eval_loss").strip("/")
-        name = {"": "learned", "usage": "for usage", "threshold": "at"}[setting.partition("_")[0]]
+        name = NAMES[setting.partition("_")[0]]
         kept = metrics.get(key.replace("loss", "kept", 1))
         kept_text = f"{kept:9.1%}" if kept is not None else " " * 8 + "-"
         label = f"{name} {setting.partition('_')[2]}"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,6 +85,7 @@ class HAMTrainer(Trainer):
         self.calibration = calibration
         self.first_step = 0  # of this part of the training
         self.teacher: Teacher | None = None
+        self.teacher_loss: float | None = None  # on the held-out rows, once it was measured
         settings = recipe.distillation
         if settings is not None and settings.teacher is not None and settings.weight:
             self.teacher = Teacher(settings.teacher, self.model, settings.weight, settings.temperature)
@@ -192,8 +194,9 @@ class HAMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss (nats a token) and fraction kept of the held-out rows at every setting of the recipe, as one log.
 
-        To `log_history` it adds, by layer, how many scores of all heads lie in each fiftieth of `[0, 1]` at the
-        learned thresholds (`eval_scores/layer_0`).
+        With a teacher comes the loss of that one (`eval_loss/teacher`), which the student is to come back to. To
+        `log_history` it adds, by layer, how many scores of all heads lie in each fiftieth of `[0, 1]` at the learned
+        thresholds (`eval_scores/layer_0`).
         """
         settings: dict[str, dict[str, float]] = {"": {}}
         hybrid = self.ham.config.num_hybrid_layers > 0
@@ -216,19 +219,36 @@ class HAMTrainer(Trainer):
                         scores = scores or score_counts(figures, meter)
         finally:
             self.model.train(training)
+        if self.teacher is not None:
+            if self.teacher_loss is None:
+                with self.accelerator.autocast():
+                    self.teacher_loss = self._loss_at(loader, {}, self.teacher.logits)
+            metrics["eval_loss/teacher"] = self.teacher_loss
         self.log(metrics)
         self.state.log_history[-1].update(scores)  # type: ignore[arg-type]  # Trainer says that all is numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def _loss_at(self, loader: Any, setting: dict[str, float]) -> float:
-        """Mean over the predicted tokens of all rows, each of which counts once however many ranks there are."""
+    def _loss_at(
+        self, loader: Any, setting: dict[str, float], logits_of: Callable[..., torch.Tensor] | None = None
+    ) -> float:
+        """Mean over the predicted tokens of all rows, each of which counts once however many ranks there are.
+
+        Args:
+            loader: of the rows.
+            setting: arguments of the model's calls.
+            logits_of: the logits of a batch's inputs. Default: the model's at `setting`.
+        """
         sums = []
         for inputs in loader:
             labels = F.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]
-            logits = self.model(**self._prepare_inputs(inputs), use_cache=False, **setting).logits.float()
-            losses = F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), reduction="none").sum(1)
+            inputs = self._prepare_inputs(inputs)
+            if logits_of is None:
+                logits = self.model(**inputs, use_cache=False, **setting).logits
+            else:
+                logits = logits_of(inputs)
+            losses = F.cross_entropy(logits.float().transpose(1, 2), labels.to(logits.device), reduction="none").sum(1)
             counted = torch.stack([losses, (labels != -100).sum(1).to(losses)], dim=1)
             sums.append(self.accelerator.gather_for_metrics(counted).double().cpu())
         loss, tokens = torch.cat(sums).sum(0).tolist()
@@ -338,6 +358,8 @@ def train(recipe: TrainRecipe) -> Path | None:
     check_output(recipe, output, begun=last is not None or (output / FINAL).exists())
     if (output / FINAL).is_dir():
         return output / FINAL
+    if recipe.distillation is not None and last is None:
+        arguments.eval_on_start = True  # a converted model is measured before it heals, and its teacher
     set_seed(recipe.seed)
     with arguments.main_process_first():
         tokenizer = load_tokenizer(recipe)
@@ -630,9 +652,14 @@ def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> No
         trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
     recipe = trainer.recipe
     trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
-    trainer.add_callback(
-        Progress(rows_per_step(trainer.args) * recipe.context, bar=not recipe.trainer.get("disable_tqdm"))
-    )
+    tokens, bar = rows_per_step(trainer.args) * recipe.context, not recipe.trainer.get("disable_tqdm")
+    trainer.add_callback(Progress(tokens, bar, loss_name(recipe)))
+
+
+def loss_name(recipe: TrainRecipe) -> str:
+    """What training logs as `loss`: with a teacher it is another figure than the loss on next tokens."""
+    weight = 0.0 if recipe.distillation is None else recipe.distillation.weight
+    return {0.0: "loss", 1.0: "divergence"}.get(weight, "loss mixed with divergence")
 
 
 def write_model(trainer: HAMTrainer, output: Path) -> None:

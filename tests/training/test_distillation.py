@@ -275,9 +275,19 @@ def recipe(folders, tmp_path):
     return write
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def first_loss(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return next(x["loss"] for x in lines if "loss" in x)
+    return next(x["loss"] for x in log_of(folder) if "loss" in x)
+
+
+def loss_of(model, rows):
+    """Mean of next tokens over rows."""
+    losses = [model(**{name: x[None] for name, x in row.items()}, use_cache=False).loss for row in rows]
+    counts = torch.tensor([float((row["labels"][1:] != -100).sum()) for row in rows])
+    return ((torch.stack(losses) * counts).sum() / counts.sum()).item()
 
 
 def test_a_recipe_heals(folders, recipe):
@@ -302,6 +312,13 @@ def test_a_recipe_heals(folders, recipe):
     divergence, next_tokens, count = sums.tolist()
     expected = (0.5 * next_tokens + 0.5 * 4 * divergence) / count
     assert divergence / count > 1e-4
+    before = log_of(distilled)[0]
+    with torch.no_grad():
+        held_out = rows.first_rows(2)
+        assert before["step"] == 0
+        assert before["eval_loss/teacher"] == pytest.approx(loss_of(llama, held_out), abs=1e-4)
+        assert before["eval_loss"] == pytest.approx(loss_of(start.eval(), held_out), abs=1e-4)
+    assert log_of(distilled)[-1]["eval_loss/teacher"] == before["eval_loss/teacher"]
     # What is logged is rounded to four digits.
     assert math.isclose(first_loss(distilled), expected, rel_tol=1e-4)
 
