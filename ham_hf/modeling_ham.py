@@ -872,7 +872,9 @@ class HAMModel(HAMPreTrainedModel):
             use_cache: whether to fill and return a cache. Packed rows have none.
             threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a
                 tensor `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults
-                to `config.threshold`, then to the learned thresholds.
+                to `config.threshold`, then to the learned thresholds. In training the learned ones have no gradient
+                from a call with this argument or `kv_usage`: DDP then needs `find_unused_parameters=True`, or
+                thresholds with `requires_grad_(False)`, as they are while `config.threshold` is set.
             kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
             kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
             hidden_states_to_keep: return the last hidden state of the last so many tokens only (0: all), which spares

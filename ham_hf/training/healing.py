@@ -303,8 +303,8 @@ class Study:
         if not self.converted.exists():
             subprocess.run([sys.executable, str(CONVERT), str(self.source), str(self.converted)], check=True)
         results = {"settings": settings, "windows": len(self.windows)}
-        results["unhealed"] = self.stored("unhealed", self.unhealed)
-        print(before_healing(results["unhealed"]), flush=True)
+        unhealed = results["unhealed"] = self.stored("unhealed", self.unhealed)
+        print(before_healing(unhealed), flush=True)
         results["trained_on"] = self.stored("trained_on", self.trained_on)
         return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ham_hf import HAMForCausalLM
@@ -49,6 +50,19 @@ def test_the_weights_are_those_of_one_process_in_an_ordinary_checkpoint(runs, wa
         assert moved > 0 or name.endswith("score_quantiles"), name
         assert (weights - got[name]).abs().max() <= 0.02 * moved + 1e-6, name
     HAMForCausalLM.from_pretrained(runs[way][1] / "final")
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_a_threshold_of_the_configuration_takes_no_part(runs, way, launch, tmp_path):
+    """Nobody waits for its gradient, and a resumed optimizer has no state of it."""
+    start = HAMForCausalLM.from_pretrained(runs["one"][1].parent / "source", threshold=0.45)
+    start.save_pretrained(tmp_path / "source")
+    printed = launch(PROGRAM, way, tmp_path / "source", tmp_path / "out")
+    assert len(json.loads(printed.splitlines()[-1])["loss"]) == 6
+    trained = HAMForCausalLM.from_pretrained(tmp_path / "out" / "final")
+    for before, after in zip(start.model.layers, trained.model.layers, strict=True):
+        assert not torch.equal(before.mixer.q_proj.weight, after.mixer.q_proj.weight)
+        assert torch.equal(before.mixer.threshold, after.mixer.threshold)
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])

@@ -97,8 +97,8 @@ def train(way: str, source: Path, output: Path, stop: bool, resume: bool) -> Tra
         report_to=[],
         disable_tqdm=True,
     )
-    steering = ThresholdCallback(UsageSchedule(((0, 0.3),)))
-    callbacks = [steering, Stop()] if stop else [steering]
+    callbacks = [] if model.config.threshold is not None else [ThresholdCallback(UsageSchedule(((0, 0.3),)))]
+    callbacks += [Stop()] if stop else []
     trainer = Trainer(model, arguments, collate, Rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{STEPS // 2}") if resume else None)
     return trainer
