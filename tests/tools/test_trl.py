@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from datasets import Dataset
 
 from ham_hf import HAMForCausalLM
 from ham_hf.training.control import ThresholdCallback, UsageSchedule
 
-# With peft's and datasets' the import says best what is missing, or does not go with this Transformers.
+# Either may not go with the Transformers or huggingface_hub that is there; the reason is in the error.
+datasets = pytest.importorskip("datasets", exc_type=ImportError)
 trl = pytest.importorskip("trl", exc_type=ImportError)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -51,7 +51,7 @@ def packed(model, tokenizer, settings):
         arguments = trl.SFTConfig(
             packing=True, padding_free=True, max_length=64, per_device_train_batch_size=2, **(settings | options)
         )
-        data = Dataset.from_dict({"text": TEXTS * 40})
+        data = datasets.Dataset.from_dict({"text": TEXTS * 40})
         return trl.SFTTrainer(
             model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks)
         )
@@ -98,7 +98,7 @@ def test_lora_beside_sft(packed, model, tokenizer, settings):
     trainer = trl.SFTTrainer(
         model,
         arguments,
-        train_dataset=Dataset.from_dict({"text": TEXTS * 4}),
+        train_dataset=datasets.Dataset.from_dict({"text": TEXTS * 4}),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4),
     )
@@ -115,7 +115,7 @@ def test_lora_beside_sft(packed, model, tokenizer, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["precomputed", "a model"])
 def test_dpo_steers_by_the_calls_it_learns_from(model, tokenizer, settings, reference):
-    data = Dataset.from_dict(
+    data = datasets.Dataset.from_dict(
         {
             "prompt": ["The captain looked at", "A ship came in from"] * 8,
             "chosen": [" the sea.", " the north."] * 8,
@@ -149,7 +149,7 @@ def test_dpo_steers_by_the_calls_it_learns_from(model, tokenizer, settings, refe
 @pytest.mark.slow
 def test_grpo_with_a_reference_model(model, tokenizer, settings):
     """TRL loads the reference by the path of the checkpoint, which has no code beside it."""
-    data = Dataset.from_dict({"prompt": ["The captain looked at", "A ship came in from"] * 4})
+    data = datasets.Dataset.from_dict({"prompt": ["The captain looked at", "A ship came in from"] * 4})
 
     def many_e(completions, **kwargs):
         return [float(text.count("e")) / max(1, len(text)) for text in completions]
