@@ -62,8 +62,10 @@ from .routing_ham import (
     check_kv_budget,
     check_kv_usage,
     check_threshold,
+    error_score,
     threshold_gradients,
     usage_threshold,
+    widened,
 )
 
 try:
@@ -187,13 +189,13 @@ class HAMRMSNorm(nn.RMSNorm):
 
     @property
     def scale(self) -> torch.Tensor:
-        """What the normalised input is multiplied with, `[D]`; the sum is float32, as bfloat16 would round it."""
-        return 1 + self.weight.float() if self.zero_centered else self.weight
+        """What the normalised input is multiplied with, `[D]`; the sum is widened, as bfloat16 would round it."""
+        return 1 + widened(self.weight) if self.zero_centered else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.zero_centered:
             return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
-        return rms_norm(x.float(), self.scale, self.eps).to(self.weight.dtype)
+        return rms_norm(x.to(self.scale.dtype), self.scale, self.eps).to(self.weight.dtype)
 
 
 class HAMRotaryEmbedding(LlamaRotaryEmbedding):
@@ -553,21 +555,33 @@ class HAMMixer(nn.Module):
         step: LayerStep,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the RNN: its output `[B, T, H, V]`, and the score of its prediction if the layer's router reads one."""
-        beta = self.b_proj(hidden_states).float().sigmoid()
+        beta = widened(self.b_proj(hidden_states)).sigmoid()
         if self.config.allow_neg_eigval:
             beta = 2 * beta
-        g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
+        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(hidden_states)) + widened(self.dt_bias))
         if tokens.real is not None:
-            beta, g = beta * tokens.real[..., None], g * tokens.real[..., None]
+            beta, g = (x.masked_fill(~tokens.real[..., None], 0) for x in (beta, g))
         q, k = l2norm(q), l2norm(k)
         if self.shape.value_heads > self.shape.key_heads:
             q, k = (x.repeat_interleave(self.shape.value_heads // self.shape.key_heads, dim=2) for x in (q, k))
         step.rnn = (k, v, g, beta)
         state = None if cache is None else cache.recurrent_state
         score = self.router.error if self.layer_type == "hybrid" else None
+        # A learned router's error is part of what it computes: then it has a gradient, which a score of the op lacks.
+        in_graph = self.config.router in LEARNED_ROUTERS and torch.is_grad_enabled()
         o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
-            q, k, v, g, beta, initial_state=state, seq_idx=tokens.seq_idx, score=score, predict=bool(score)
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state=state,
+            seq_idx=tokens.seq_idx,
+            score=None if in_graph else score,
+            predict=bool(score),
         )
+        if in_graph and score is not None and errors is not None:
+            errors = error_score(score, v, errors, beta, in_graph=True)
         return o_rnn.to(hidden_states.dtype), errors
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -589,12 +603,12 @@ class HAMMixer(nn.Module):
     def _route(
         self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores `[B, T, Hk]` that rank tokens, and which are kept `[B, T, Hk]`; without a router, all at 1."""
+        """The scores `[B, T, Hk]` float32 that rank tokens, and which are kept; without a router all are, at 1."""
         if scores is None:
             scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         else:
-            scores = scores.detach()
+            scores = scores.detach().float()
             keep = scores >= self._threshold(threshold, scores.device)[:, None]
         if tokens.real is not None:
             keep = keep & tokens.real[..., None]
@@ -899,6 +913,9 @@ class HAMModel(HAMPreTrainedModel):
         thresholds = [x if x is None else x.to(device, non_blocking=x.device.type == "cpu") for x in thresholds]
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, cache, seq_idx)
+        if tokens.real is not None:
+            # Whatever stands in for padding, NaN included, must not reach a sum, were it times zero.
+            inputs_embeds = inputs_embeds.masked_fill(~tokens.real[..., None], 0)
         cache = self._prepare_cache(cache, use_cache, tokens, kv_budget)
         if exporting() and (cache is not None or kv_budget is not None):
             raise ValueError(

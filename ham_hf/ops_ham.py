@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
-from .routing_ham import error_score
+from .routing_ham import error_score, widened
 
 try:
     import ham_kernels
@@ -63,7 +63,7 @@ def _warn_without_kernels(problem: str) -> None:
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """L2-normalises the last dimension of `x` in float32 or wider; a zero vector stays zero."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widened(x)
     if _in_own_passes(x):
         return _Normalise.apply(x, None, 1, eps)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
@@ -165,7 +165,7 @@ def short_convolution(
         tap = x.gather(1, source[..., None].expand(-1, -1, channels))
         if seq_idx is not None:
             document = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], dim=1).gather(1, source)
-            tap = tap * (document == seq_idx)[..., None]
+            tap = tap.masked_fill((document != seq_idx)[..., None], 0)
         out = torch.addcmul(out, tap, weight[:, i])
     return F.silu(out), final_state
 
@@ -251,12 +251,13 @@ def gated_delta_rule_with_prediction(
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
         chunk_size: tokens solved at once; by default what is fastest, 64 in the kernel and 32 in PyTorch.
-        score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, outside the graph.
+        score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, outside the graph, in
+            which the predictions themselves are.
         predict: `False` leaves the predictions out, for one who reads neither them nor a score.
 
     Returns:
         `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider; with
-        `score`, scores `[B, T, Hk]` float32 in place of the predictions; without `predict`, `None`.
+        `score`, scores `[B, T, Hk]` in place of the predictions; without `predict`, `None`.
 
     Raises:
         ValueError: for a score without `predict`.
@@ -324,7 +325,7 @@ def _delta_rule(
     for start in range(0, length, segment):
         part = slice(start, start + segment)
         if seq_idx is not None and start:
-            state = state * (seq_idx[:, start] == seq_idx[:, start - 1])[:, None, None, None]
+            state = state.masked_fill((seq_idx[:, start] != seq_idx[:, start - 1])[:, None, None, None], 0)
         documents = None if seq_idx is None else seq_idx[:, part]
         out, prediction, state = _delta_rule_chunks(
             q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], state, documents, scale, chunk, predict
@@ -353,10 +354,13 @@ def _delta_rule_chunks(
     q, k, v, g, beta = (_split_chunks(x, chunk) for x in (q, k, v, g, beta))  # [N, B, Hk, C, ...], q: [..., C, G, K]
     documents = None if seq_idx is None else _split_chunks(seq_idx.unsqueeze(2), chunk)
 
-    # An exported program has one long chunk: its decays are small differences of large sums, which float32 rounds.
-    g = g.cumsum(-1, dtype=torch.float64 if exporting() else None)
-    within = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(_unseen(chunk, documents, g.device), -torch.inf)
-    within, from_start, to_end, across = (x.exp().to(k.dtype) for x in (within, g, g[..., -1:] - g, g[..., -1]))
+    # Decays are small differences of large sums, which float32 would round. Apple's GPUs have nothing wider.
+    sums = g.cumsum(-1, dtype=torch.float32 if g.device.type == "mps" else torch.float64)
+    within, to_end = (
+        (x - y).to(k.dtype) for x, y in ((sums.unsqueeze(-1), sums.unsqueeze(-2)), (sums[..., -1:], sums))
+    )
+    within = within.masked_fill(_unseen(chunk, documents, g.device), -torch.inf).exp()
+    to_end, from_start, across = to_end.exp(), sums.to(k.dtype).exp(), sums[..., -1].to(k.dtype).exp()
     if documents is not None:
         carried, ending, continues = _document_borders(documents)
         from_start, to_end, across = from_start * carried, to_end * ending, across * continues

@@ -15,11 +15,21 @@ COSINE_EPS = 1e-8
 NUM_QUANTILES = 65
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def cosine_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Prediction error `(1 - cos(vhat, v)) / 2` in `[0, 1]` of `[..., V]` values; 0.5 where either vector is zero."""
+    """Prediction error `(1 - cos(vhat, v)) / 2` in `[0, 1]` of `[..., V]` values; 0.5 where either vector is zero.
+
+    Next to a zero vector it has no gradient: that of a direction grows without bounds there.
+    """
     dot = (v * prediction).sum(-1)
     norms = v.norm(dim=-1) * prediction.norm(dim=-1)
-    return ((1 - dot / norms.clamp(min=COSINE_EPS)) / 2).clamp(0, 1)
+    cosine = dot / norms.clamp(min=COSINE_EPS)
+    cosine = torch.where(norms > COSINE_EPS, cosine, cosine.detach())
+    return ((1 - cosine) / 2).clamp(0, 1)
 
 
 def l2_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
@@ -34,16 +44,19 @@ def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor
     return residual / (residual + v.norm(dim=-1).clamp(min=COSINE_EPS))
 
 
-def error_score(score: str, v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """A score by its name, float32. A hard decision passes no gradient, so it is cut from the graph.
+def error_score(
+    score: str, v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor, in_graph: bool = False
+) -> torch.Tensor:
+    """A score by its name, float32 or wider.
 
     Args:
         score: `"cosine"`, `"l2"` or `"residual"`.
         v: `[..., V]` values.
         prediction: `[..., V]` what the state held under each key before.
         beta: `[...]` write strengths.
+        in_graph: whether the score has a gradient; a hard decision passes none, so that it is usually cut off.
     """
-    v, prediction, beta = (x.detach().float() for x in (v, prediction, beta))
+    v, prediction, beta = (widened(x if in_graph else x.detach()) for x in (v, prediction, beta))
     if score == "cosine":
         return cosine_score(v, prediction)
     if score == "l2":
@@ -74,14 +87,19 @@ def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> tor
 
 
 class Float32Linear(nn.Linear):
-    """A projection computed in float32, whatever its weights are: in bfloat16 the scores of many tokens would tie."""
+    """A projection computed in float32 or wider, whatever its weights are: in bfloat16 many scores would tie."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
+        x = widened(x)
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class HAMRouter(nn.Module):
-    """Routing scores `[B, T, Hk]` of a layer, float32 in `[0, 1]`; a token is kept where they reach the threshold."""
+    """Routing scores `[B, T, Hk]` of a layer in `[0, 1]`; a token is kept where they reach the threshold.
+
+    They are float32, or wider in a model that is. A score that is not a number counts as 1: what a broken token does
+    to the output then shows, as it would with everything kept, and no threshold drops it unseen.
+    """
 
     def __init__(self, config: HAMConfig, layer_idx: int):
         super().__init__()
@@ -106,20 +124,22 @@ class HAMRouter(nn.Module):
 
         Args:
             hidden_states: `[B, T, D]` normalised input of the layer.
-            errors: `[B, T, Hk]` float32 scores of the RNN's prediction, of the kind `self.error`; not read if `None`.
+            errors: `[B, T, Hk]` scores of the RNN's prediction, of the kind `self.error`; not read if that is `None`.
             positions: `[B, T]` int64 index among real tokens.
 
         Raises:
             ValueError: for a router that reads errors and is given none.
         """
         if self.error is None:
-            given = self.without_state(hidden_states, positions)
-            return given.expand(*hidden_states.shape[:2], self.num_heads)
-        if errors is None:
+            scores = self.without_state(hidden_states, positions).expand(*hidden_states.shape[:2], self.num_heads)
+        elif errors is None:
             raise ValueError(f"`errors` must be a tensor with the router {self.kind!r}, got None.")
-        if self.kind in ERROR_ROUTERS:
-            return errors
-        return (self.without_state(hidden_states, positions) + self.error_weight.float() * errors).sigmoid()
+        elif self.kind in ERROR_ROUTERS:
+            scores = errors
+        else:
+            logits = self.without_state(hidden_states, positions)
+            scores = (logits + self.error_weight.to(errors.dtype) * errors).sigmoid()
+        return scores.masked_fill(scores.isnan(), 1.0)
 
     def without_state(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the RNN's state has no part in: scores of `random` and `learned`, logits of `learned_error`.
@@ -169,11 +189,11 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
         if tensor.ndim != 3 or any(n not in (1, size) for n, size in zip(tensor.shape, sizes, strict=True)):
             raise ValueError(f"`threshold` has shape {list(threshold.shape)}; expected {expected}.")
     elif _is_number(threshold):
-        tensor = torch.tensor(float(threshold)).view(1, 1, 1)
+        tensor = torch.tensor(float(threshold), dtype=torch.float32, device="cpu").view(1, 1, 1)
     elif isinstance(threshold, (list, tuple)) and all(_is_number(x) for x in threshold):
         if len(threshold) != num_layers:
             raise ValueError(f"`threshold` has {len(threshold)} entries; expected {expected}.")
-        tensor = torch.tensor([float(x) for x in threshold]).view(-1, 1, 1)
+        tensor = torch.tensor([float(x) for x in threshold], dtype=torch.float32, device="cpu").view(-1, 1, 1)
     else:
         raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
     # The capture of a CUDA graph forbids to read a GPU's values: who captures has had them checked before.
