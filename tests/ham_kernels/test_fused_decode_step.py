@@ -270,6 +270,32 @@ def test_padding_changes_nothing(device):
         assert torch.equal(padded[name][::2], out[name][::2])
 
 
+def test_padding_that_is_not_a_number_changes_nothing(device):
+    arguments = make(device, batch=3, groups=2) | {"real": torch.tensor([True, False, True], device=device)}
+    clean = run(arguments)
+    for name in ("qkv", "a", "b"):
+        arguments[name][1] = torch.nan
+    out = run(arguments)
+    assert not out["keep"][1].any()
+    for name in ("conv_state", "state"):
+        assert torch.equal(out[name], clean[name]), name
+    for name in out.keys() - {"keep"}:
+        assert torch.equal(out[name][::2], clean[name][::2]), name
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 1.001])
+@pytest.mark.parametrize("score", SCORES)
+def test_what_is_not_a_number_scores_1(score, threshold, device):
+    arguments = make(device, score=score) | {"threshold": torch.full((1, 1), threshold, device=device)}
+    arguments["qkv"][0] = torch.nan
+    if "given" in arguments:
+        arguments["given"][0] = torch.nan
+    out = run(arguments)
+    assert out["scores"][0].tolist() == [1.0, 1.0]
+    assert out["keep"][0].tolist() == [threshold <= 1] * 2
+    assert (out["scores"][1] < 1).all()
+
+
 @pytest.mark.parametrize("score", ["cosine", "l2", "residual"])
 def test_an_empty_state_and_values_of_zero(score, device):
     """What nothing is known of scores as in PyTorch: 0.5 for the cosine with a vector of zeros."""

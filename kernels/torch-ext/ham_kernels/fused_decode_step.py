@@ -79,15 +79,16 @@ def _score(
         score = tl.load(given + stream)
     elif SCORE == "l2":
         score = d_norm / tl.maximum(v_norm + p_norm, COSINE_EPS)
-        score = tl.minimum(score * score, 1.0)
+        score = tl.where(score == score, tl.minimum(score * score, 1.0), score)
     elif SCORE == "residual":
         score = beta * d_norm / (beta * d_norm + tl.maximum(v_norm, COSINE_EPS))
     else:
         score = (1.0 - tl.sum(product, 0) / tl.maximum(v_norm * p_norm, COSINE_EPS)) / 2.0
-        score = tl.minimum(tl.maximum(score, 0.0), 1.0)
+        score = tl.where(score == score, tl.minimum(tl.maximum(score, 0.0), 1.0), score)
         if SCORE == "learned_error":
             score = tl.sigmoid(tl.load(given + stream) + tl.load(error_weight + head) * score)
-    return score
+    # What is not a number counts as 1, so that no threshold drops it unseen.
+    return tl.where(score == score, score, 1.0)
 
 
 @triton.jit
@@ -146,9 +147,7 @@ def decode_update_fwd_kernel(
     decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
     is_real = tl.full([], 1, dtype=tl.int1)
     if real is not None:
-        # Padding neither decays nor writes the state.
         is_real = tl.load(real + row) != 0
-        beta, decay = tl.where(is_real, beta, 0.0), tl.where(is_real, decay, 1.0)
     q = q * tl.rsqrt(tl.sum(q * q, 1) + L2_EPS)[:, None] * (K**-0.5)
     k = k * tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
     # Squared lengths of value, prediction and their difference, and the product of the two.
@@ -167,7 +166,8 @@ def decode_update_fwd_kernel(
         S += k[:, None] * (beta * (v - prediction))[None, :]
         # Small blocks are loaded by several threads at once, and none may find what another has written.
         tl.debug_barrier()
-        tl.store(cells, S, mask=in_state)
+        # Padding neither decays nor writes the state, were it NaN.
+        tl.store(cells, S, mask=in_state & is_real)
         for g in tl.static_range(G):
             query = tl.sum(tl.where((o_g == g)[:, None], q, 0.0), 0)
             read = tl.sum(query[:, None] * S, 0)

@@ -20,6 +20,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
@@ -42,8 +43,9 @@ COSINE_EPS: tl.constexpr = tl.constexpr(1e-8)
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels. Arguments in capitals are constants of the compilation: `HK` key/value heads, `GROUP` query heads to each,
 # `K` and `V` head dimensions, `BT` tokens of a chunk, `BK`, `BV` tile widths. `T` and `NT` are tokens and chunks of a
-# row, `bucket` stands for the number of programs. Gates are float32; `gc` holds the running sum of `g` in units
-# of log 2. A program's tokens are `start <= t < end`, and what lies past `end` is loaded as zero.
+# row, `bucket` stands for the number of programs. Gates are float32; `gc` `[B, T, HK, 2]` holds the running sum of `g`
+# in units of log 2, in float32, and what rounding it left out: decays are small differences of these large sums.
+# A program's tokens are `start <= t < end`, and what lies past `end` is loaded as zero.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -96,9 +98,24 @@ def _sequence(sequences, i_n, T, NT, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _decay(b_g, lower):
+def _load_sums(gc, token, mask):
+    """`G` of tokens (counted in heads): rounded, and the rest. Past the end nothing is left of what came before."""
+    return tl.load(gc + 2 * token, mask=mask, other=-1e30), tl.load(gc + 2 * token + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def _decay(b_g, b_rest, lower):
     """`exp(G_i - G_j)` where `lower`, 0 elsewhere; masked first: above the diagonal it may overflow."""
-    return tl.exp2(tl.where(lower, b_g[:, None] - b_g[None, :], float("-inf")))
+    b_d = (b_g[:, None] - b_g[None, :]) + (b_rest[:, None] - b_rest[None, :])
+    return tl.exp2(tl.where(lower, b_d, float("-inf")))
+
+
+@triton.jit
+def _to_end(gc, b_g, b_rest, last, real):
+    """`exp(G_last - G)` of a chunk's tokens, and `exp(G_last)`; `last` is its last token (counted in heads)."""
+    g_last, rest = tl.load(gc + 2 * last), tl.load(gc + 2 * last + 1)
+    b_d = tl.where(real, (g_last - b_g) + (rest - b_rest), float("-inf"))
+    return tl.exp2(b_d), tl.exp2(g_last)
 
 
 # On an H200 4 warps were faster than 2 for every kernel of the forward; nobody has measured them elsewhere.
@@ -116,20 +133,23 @@ def wy_inverse_fwd_kernel(
     real = row < end - start
     k += (start * HK + i_h) * K
     g += start * HK + i_h
-    gc += start * HK + i_h
+    gc += 2 * (start * HK + i_h)
     beta += start * HK + i_h
     inverse += (start * HK + i_h) * BT
     diagonal += (i_c.to(tl.int64) * HK + i_h) * (BT * BC)
 
-    b_g = tl.cumsum(tl.load(g + row * HK, mask=real, other=0.0), 0) * LOG2E
-    tl.store(gc + row * HK, b_g, mask=real)
+    b_sum = tl.cumsum(tl.load(g + row * HK, mask=real, other=0.0).to(tl.float64), 0) * LOG2E
+    b_g = b_sum.to(tl.float32)
+    b_rest = (b_sum - b_g.to(tl.float64)).to(tl.float32)
+    tl.store(gc + 2 * row * HK, b_g, mask=real)
+    tl.store(gc + 2 * row * HK + 1, b_rest, mask=real)
     b_beta = tl.load(beta + row * HK, mask=real, other=0.0)
     b_A = tl.zeros([BT, BT], dtype=tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         b_k = tl.load(k + row[:, None] * (HK * K) + o_k[None, :], mask=real[:, None] & (o_k < K)[None, :], other=0.0)
         b_A = tl.dot(b_k, tl.trans(b_k), b_A, input_precision=PRECISION)
-    b_A *= _decay(b_g, row[:, None] > row[None, :]) * b_beta[:, None]
+    b_A *= _decay(b_g, b_rest, row[:, None] > row[None, :]) * b_beta[:, None]
 
     # The blocks lie side by side in `b_D` [BC, BT], so that one step solves a row of each.
     block, inner, o_i = row // BC, row % BC, tl.arange(0, BC)
@@ -179,7 +199,7 @@ def wy_apply_fwd_kernel(
         b_v = tl.load(v + offsets, mask=mask, other=0.0)
         b_u = tl.dot(b_M, (b_v * b_beta[:, None]).to(b_v.dtype), input_precision=PRECISION)
         tl.store(u + offsets, b_u.to(u.dtype.element_ty), mask=mask)
-    b_in = b_beta * tl.exp2(tl.load(gc + head + row * HK, mask=real, other=0.0))
+    b_in = b_beta * tl.exp2(tl.load(gc + 2 * (head + row * HK), mask=real, other=0.0))
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         offsets, mask = row[:, None] * (HK * K) + o_k[None, :], real[:, None] & (o_k < K)[None, :]
@@ -223,19 +243,19 @@ def state_fwd_kernel(
         b_u = tl.load(u + head * V + offsets, mask=mask, other=0.0)
         b_u = b_u - tl.dot(b_w, b_S.to(b_w.dtype), input_precision=PRECISION)
         tl.store(u_out + head * V + offsets, b_u.to(u_out.dtype.element_ty), mask=mask)
-        b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
-        g_last = tl.load(gc + head + (tl.minimum(end - start, BT) - 1) * HK)
-        b_u = (b_u * tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]).to(b_w.dtype)
+        b_g, b_rest = _load_sums(gc, head + row * HK, real)
+        b_out, across = _to_end(gc, b_g, b_rest, head + (tl.minimum(end - start, BT) - 1) * HK, real)
+        b_u = (b_u * b_out[:, None]).to(b_w.dtype)
         b_kT = tl.load(
             k + head * K + o_k[:, None] + row[None, :] * (HK * K), mask=in_k[:, None] & real[None, :], other=0.0
         )
-        b_S = tl.dot(b_kT, b_u, b_S * tl.exp2(g_last), input_precision=PRECISION)
+        b_S = tl.dot(b_kT, b_u, b_S * across, input_precision=PRECISION)
     tl.store(final_state + (row_out * HK + i_h) * (K * V) + square, b_S, mask=in_square & (row_out >= 0))
 
 
 @triton.jit
 def _read(
-    x, k, u, states, b_g, real, o_v,
+    x, k, u, states, b_g, b_rest, real, o_v,
     HK: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OF_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -260,7 +280,7 @@ def _read(
     else:
         lower = row[:, None] >= row[None, :]
     b_u = tl.load(u + row[:, None] * (HK * V) + o_v[None, :], mask=real[:, None] & in_v[None, :], other=0.0)
-    b_A = (b_A * _decay(b_g, lower)).to(b_u.dtype)
+    b_A = (b_A * _decay(b_g, b_rest, lower)).to(b_u.dtype)
     return tl.dot(b_A, b_u, b_o * tl.exp2(b_g)[:, None], input_precision=PRECISION)
 
 
@@ -303,7 +323,9 @@ def score_fwd_kernel(moments, beta, scores, count, PARTS: tl.constexpr, SCORE: t
     else:
         residual = tl.load(beta + i, mask=mask, other=0.0) * d_norm
         score = residual / (residual + tl.maximum(v_norm, COSINE_EPS))
-    tl.store(scores + i, tl.minimum(tl.maximum(score, 0.0), 1.0), mask=mask)
+    # What is not a number counts as 1, so that no threshold drops it unseen.
+    score = tl.where(score == score, tl.minimum(tl.maximum(score, 0.0), 1.0), 1.0)
+    tl.store(scores + i, score, mask=mask)
 
 
 @tuned(
@@ -326,13 +348,13 @@ def output_fwd_kernel(
     real = row < end - start
     mask = real[:, None] & (o_v < V)[None, :]
     head = start * HK + i_h
-    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     k += head * K
     u += head * V
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
 
     if prediction is not None or moments is not None:
-        b_p = _read(k, k, u, states, b_g, real, o_v, HK, HK, K, V, BT, BK, BV, True, PRECISION)
+        b_p = _read(k, k, u, states, b_g, b_rest, real, o_v, HK, HK, K, V, BT, BK, BV, True, PRECISION)
         offsets = row[:, None] * (HK * V) + o_v[None, :]
         if moments is None:
             tl.store(prediction + head * V + offsets, b_p.to(prediction.dtype.element_ty), mask=mask)
@@ -341,7 +363,9 @@ def output_fwd_kernel(
             _store_moments(moments, head + row * HK, i_v, b_v, b_p, real, V, BV, WIDTH)
     for i_q in range(GROUP):
         query = head * GROUP + i_q
-        b_o = _read(q + query * K, k, u, states, b_g, real, o_v, HK, HK * GROUP, K, V, BT, BK, BV, False, PRECISION)
+        b_o = _read(
+            q + query * K, k, u, states, b_g, b_rest, real, o_v, HK, HK * GROUP, K, V, BT, BK, BV, False, PRECISION
+        )
         p_o = o + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :]
         tl.store(p_o, (b_o * scale).to(o.dtype.element_ty), mask=mask)
 
@@ -398,9 +422,9 @@ def local_bwd_kernel(
     mask_k, mask_v = real[:, None] & in_k[None, :], real[:, None] & in_v[None, :]
     head = start * HK + i_h
     b_k = tl.load(k + head * K + row[:, None] * (HK * K) + o_k[None, :], mask=mask_k, other=0.0)
-    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     # Row j, column i: token i reads the update of token j <= i.
-    b_decay = _decay(-b_g, row[:, None] <= row[None, :]) * scale
+    b_decay = _decay(-b_g, -b_rest, row[:, None] <= row[None, :]) * scale
     b_du = tl.zeros([BT, BV], dtype=tl.float32)
     for i_q in range(GROUP):
         query = start * (HK * GROUP) + i_h * GROUP + i_q
@@ -441,18 +465,18 @@ def state_bwd_kernel(
         start = begin + i_t * BT
         head = start * HK + i_h
         real = row < end - start
-        b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
-        g_last = tl.load(gc + head + (tl.minimum(end - start, BT) - 1) * HK)
+        b_g, b_rest = _load_sums(gc, head + row * HK, real)
+        b_out, across = _to_end(gc, b_g, b_rest, head + (tl.minimum(end - start, BT) - 1) * HK, real)
         mask_v = real[:, None] & in_v[None, :]
         p_k = k + head * K + row[:, None] * (HK * K) + o_k[None, :]
         b_k = tl.load(p_k, mask=real[:, None] & in_k[None, :], other=0.0)
         b_du = tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION)
-        b_du *= tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]
+        b_du *= b_out[:, None]
         offsets = row[:, None] * (HK * V) + o_v[None, :]
         b_du += tl.load(du + head * V + offsets, mask=mask_v, other=0.0)
         tl.store(du_out + head * V + offsets, b_du.to(du_out.dtype.element_ty), mask=mask_v)
 
-        b_dS *= tl.exp2(g_last)
+        b_dS *= across
         mask_kT = in_k[:, None] & real[None, :]
         b_wT = tl.load(w + head * K + o_k[:, None] + row[None, :] * (HK * K), mask=mask_kT, other=0.0)
         b_dS = tl.dot(b_wT, (-b_du).to(b_wT.dtype), b_dS, input_precision=PRECISION)
@@ -505,12 +529,12 @@ def key_bwd_kernel(
         b_dw = tl.dot(b_du, b_ST, b_dw, input_precision=PRECISION)
     tl.store(dw + head * K + offsets_k, (-b_dw).to(dw.dtype.element_ty), mask=mask_k)
 
-    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     last = tl.minimum(end - start, BT) - 1
-    g_last = tl.load(gc + head + last * HK)
-    b_dk *= tl.where(real, tl.exp2(g_last - b_g), 0.0)[:, None]
+    b_out, across = _to_end(gc, b_g, b_rest, head + last * HK, real)
+    b_dk *= b_out[:, None]
     b_share = tl.sum(b_dk * tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0), 1)
-    dg_last = tl.sum(b_across, 0) * tl.exp2(g_last) + tl.sum(b_share, 0)
+    dg_last = tl.sum(b_across, 0) * across + tl.sum(b_share, 0)
     tl.store(
         dg + i_k.to(tl.int64) * tokens * HK + head + row * HK, tl.where(row == last, dg_last, 0.0) - b_share, mask=real
     )
@@ -525,7 +549,7 @@ def key_bwd_kernel(
             b_do = tl.load(do + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :], mask=mask_v, other=0.0)
             b_u = tl.load(u + row[:, None] * (HK * V) + o_v[None, :], mask=mask_v, other=0.0)
             b_dA = tl.dot(b_u, tl.trans(b_do), b_dA, input_precision=PRECISION)
-        b_dA *= _decay(-b_g, row[:, None] <= row[None, :]) * scale
+        b_dA *= _decay(-b_g, -b_rest, row[:, None] <= row[None, :]) * scale
         b_q = tl.load(q + query * K + row[:, None] * (HK * GROUP * K) + o_k[None, :], mask=mask_k, other=0.0)
         b_dk = tl.dot(b_dA.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     tl.store(dk + head * K + offsets_k, b_dk.to(dk.dtype.element_ty), mask=mask_k)
@@ -554,7 +578,7 @@ def query_bwd_kernel(
     u += head * V
     states += (i_c.to(tl.int64) * HK + i_h) * (K * V)
     gates = i_k.to(tl.int64) * tokens * HK + head + row * HK
-    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     b_dg = tl.load(dg + gates, mask=real, other=0.0)
     for i_q in range(GROUP):
         query = head * GROUP + i_q
@@ -575,7 +599,7 @@ def query_bwd_kernel(
         b_dq *= (tl.exp2(b_g) * scale)[:, None]
         b_dg += tl.sum(b_dq * b_q, 1)
         b_k = tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0)
-        b_dA *= _decay(b_g, row[:, None] >= row[None, :]) * scale
+        b_dA *= _decay(b_g, b_rest, row[:, None] >= row[None, :]) * scale
         b_dq = tl.dot(b_dA.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
         # Rows and columns must lose the same numbers, or what cancels in sums of `dg` would not.
         b_dA *= tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -603,7 +627,7 @@ def wy_bwd_kernel(
     v += head * V
     dv += head * V
     du += head * V
-    b_g = tl.load(gc + head + row * HK, mask=real, other=0.0)
+    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     b_beta = tl.load(beta + head + row * HK, mask=real, other=0.0)
     b_in = tl.exp2(b_g)
     p_MT = inverse + head * BT + row[:, None] + row[None, :] * (HK * BT)
@@ -634,7 +658,7 @@ def wy_bwd_kernel(
     lower = row[:, None] > row[None, :]
     b_dM = tl.where(lower, b_dM, 0.0).to(b_MT.dtype)
     b_dM = tl.dot(b_dM, b_MT, input_precision=PRECISION).to(b_MT.dtype)
-    b_dA = -tl.dot(b_MT, b_dM, input_precision=PRECISION) * _decay(b_g, lower)
+    b_dA = -tl.dot(b_MT, b_dM, input_precision=PRECISION) * _decay(b_g, b_rest, lower)
     # The transpose of beta_i dA_ij, for `k_j`, comes back from memory (see the head of this file).
     dA += head * BT
     tl.store(dA + row[:, None] * (HK * BT) + row[None, :], (b_dA * b_beta[:, None]).to(b_MT.dtype), mask=real[:, None])
@@ -746,8 +770,8 @@ def _shape(k: torch.Tensor, v: torch.Tensor, chunks: Chunks) -> dict[str, Any]:
 def wy_fwd(
     k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, v: torch.Tensor, chunks: Chunks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Running sums of the gates `[B, T, Hk]` float32, and inverses `[B, T, Hk, BT]` in the dtype of `k`."""
-    gc = torch.empty_like(g)
+    """Running sums of the gates `[B, T, Hk, 2]` float32, and inverses `[B, T, Hk, BT]` in the dtype of `k`."""
+    gc = g.new_empty(*g.shape, 2)
     inverse = k.new_empty(*k.shape[:3], chunks.size)
     diagonal = k.new_empty(chunks.total, k.shape[2], chunks.size, BC.value, dtype=torch.float32)
     wy_inverse_fwd_kernel[(chunks.total, k.shape[2])](
@@ -792,7 +816,7 @@ def _prediction_and_moments(
     if not predict:
         return None, None
     if score is None:
-        return torch.empty_like(v), None
+        return torch.empty_like(v, dtype=torch.float32), None
     return None, v.new_empty(*v.shape[:3], triton.cdiv(v.shape[3], columns), 4, dtype=torch.float32)
 
 
@@ -818,7 +842,7 @@ def output_fwd(
     score: str | None,
     predict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Outputs `[B, T, H, V]`, predictions `[B, T, Hk, V]` in the dtype of `u`, or the scores of these, or `None`."""
+    """Outputs `[B, T, H, V]`, predictions `[B, T, Hk, V]` float32, or the scores of these, or `None`."""
     o = u.new_empty(*q.shape[:3], u.shape[3])
     prediction, moments = _prediction_and_moments(v, score, predict, CHUNK_COLUMNS)
     output_fwd_kernel[lambda meta: (chunks.total * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
@@ -886,7 +910,7 @@ def output_and_state_bwd(
     )  # fmt: skip
     block = _tile(key_dim, 64)
     dq, dk, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
-    dg_parts = gc.new_empty(triton.cdiv(key_dim, block), *gc.shape)
+    dg_parts = gc.new_empty(triton.cdiv(key_dim, block), *gc.shape[:3])
     grid = (chunks.total * len(dg_parts), kv_heads)
     shape |= {"tokens": gc.shape[0] * gc.shape[1], "BK": block}
     key_bwd_kernel[grid](q, k, u, gc, states, do, du, dstates, dk, dw, dg_parts, chunks.borders, scale, **shape)
@@ -907,7 +931,7 @@ def wy_bwd(
     chunks: Chunks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Backward of the WY form: `dv`, `dg`, `dbeta`; completes `dk` in place."""
-    dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gc), torch.empty_like(beta)
+    dv, dg, dbeta = torch.empty_like(v), torch.empty_like(beta), torch.empty_like(beta)
     wy_bwd_kernel[(chunks.total, k.shape[2])](
         k, v, beta, gc, inverse, dw, du, dg_parts, torch.empty_like(inverse), dk, dv, dg, dbeta, chunks.borders,
         tokens=gc.shape[0] * gc.shape[1], V=v.shape[3], BK=_tile(k.shape[3], 64), BV=_tile(v.shape[3], 32),
@@ -942,9 +966,9 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
         gc, inverse = wy_fwd(k, g, beta, v, chunks)
         _, u, states, final_state = state_fwd(k, v, beta, gc, inverse, initial_state, chunks)
         o, prediction = output_fwd(q, k, v, beta, u, gc, states, scale, chunks, score, predict)
-        ctx.save_for_backward(q, k, v, beta, initial_state, gc, inverse, chunks.borders, chunks.table)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, gc, inverse, chunks.borders, chunks.table)
         ctx.scale, ctx.chunks = scale, chunks._replace(borders=None, table=None)
-        if prediction is not None:
+        if prediction is not None and score is not None:
             ctx.mark_non_differentiable(prediction)
         ctx.set_materialize_grads(False)
         return o, prediction, final_state
@@ -952,20 +976,65 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, do: torch.Tensor | None, dprediction: None, dfinal_state: torch.Tensor | None
+        ctx: Any, do: torch.Tensor | None, dprediction: torch.Tensor | None, dfinal_state: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         """Runs them backwards; what nobody asked a gradient of counts as zero."""
-        q, k, v, beta, initial_state, gc, inverse, borders, table = ctx.saved_tensors
+        q, k, v, g, beta, initial_state, gc, inverse, borders, table = ctx.saved_tensors
         chunks = ctx.chunks._replace(borders=borders, table=table)
         do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.contiguous()
         dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
         dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
+        if dprediction is not None:
+            dprediction = dprediction * g.exp()[..., None]
+            q, do = with_next_keys(q, k, do, dprediction / ctx.scale, chunks)
         w, u, states = state_fwd(k, v, beta, gc, inverse, initial_state, chunks)[:3]
         dq, dk, dw, du, dg_parts = output_and_state_bwd(
             q, k, w, u, gc, states, do, dfinal_state, dinitial_state, ctx.scale, chunks
         )
         dv, dg, dbeta = wy_bwd(k, v, beta, gc, inverse, dw, du, dk, dg_parts, chunks)
+        if dprediction is not None:
+            dq = prediction_bwd(dprediction, dq, k, initial_state, dk, dg, dinitial_state)
         return dq, dk, dv, dg, dbeta, dinitial_state, None, None, None, None
+
+
+def with_next_keys(
+    q: torch.Tensor, k: torch.Tensor, do: torch.Tensor, dread: torch.Tensor, chunks: Chunks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and gradients of outputs with one more head a group, which reads the next token's prediction.
+
+    A prediction is `exp(g_t)` times what the key reads from the state after the token before: an output like others,
+    unless no token of the document comes before. `dread` `[B, T, Hk, V]` is the gradient of what the keys read.
+    """
+    kv_heads = k.shape[2]
+    if chunks.table is not None:
+        begins = torch.zeros(dread.shape[:2].numel(), dtype=torch.bool, device=k.device)
+        begins[chunks.table[:, 0]] = True
+        dread = dread.masked_fill(begins.view(*dread.shape[:2], 1, 1), 0)
+    both = []
+    for x, next_one in ((q, k), (do, dread.to(do.dtype))):
+        extra = F.pad(next_one[:, 1:], (0, 0, 0, 0, 0, 1)).unsqueeze(3)
+        both.append(torch.cat([x.unflatten(2, (kv_heads, -1)), extra], 3).flatten(2, 3))
+    return both[0], both[1]
+
+
+def prediction_bwd(
+    dread: torch.Tensor,
+    dq: torch.Tensor,
+    k: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    dk: torch.Tensor,
+    dg: torch.Tensor,
+    dinitial_state: torch.Tensor | None,
+) -> torch.Tensor:
+    """Splits the heads of `with_next_keys` off `dq`, and adds to `dk`, `dg` and `dinitial_state` what they brought."""
+    dq = dq.unflatten(2, (k.shape[2], -1))
+    through_keys = F.pad(dq[:, :-1, :, -1].float(), (0, 0, 0, 0, 1, 0))
+    if initial_state is not None and dinitial_state is not None:
+        through_keys[:, 0] = (initial_state @ dread[:, 0, :, :, None]).squeeze(-1)
+        dinitial_state += k[:, 0, :, :, None].float() * dread[:, 0, :, None]
+    dk += through_keys
+    dg += (through_keys * k).sum(-1)
+    return dq[:, :, :, :-1].flatten(2, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -988,10 +1057,11 @@ def gated_delta_rule_with_prediction(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The gated delta rule (arXiv 2412.06464), with what the state predicted for each token before it saw the value.
 
-    Differentiable, but not through the prediction or its score. Everything is computed in the dtype of `v` with
-    float32 sums, the recurrence in float32. Where nothing was stored, the prediction is exactly zero. Backward needs
-    `K * V / chunk_size` numbers a token and key/value head, for the states, twice. One token without a gradient to
-    compute takes a single launch, and one more for a score.
+    Differentiable, also through the prediction, but not through a score. Everything is computed in the dtype of `v`
+    with float32 sums, the recurrence in float32. Where nothing was stored, the prediction is exactly zero. Backward
+    needs `K * V / chunk_size` numbers a token and key/value head, for the states, twice, and for a gradient of the
+    prediction as much work as another query head. One token without a gradient to compute takes a single launch, and
+    one more for a score.
 
     Args:
         q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
@@ -1005,13 +1075,13 @@ def gated_delta_rule_with_prediction(
             Giving it makes the host wait for the device once.
         chunk_size: tokens solved at once, 16, 32 or 64; at most 32 are for float32 with `K` above 128.
         score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, computed from its
-            float32 before any rounding; the prediction is then never written.
+            float32; the prediction is then never written. What is not a number counts as 1.
         predict: `False` leaves the prediction out, for one who reads neither it nor a score: nothing is computed or
             written for it.
 
     Returns:
-        `o` `[B, T, H, V]` and `prediction` `[B, T, Hk, V]` in the dtype of `v`, or the scores `[B, T, Hk]` float32 in
-        `[0, 1]`, or `None` without `predict`; the final state `[B, Hk, K, V]` float32.
+        `o` `[B, T, H, V]` in the dtype of `v`; `prediction` `[B, T, Hk, V]` float32, or the scores `[B, T, Hk]`
+        float32 in `[0, 1]`, or `None` without `predict`; the final state `[B, Hk, K, V]` float32.
 
     Raises:
         ValueError: for shapes that do not fit, head dimensions above 256, other dtypes, chunk sizes or scores, a score
@@ -1087,7 +1157,7 @@ def _case(kernel: Any, dim: int, warps: int, stages: int, scored: bool = True, *
     """One entry of `AOT_CASES`; what is neither a shape nor a table nor listed here is a bfloat16 tensor."""
     states = ("initial_state", "final_state", "dfinal_state", "dinitial_state")
     single = dict.fromkeys(
-        ("g", "beta", "gc", "diagonal", "dg", "dg_parts", "dbeta", "moments", "scores", *states), "*fp32"
+        ("g", "beta", "gc", "diagonal", "dg", "dg_parts", "dbeta", "prediction", "moments", "scores", *states), "*fp32"
     )
     scalars = dict.fromkeys(("T", "NT", "tokens", "bucket", "count"), "i32") | {"scale": "fp32"}
     fixed: dict[str, Any] = {
