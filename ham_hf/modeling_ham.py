@@ -294,13 +294,15 @@ class HAMMixer(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves and casts as PyTorch does, but leaves in float32 what bfloat16 would move: `FLOAT32_PARAMETERS`."""
-        own = [getattr(self, name) for name in FLOAT32_PARAMETERS if hasattr(self, name)]
+        # A parametrization moves a parameter into a module of its own, under a longer name.
+        named = [*self.named_parameters(), *self.named_buffers()]
+        own = [x for name, x in named if not set(FLOAT32_PARAMETERS).isdisjoint(name.split("."))]
         kept = {id(x) for tensor in own for x in (tensor, tensor.grad)}
 
         def cast(x: torch.Tensor) -> torch.Tensor:
             out = fn(x)
-            narrowed = id(x) in kept and out.is_floating_point() and out.dtype.itemsize < x.dtype.itemsize
-            return x.to(out.device) if narrowed else out
+            narrowed = id(x) in kept and out.is_floating_point() and out.dtype.itemsize < torch.float32.itemsize
+            return x.to(out.device, torch.float32) if narrowed else out
 
         return super()._apply(cast, recurse)
 
