@@ -1,21 +1,29 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """HAMConfig: the shape, router and thresholds of a Hybrid Associative Memory model, checked when it is built."""
 
+import dataclasses
+import difflib
 import math
 import os
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     # Never run. Transformers saves, and fetches, what a file names so together with it: a saved configuration brings
     # the code of the models, and what that imports.
     from .modeling_ham import HAMModel  # noqa: F401
+
+logger = logging.get_logger(__name__)
+ConfigClass = TypeVar("ConfigClass")
 
 # What each Auto class loads from the code saved beside a configuration, where `ham_hf` is not installed.
 AUTO_MAP = {
@@ -92,6 +100,19 @@ ROPE_SMALLEST = {
 }
 ROPE_LARGEST = 1e15
 
+# Thresholds are computed in floating point, where larger integers are rounded, and the largest overflow.
+LARGEST_THRESHOLD = 2**53
+LARGEST_INT = 2**63 - 1
+# Keys that configurations have from old releases of Transformers, from other parts of it and from tools; generation's
+# are known besides.
+OTHER_KEYS = (
+    "add_cross_attention attn_implementation auto_map compression_config cross_attention_hidden_size custom_pipelines "
+    "experts_implementation finetuning_task forced_decoder_ids fusion_config gradient_checkpointing is_causal "
+    "is_decoder loss_type name_or_path num_labels partial_rotary_factor prefix pruned_heads quantization_config "
+    "rope_scaling rope_theta sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder "
+    "tie_last_hidden_states tokenizer_class torch_dtype torchscript transformers_weights use_bfloat16 xla_device"
+).split()
+
 # Types of the fields that a caller may leave `None`, most of which `__post_init__` fills in. A type checker is told
 # `Any` for `None`, so that it does not ask those who read a finished configuration whether a field is there.
 if TYPE_CHECKING:
@@ -100,6 +121,37 @@ if TYPE_CHECKING:
 else:
     FilledInt = int | None
     FilledStrings = list[str] | None
+
+
+def plain_number(x: object) -> int | float | None:
+    """`x` as a number of Python's, or `None`; NumPy's scalars and tensors without dimensions are numbers."""
+    if getattr(x, "ndim", None) == 0 and hasattr(x, "item"):
+        x = x.item()
+    return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
+
+
+def with_plain_numbers(config_class: type[ConfigClass]) -> type[ConfigClass]:
+    """Lets every field take NumPy's scalars and tensors without dimensions, which `strict` and JSON do not know.
+
+    Integers that do not fit in 64 bits are refused here: those that come later would overflow, or fail to print them.
+    """
+    checked = config_class.__setattr__
+
+    def set_plain(self: ConfigClass, name: str, value: Any) -> None:
+        if name in config_class.__annotations__:
+            value = [_plain(name, x) for x in value] if isinstance(value, list) else _plain(name, value)
+        checked(self, name, value)
+
+    config_class.__setattr__ = set_plain  # type: ignore[method-assign, assignment]
+    return config_class
+
+
+def _plain(name: str, value: Any) -> Any:
+    number = plain_number(value)
+    if isinstance(number, int) and abs(number) > LARGEST_INT:
+        error = ValueError(f"`{name}` must fit in 64 bits, got an int of {number.bit_length()} bits.")
+        raise StrictDataclassFieldValidationError(field=name, cause=error) from error
+    return value if number is None else number
 
 
 def check_target_kv_usage(target: Any, scope: str, num_layers: int) -> None:
@@ -148,6 +200,7 @@ class LayerShape(NamedTuple):
         return max(self.query_heads, self.value_heads) * self.value_dim
 
 
+@with_plain_numbers
 @strict
 class HAMConfig(PreTrainedConfig):
     r"""
@@ -327,6 +380,18 @@ class HAMConfig(PreTrainedConfig):
         num_labels = extra.get("num_labels")
         if num_labels is not None and not 0 <= num_labels <= MOST_LABELS:
             raise ValueError(f"`num_labels` must be between 0 and {MOST_LABELS}, got {num_labels}.")
+        self._warn_of_unknown(extra)
+
+    def _warn_of_unknown(self, extra: dict[str, Any]) -> None:
+        """Warns of keys that nobody reads, once each: a slip of the pen, or a field of a newer version."""
+        fields = [x.name for x in dataclasses.fields(self)]
+        known = {*fields, *OTHER_KEYS, *vars(GenerationConfig())}
+        for name in extra:
+            if name in known or name.startswith("_") or hasattr(type(self), name):
+                continue
+            similar = difflib.get_close_matches(name, fields, n=1)
+            hint = f" Is `{similar[0]}` meant?" if similar else ""
+            logger.warning_once(f"HAMConfig knows no field `{name}`: it is kept, and changes nothing.{hint}")
 
     @classmethod
     def get_config_dict(
@@ -521,7 +586,7 @@ class HAMConfig(PreTrainedConfig):
         if self.threshold is None:
             return
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold]
-        if any(isinstance(value, int) and abs(value) > 2**53 for value in values):
+        if any(isinstance(value, int) and abs(value) > LARGEST_THRESHOLD for value in values):
             raise ValueError(f"`threshold` must be between -2**53 and 2**53, or infinite, got {self.threshold}.")
         if any(math.isnan(value) for value in values):
             raise ValueError(f"`threshold` must not be NaN, got {self.threshold}.")

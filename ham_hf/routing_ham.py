@@ -2,13 +2,19 @@
 """Which tokens are kept: routing scores, the thresholds a caller may ask for, the control loop that learns them."""
 
 import math
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
+from .configuration_ham import (
+    ERROR_ROUTERS,
+    LARGEST_INT,
+    LARGEST_THRESHOLD,
+    LEARNED_ROUTERS,
+    HAMConfig,
+    plain_number,
+)
 
 # Below this product of norms a direction is rounding noise, so the cosine counts as 0.
 COSINE_EPS = 1e-8
@@ -163,7 +169,8 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
 
     Args:
         threshold: `None` (learned thresholds), a number for every layer, a list or tuple with one number per hybrid
-            layer, a tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`.
+            layer, a tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`. NumPy's
+            scalars and tensors without dimensions are numbers, here and wherever one is accepted.
         num_layers: number of hybrid layers.
         batch_size: number of rows.
         num_heads: number of key/value heads.
@@ -178,7 +185,7 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
     )
     if threshold is None:
         return None
-    if isinstance(threshold, torch.Tensor):
+    if isinstance(threshold, torch.Tensor) and (threshold.ndim or threshold.is_floating_point()):
         if not threshold.is_floating_point():
             raise TypeError(
                 f"`threshold` must be a floating-point tensor, got {threshold.dtype}; expected {expected}."
@@ -188,14 +195,18 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
         sizes = (num_layers, batch_size, num_heads)
         if tensor.ndim != 3 or any(n not in (1, size) for n, size in zip(tensor.shape, sizes, strict=True)):
             raise ValueError(f"`threshold` has shape {list(threshold.shape)}; expected {expected}.")
-    elif _is_number(threshold):
-        tensor = torch.tensor(float(threshold), dtype=torch.float32, device="cpu").view(1, 1, 1)
-    elif isinstance(threshold, (list, tuple)) and all(_is_number(x) for x in threshold):
-        if len(threshold) != num_layers:
-            raise ValueError(f"`threshold` has {len(threshold)} entries; expected {expected}.")
-        tensor = torch.tensor([float(x) for x in threshold], dtype=torch.float32, device="cpu").view(-1, 1, 1)
     else:
-        raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
+        entries = threshold if isinstance(threshold, (list, tuple)) else [threshold]
+        numbers = [plain_number(x) for x in entries]
+        if any(x is None for x in numbers):
+            raise TypeError(f"`threshold` is {_describe(threshold)}; expected {expected}.")
+        if isinstance(threshold, (list, tuple)) and len(threshold) != num_layers:
+            raise ValueError(f"`threshold` has {len(threshold)} entries; expected {expected}.")
+        if any(isinstance(x, int) and abs(x) > LARGEST_THRESHOLD for x in numbers):
+            raise ValueError(f"`threshold` must be between -2**53 and 2**53, or infinite; expected {expected}.")
+        tensor = torch.tensor(
+                [float(x) for x in numbers if x is not None], dtype=torch.float32, device="cpu"
+            ).view(-1, 1, 1)
     # The capture of a CUDA graph forbids to read a GPU's values: who captures has had them checked before.
     unreadable = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
     if not unreadable and torch.isnan(tensor).any():
@@ -207,30 +218,35 @@ def check_kv_usage(kv_usage: object) -> float | None:
     """Returns `kv_usage` as a float in `[0, 1]` or `None`; raises `TypeError` or `ValueError` for anything else."""
     if kv_usage is None:
         return None
-    if not _is_number(kv_usage):
+    number = plain_number(kv_usage)
+    if number is None:
         raise TypeError(f"`kv_usage` must be a number between 0 and 1, got {_describe(kv_usage)}.")
-    if not 0 <= kv_usage <= 1:
-        raise ValueError(f"`kv_usage` must be a number between 0 and 1, got {kv_usage}.")
-    return float(kv_usage)
+    if not 0 <= number <= 1:
+        raise ValueError(f"`kv_usage` must be a number between 0 and 1, got {_describe(number)}.")
+    return float(number)
 
 
 def check_kv_budget(kv_budget: object) -> int | None:
     """Returns `kv_budget`, a positive int or `None`; raises `TypeError` or `ValueError` for anything else."""
     if kv_budget is None:
         return None
-    if isinstance(kv_budget, bool) or not isinstance(kv_budget, int):
+    number = plain_number(kv_budget)
+    if not isinstance(number, int):
         raise TypeError(f"`kv_budget` must be a positive int (kept tokens per head), got {_describe(kv_budget)}.")
-    if kv_budget < 1:
-        raise ValueError(f"`kv_budget` must be a positive int (kept tokens per head), got {kv_budget}.")
-    return kv_budget
-
-
-def _is_number(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    if not 1 <= number <= LARGEST_INT:
+        raise ValueError(
+            f"`kv_budget` must be a positive int (kept tokens per head) below 2**63, got {_describe(number)}."
+        )
+    return number
 
 
 def _describe(x: object) -> str:
-    return f"{x!r} of type {type(x).__name__}" if not isinstance(x, torch.Tensor) else f"a tensor {list(x.shape)}"
+    if isinstance(x, torch.Tensor) and x.ndim:
+        return f"a tensor {list(x.shape)}"
+    if isinstance(x, int) and x.bit_length() > 64:
+        # Python refuses to print the largest.
+        return f"an int of {x.bit_length()} bits"
+    return f"{x!r} of type {type(x).__name__}"
 
 
 def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:

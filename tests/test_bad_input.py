@@ -6,17 +6,20 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, HAMModel
 
 ROWS, SEEN, NEW, VOCABULARY, HIDDEN = 2, 12, 4, 97, 32
 NAN = math.nan
+# Python refuses to print it, and to make a float of it.
+HUGE = 10**5000
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,16 @@ INPUTS = [
     ({"threshold": []}, ValueError, "`threshold` has 0 entries; expected a number, a list of 2 numbers"),
     ({"threshold": [0.5, "a"]}, TypeError, "`threshold` is [0.5, 'a'] of type list; expected a number"),
     ({"threshold": [0.5, NAN]}, ValueError, "`threshold` must not be NaN"),
-    ({"threshold": torch.tensor(1)}, TypeError, "`threshold` must be a floating-point tensor, got torch.int64"),
+    ({"threshold": ids(ROWS)}, TypeError, "`threshold` must be a floating-point tensor, got torch.int64"),
+    ({"threshold": torch.tensor(True)}, TypeError, "`threshold` is tensor(True) of type Tensor; expected a number"),
+    ({"threshold": np.bool_(True)}, TypeError, "; expected a number, a list of 2 numbers"),
+    ({"threshold": np.array([0.5, 0.5])}, TypeError, "of type ndarray; expected a number, a list of 2 numbers"),
+    ({"threshold": np.float32(NAN)}, ValueError, "`threshold` must not be NaN; expected a number"),
+    ({"threshold": torch.tensor(NAN)}, ValueError, "`threshold` must not be NaN; expected a number"),
+    *[
+        ({"threshold": bad}, ValueError, "`threshold` must be between -2**53 and 2**53, or infinite; expected a nu")
+        for bad in (HUGE, -HUGE, [0.5, HUGE], 2**54)
+    ],
     ({"threshold": torch.zeros(3)}, ValueError, "`threshold` has shape [3]; expected a number"),
     ({"threshold": torch.zeros(2, 2)}, ValueError, "`threshold` has shape [2, 2]"),
     (
@@ -142,8 +154,15 @@ INPUTS = [
             ("0.5", TypeError),
             (True, TypeError),
             ([0.5], TypeError),
-            (torch.tensor(0.5), TypeError),
+            (torch.tensor([0.5]), TypeError),
+            (torch.tensor(False), TypeError),
+            (np.bool_(True), TypeError),
+            (np.array([0.5]), TypeError),
             (NAN, ValueError),
+            (np.float32(NAN), ValueError),
+            (torch.tensor(1.5), ValueError),
+            (HUGE, ValueError),
+            (-HUGE, ValueError),
             (-0.1, ValueError),
             (1.1, ValueError),
             (math.inf, ValueError),
@@ -157,7 +176,16 @@ INPUTS = [
             (4.0, TypeError),
             (NAN, TypeError),
             ([4], TypeError),
-            (torch.tensor(4), TypeError),
+            (torch.tensor([4]), TypeError),
+            (torch.tensor(4.0), TypeError),
+            (torch.tensor(True), TypeError),
+            (np.float32(4), TypeError),
+            (np.bool_(True), TypeError),
+            (np.int64(0), ValueError),
+            (2**63, ValueError),
+            (2**64, ValueError),
+            (HUGE, ValueError),
+            (-HUGE, ValueError),
             (0, ValueError),
             (-1, ValueError),
         ]
@@ -303,6 +331,39 @@ def test_what_is_accepted(model, cache):
     assert model(ids(), labels=ids() * -7, ignore_index=-7).loss.isnan(), "no label is left"
 
 
+SCALARS = {
+    "float32": lambda x: np.float32(x),
+    "float16": lambda x: np.float16(x),
+    "array": lambda x: np.array(x),
+    "tensor": lambda x: torch.tensor(x),
+    "bfloat16": lambda x: torch.tensor(x, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_scalars_of_others_are_numbers(model, tiny_config, scalar):
+    """NumPy's, and tensors without dimensions: of thresholds and fractions a float, of budgets an int."""
+    half, three = SCALARS[scalar](0.5), np.int32(3) if scalar == "float32" else torch.tensor(3)
+    prompt = torch.randint(1, VOCABULARY, (ROWS, SEEN))
+    calibrated = HAMForCausalLM(tiny_config()).eval()
+    calibrated.load_state_dict(model.state_dict())
+    for layer in calibrated.model.layers:
+        layer.mixer.score_quantiles.copy_(torch.linspace(0, 1, layer.mixer.score_quantiles.shape[-1]))
+    for given, plain in (
+        ({"threshold": half}, {"threshold": 0.5}),
+        ({"threshold": [half, three]}, {"threshold": [0.5, 3]}),
+        ({"threshold": three}, {"threshold": 3}),
+        ({"kv_usage": half}, {"kv_usage": 0.5}),
+        ({"kv_budget": three, "threshold": 0}, {"kv_budget": 3, "threshold": 0}),
+    ):
+        expected = calibrated(prompt, **plain).cache.kept_tokens()
+        assert torch.equal(calibrated(prompt, **given).cache.kept_tokens(), expected)
+        fixed = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+        configured = GenerationConfig(**fixed, **given)
+        for arguments in (fixed | given, {"generation_config": configured}):
+            assert torch.equal(calibrated.generate(prompt, **arguments).cache.kept_tokens(), expected)
+
+
 def test_a_budget_and_a_recording_cache(model, cache):
     cache.activate_past_recording()
     arguments = {"cache": cache, "kv_budget": 5}
@@ -323,6 +384,10 @@ GENERATE = [
     ({"kv_usage": "half"}, TypeError, "`kv_usage` must be a number between 0 and 1"),
     ({"kv_budget": 0}, ValueError, "`kv_budget` must be a positive int"),
     ({"kv_budget": 2.5}, TypeError, "`kv_budget` must be a positive int"),
+    ({"kv_budget": 2**64}, ValueError, "`kv_budget` must be a positive int (kept tokens per head) below 2**63"),
+    ({"kv_budget": HUGE}, ValueError, "`kv_budget` must be a positive int (kept tokens per head) below 2**63"),
+    ({"kv_usage": HUGE}, ValueError, "`kv_usage` must be a number between 0 and 1"),
+    ({"threshold": HUGE}, ValueError, "`threshold` must be between -2**53 and 2**53, or infinite"),
     ({"treshold": 0.5}, ValueError, "['treshold']"),
     ({"attention_mask": torch.zeros(ROWS, 3, dtype=torch.long)}, ValueError, "`attention_mask` must be [2, "),
     ({"position_ids": torch.arange(16)}, ValueError, "`position_ids` must be [2, 4] or [1, 4], got [4]"),
@@ -560,6 +625,18 @@ def test_configuration_fields(tiny_config, field, value):
 
 def test_every_configuration_field_has_a_wrong_value():
     assert set(HAMConfig.__annotations__) == set(FIELDS)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_numbers_that_do_not_fit_anywhere(tiny_config, field):
+    """No field takes them, and none stumbles over them; infinity fits thresholds alone."""
+    for value in (HUGE, -HUGE, 2**63, [HUGE]):
+        with pytest.raises(StrictDataclassError, match=rf"`{field}` must fit in 64 bits, got an int of \d+ bits"):
+            tiny_config(**{field: value})
+    for value in (math.inf, -math.inf, [math.inf]):
+        if field != "threshold":
+            with pytest.raises(StrictDataclassError, match=rf"['`]{field}"):
+                tiny_config(**{field: value})
 
 
 @pytest.mark.parametrize(("values", "message"), TOGETHER)

@@ -4,11 +4,14 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf import HAMConfig, HAMForCausalLM, configuration_ham
 
 # A value other than the default for every field of our own.
 OTHER_VALUES = {
@@ -183,6 +186,92 @@ def test_legacy_keys_as_in_transformers():
     )
     assert config.threshold == 0.3
     assert unused == {"unheard_of": 1}
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array, torch.tensor], ids=lambda x: x.__name__)
+def test_scalars_of_others_are_numbers(tiny_config, tmp_path, number):
+    """They are kept as Python's, which JSON knows; set one by one, and by `from_pretrained`, as well."""
+    config = tiny_config(threshold=number(0.5), target_kv_usage=[number(0.25), 1], hidden_size=np.int64(48))
+    config.rms_norm_eps = number(0.125)
+    found = config.threshold, config.target_kv_usage, config.hidden_size, config.rms_norm_eps
+    assert found == (0.5, [0.25, 1], 48, 0.125)
+    assert [type(x) for x in (found[0], found[1][0], *found[2:])] == [float, float, int, float]
+    config.save_pretrained(tmp_path)
+    loaded = HAMConfig.from_pretrained(tmp_path, threshold=[number(0.5), number(2.0)])
+    assert (loaded.threshold, loaded.target_kv_usage) == ([0.5, 2.0], [0.25, 1])
+
+
+# Of a configuration that Transformers 4 wrote whole.
+KEYS_OF_VERSION_4 = """
+_name_or_path add_cross_attention architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
+bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads quantization_config
+remove_invalid_values repetition_penalty return_dict return_dict_in_generate rope_scaling rope_theta sep_token_id
+suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+"""
+
+
+class TestUnknownKeys:
+    @pytest.fixture
+    def warned(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(configuration_ham.logger, "warning_once", seen.append)
+        return seen
+
+    @pytest.mark.parametrize(
+        ("key", "meant"),
+        [
+            ("hiden_size", "hidden_size"),
+            ("treshold", "threshold"),
+            ("target_kv_usages", "target_kv_usage"),
+            ("num_key_value_head", "num_key_value_heads"),
+            ("attention_convolution", "attention_conv"),
+            ("written_by", None),
+        ],
+    )
+    def test_a_slip_of_the_pen_is_told(self, tiny_config, tmp_path, warned, key, meant):
+        hint = f" Is `{meant}` meant?" if meant else ""
+        message = f"HAMConfig knows no field `{key}`: it is kept, and changes nothing.{hint}"
+        config = tiny_config(**{key: 7})
+        assert warned == [message]
+        config.save_pretrained(tmp_path)
+        warned.clear()
+        # As a file of a newer version, it loads.
+        assert getattr(HAMConfig.from_pretrained(tmp_path), key) == 7
+        assert warned
+        assert set(warned) == {message}
+
+    def test_once_in_a_process(self, tiny_config, caplog, monkeypatch):
+        monkeypatch.setattr(configuration_ham.logger, "propagate", True)
+        for _ in range(3):
+            tiny_config(treshold_of_this_test=7)
+        assert len([record for record in caplog.records if "treshold_of_this_test" in record.message]) == 1
+
+    def test_what_transformers_and_its_tools_write_is_known(self, tiny_config, tmp_path, warned):
+        """Every field that a configuration of Transformers inherits, and every one of generation, in old files too."""
+        written = PreTrainedConfig().to_dict()
+        keys = {*KEYS_OF_VERSION_4.split(), *vars(PreTrainedConfig()), *written, *vars(GenerationConfig())}
+        own = {x.name for x in dataclasses.fields(HAMConfig)} | {"model_type"}
+        for key in keys - own:
+            tiny_config(**{key: None})
+        quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        tiny_config(quantization_config=quantized, torch_dtype="bfloat16", rope_theta=5.0, num_labels=3, max_length=9)
+        assert warned == []
+
+    def test_our_own_files_are_known(self, tmp_path, warned):
+        """All fields, of configurations and of models, through `save_pretrained` and back."""
+        config = HAMConfig(**OTHER_VALUES)
+        HAMForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+        for _ in range(2):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path)
+            model.save_pretrained(tmp_path)
+        for checkpoint in (Path(configuration_ham.__file__).parent / "checkpoints").iterdir():
+            AutoConfig.from_pretrained(checkpoint)
+        assert warned == []
 
 
 def test_auto_classes(tiny_config, tmp_path):
