@@ -1,10 +1,16 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Generation with a HAM: every override of Transformers' GenerationMixin."""
 
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.generation import (
     CandidateGenerator,
     GenerationConfig,
@@ -13,14 +19,113 @@ from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
-from .inputs_ham import CACHE_NAME, given_cache
+from .inputs_ham import CACHE_NAME, given_cache, name_cache
 
 # What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
 ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
+# What `generate` was asked for, of each model that generates in this context.
+_routing: ContextVar[Mapping[Any, dict[str, Any]]] = ContextVar("ham_routing", default=MappingProxyType({}))
+
+
+@contextmanager
+def routed(model: Any, routing: dict[str, Any]) -> Iterator[None]:
+    """Lets `routing` hold for calls of `model` and of its base model that say nothing of it themselves."""
+    token = _routing.set({**_routing.get(), model: routing, model.base_model: routing})
+    try:
+        yield
+    finally:
+        _routing.reset(token)
+
+
+def with_routing(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a forward call, and what the running `generate` of this very model was asked for.
+
+    Logits processors and decoding loops call the model without handing these arguments on. A call that gives one of
+    them is left as it is.
+
+    Raises:
+        ValueError: if thresholds were given one per row, and this call has other rows.
+    """
+    routing = _routing.get().get(model)
+    if not routing:
+        return kwargs
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    if any(given.get(name) is not None for name in ROUTING_ARGUMENTS):
+        return kwargs
+    tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if isinstance(tokens, torch.Tensor) and "threshold" in routing:
+        routing = routing | {"threshold": _threshold_of_rows(routing["threshold"], len(tokens))}
+    return kwargs | routing
+
+
+def _threshold_of_rows(threshold: Any, batch: int) -> Any:
+    """A threshold for the rows of a call made within `generate`, which repeats rows side by side."""
+    if not isinstance(threshold, torch.Tensor) or threshold.ndim not in (1, 3):
+        return threshold
+    dim = 0 if threshold.ndim == 1 else 1
+    rows = threshold.shape[dim]
+    if rows in (1, batch):
+        return threshold
+    if batch % rows:
+        raise ValueError(
+            f"`threshold` has one entry for each of the {rows} rows that `generate` was given, and the model was "
+            f"called with {batch} rows meanwhile: give that call a `threshold` of its own."
+        )
+    return threshold.repeat_interleave(batch // rows, dim)
+
+
+def _check_cache_implementation(implementation: str | None) -> None:
+    if implementation not in (None, "dynamic", "offloaded"):
+        raise ValueError(
+            "`cache_implementation` must be None, 'dynamic' or 'offloaded' for a HAM model, which keeps tokens in a "
+            f"HAMCache of its own, got {implementation!r}."
+        )
+
+
+def _check_continuation(cache: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses a prompt that does not go beyond what the cache holds: Transformers takes it for the whole conversation.
+
+    Only a mask of all tokens tells that a prompt holds no more than the new ones.
+    """
+    for prompt in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
+        if isinstance(prompt, torch.Tensor) and prompt.ndim > 1:
+            break
+    else:
+        return
+    seen, length = cache.get_seq_length() if isinstance(cache, Cache) else 0, prompt.shape[1]
+    mask = kwargs.get("attention_mask")
+    new_tokens_only = isinstance(mask, torch.Tensor) and mask.shape[-1] > length
+    if seen and length <= seen and not new_tokens_only:
+        raise ValueError(
+            f"`cache` holds {seen} tokens, and the prompt has {length}. Give the whole conversation: the tokens that "
+            "the cache holds, then the new ones, at least one."
+        )
+
+
+class EarlyExitDrafts(AssistedCandidateGenerator):
+    """Drafts made by the first layers of the model itself, `assistant_early_exit` of them.
+
+    Transformers' own lowers `config.num_hidden_layers` while it drafts, for other threads too, and for good if a draft
+    fails. Here the cache of the drafts says how many layers there are.
+    """
+
+    def __init__(self, *, assistant_model: Any, generation_config: GenerationConfig, **kwargs: Any):
+        layers = generation_config.assistant_early_exit
+        most = assistant_model.config.num_hidden_layers
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:
+            raise ValueError(f"`assistant_early_exit` must be an int between 1 and {most} (layers), got {layers!r}.")
+        super().__init__(assistant_model=assistant_model, generation_config=generation_config, **kwargs)
+        # Else the drafts would be drafted, too.
+        self.generation_config.assistant_early_exit = None
+        cache = HAMCache(assistant_model.config)
+        del cache.layers[layers:]
+        cache.activate_past_recording()
+        self.assistant_kwargs[CACHE_NAME] = cache
 
 
 class EndedRows(StoppingCriteriaList):
@@ -59,15 +164,49 @@ class HAMGenerationMixin(GenerationMixin):
     config: HAMConfig
 
     @wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generates as Transformers does; the cache of a `ModelOutput` is called `cache` under every release."""
+        if kwargs.get("cache_implementation") == "paged":
+            # Which leads to continuous batching, before the configuration is prepared and checked.
+            _check_cache_implementation("paged")
         cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
+            _check_continuation(cache, inputs, kwargs)
             kwargs[CACHE_NAME] = cache
-        output = super().generate(*args, **kwargs)
-        if CACHE_NAME != "cache" and isinstance(output, ModelOutput):
-            output.cache = output.get(CACHE_NAME)
-        return output
+        with routed(self, self._routing_of_call(generation_config, kwargs)):
+            return name_cache(super().generate(inputs, generation_config, *args, **kwargs))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: Transformers' continuous batching brings a cache of its own, which keeps every token."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no continuous batching: Transformers' paged cache would keep what HAM drops. "
+            "Give `generate` a batch of rows, padded on the left."
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused as `init_continuous_batching` is."""
+        self.init_continuous_batching()
+
+    def _routing_of_call(self, generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What a call of `generate` is asked to keep: `threshold` or `kv_usage`, and `kv_budget`, those that are set.
+
+        An argument of `generate` comes before the configuration given to it, that before the call within which this
+        one is made by the same model (the drafts of an assistant), that before `config.threshold`, and that before
+        the model's own generation configuration. `None` sets nothing. `threshold` and `kv_usage` decide the same, so
+        the one that comes first hides the other, too.
+        """
+        own = vars(self.generation_config)
+        if self.config.threshold is not None:
+            # Else `from_pretrained(path, threshold=...)` would be lost on a checkpoint with a default of its own here.
+            own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
+        configuration = {} if generation_config is None else vars(generation_config)
+        routing: dict[str, Any] = {}
+        for source in (given, configuration, _routing.get().get(self, own)):
+            found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
+            if "threshold" in routing or "kv_usage" in routing:
+                found = {name: value for name, value in found.items() if name == "kv_budget"}
+            routing = found | routing
+        return routing
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Loads the generation configuration; what is saved next is marked as the model's own, see `__init__`."""
@@ -77,26 +216,13 @@ class HAMGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Lets generation configurations set `threshold` (or `kv_usage`) and `kv_budget`, which Transformers drops.
-
-        An argument of `generate` comes before the configuration given to it, that before `config.threshold`, and that
-        before the model's own generation configuration. `None` sets nothing. `threshold` and `kv_usage` decide the
-        same, so the one that comes first hides the other, too.
-        """
-        given = {name: kwargs.pop(name) for name in ROUTING_ARGUMENTS if name in kwargs}
-        routing: dict[str, Any] = {}
-        own = vars(self.generation_config)
-        if self.config.threshold is not None:
-            # Else `from_pretrained(path, threshold=...)` would be lost on a checkpoint with a default of its own here.
-            own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
-        for source in (given, {} if generation_config is None else vars(generation_config), own):
-            found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
-            if "threshold" in routing or "kv_usage" in routing:
-                found = {name: value for name, value in found.items() if name == "kv_budget"}
-            routing = found | routing
+        """Lets generation configurations set `threshold` (or `kv_usage`) and `kv_budget`, which Transformers drops."""
+        routing = self._routing_of_call(generation_config, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ROUTING_ARGUMENTS}
         prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
             generation_config, *args, **kwargs
         )
+        _check_cache_implementation(prepared.cache_implementation)
         # An assistant model is given this configuration, too.
         for name in ROUTING_ARGUMENTS:
             vars(prepared).pop(name, None)
@@ -109,6 +235,10 @@ class HAMGenerationMixin(GenerationMixin):
         """Leaves an assistant model to its own generation configuration: it has other layers, or is no HAM."""
         own = (*ROUTING_ARGUMENTS, "tokens_in_cache")
         others = {name: value for name, value in model_kwargs.items() if name not in own}
+        if kwargs["generation_config"].assistant_early_exit is not None:
+            names = ("input_ids", "generation_config", "inputs_tensor", "logits_processor")
+            arguments = {name: kwargs[name] for name in names}
+            return EarlyExitDrafts(assistant_model=self, model_kwargs=others, **arguments)
         return super()._get_candidate_generator(model_kwargs=others, **kwargs)  # type: ignore[misc]
 
     # Transformers annotates this method as returning a bool, though it returns nothing, and `self` of its generation
@@ -127,13 +257,7 @@ class HAMGenerationMixin(GenerationMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
             return
-        implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic", "offloaded"):
-            raise ValueError(
-                "`cache_implementation` must be None, 'dynamic' or 'offloaded' for a HAM model, got "
-                f"{implementation!r}."
-            )
-        cache = HAMCache(self.config, offloading=implementation == "offloaded")
+        cache = HAMCache(self.config, offloading=generation_config.cache_implementation == "offloaded")
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache
@@ -223,4 +347,4 @@ class HAMGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
 
-__all__ = ["HAMGenerationMixin"]
+__all__ = ["HAMGenerationMixin", "with_routing"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import logging
 
 from .cache_file_ham import cache_contents, check_same_contents
@@ -30,6 +30,13 @@ class EitherCacheName:
         def cache(self) -> HAMCache | None:
             """The cache that a call filled."""
             return self.past_key_values  # type: ignore[attr-defined]
+
+
+def name_cache(output: Any) -> Any:
+    """Calls the cache of one of Transformers' own outputs `cache` too, under releases that call it otherwise."""
+    if CACHE_NAME != "cache" and isinstance(output, ModelOutput) and not hasattr(output, "cache"):
+        output.cache = output.get(CACHE_NAME)
+    return output
 
 
 def given_cache(cache: HAMCache | None, past_key_values: HAMCache | None) -> HAMCache | None:
@@ -110,8 +117,71 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
         # The column of the last real token before each, -1 if there is none: padding may stand between two documents.
         last = F.pad(torch.where(real, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
         starts = real & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
-    # An exported program must serve packed rows and others alike.
-    return starts.long().cumsum(1) if exporting() or bool(starts.any()) else None
+    if exporting():
+        # A program must serve packed rows and others alike.
+        return starts.long().cumsum(1)
+    documents = int(starts.sum())
+    if not documents:
+        return None
+    tokens = torch.ones_like(starts) if real is None else real
+    if documents == int((tokens.sum(1) - 1).clamp(min=0).sum()):
+        raise ValueError(
+            "`position_ids` must rise within a document, and here they rise nowhere: each token would be a document "
+            "of its own, that sees no other. Leave them out to have the tokens of a row counted."
+        )
+    return starts.long().cumsum(1)
+
+
+def check_checkpointing(model: Any, cache: HAMCache | None) -> None:
+    """Refuses a cache where layers are computed again in the backward pass, which would take every token in twice."""
+    if cache is not None and _is_checkpointed(model):
+        raise ValueError(
+            "`cache` cannot be filled with gradient checkpointing, which computes layers again in the backward pass. "
+            "Leave it out, or call the model under `torch.no_grad()` or after `model.eval()`."
+        )
+
+
+def wants_cache(model: Any, use_cache: bool | None, packed: bool, by_positions: bool) -> bool:
+    """Whether a call that was given no cache is to make one: `use_cache`, or else what `config.use_cache` says.
+
+    Packed rows and checkpointed layers have none, which is told where somebody may miss it.
+
+    Args:
+        model: the `HAMModel`.
+        use_cache: the argument of the call.
+        packed: whether a row holds several documents.
+        by_positions: whether only `position_ids` say so, by failing to rise.
+
+    Raises:
+        ValueError: for packed rows and `use_cache=True`.
+    """
+    wanted = model.config.use_cache if use_cache is None else use_cache
+    if wanted and _is_checkpointed(model):
+        if use_cache:
+            logger.warning_once("`use_cache=True` cannot be combined with gradient checkpointing: there is no cache.")
+        return False
+    if not wanted or not packed or exporting():
+        return bool(wanted)
+    if use_cache:
+        raise ValueError(
+            "`use_cache` must be False for packed rows (`position_ids` that fail to rise, `cu_seq_lens_q` or "
+            "`seq_idx`): a cache holds one document per row. Give one document per row, padded."
+        )
+    if by_positions and not model.training:
+        logger.warning_once(
+            "`position_ids` fail to rise, so each row is read as several documents, which do not see each other, and "
+            "there is no cache. Give `use_cache=False` if this is meant; else leave `position_ids` out, and mark "
+            "padding in `attention_mask`."
+        )
+    return False
+
+
+def _is_checkpointed(model: Any) -> bool:
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
+    )
 
 
 def checked_flags(kwargs: dict[str, Any], hidden_states_to_keep: int, config: HAMConfig) -> bool:
@@ -313,13 +383,16 @@ __all__ = [
     "CACHE_NAME",
     "EitherCacheName",
     "TokenLayout",
+    "check_checkpointing",
     "check_inputs",
     "check_outputs_wanted",
     "check_tokens",
     "checked_flags",
     "given_cache",
     "last_hidden_states",
+    "name_cache",
     "packed_documents",
     "restarts",
     "token_layout",
+    "wants_cache",
 ]

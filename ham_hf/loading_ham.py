@@ -1,16 +1,22 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Checks of a checkpoint's files before anything is read or memory is taken; who may read those that are written."""
+"""Loading and saving: every override of Transformers' own, checks of files before they are read, and permissions."""
 
 import errno
 import math
 import os
+import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.utils import logging
 
+# The minor releases of Transformers that the tests run on.
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 24)
 HOW_TO_CONVERT = (
     "unpickling others could run code. Convert them once with `safetensors.torch.save_file(torch.load(path, "
     "weights_only=True), 'model.safetensors', metadata={'format': 'pt'})`"
@@ -75,3 +81,71 @@ def share_weights(folder: str | os.PathLike) -> None:
         for path in Path(folder).glob(pattern):
             if stat.S_IMODE(path.stat().st_mode) == PRIVATE:
                 path.chmod(permissions)
+
+
+def warn_of_untested_transformers() -> None:
+    """Warns once in a process of a Transformers that was never tested: code travels with checkpoints, and meets it."""
+    release = re.match(r"(\d+)\.(\d+)", transformers.__version__)
+    if release is None or OLDEST_TRANSFORMERS <= (int(release[1]), int(release[2])) <= NEWEST_TRANSFORMERS:
+        return
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+    # A logger warns once of what it has said itself, and the code of every checkpoint has modules of its own.
+    logging.get_logger("transformers").warning_once(
+        f"HAM was tested with Transformers {oldest} to {newest}, and this is {transformers.__version__}. If anything "
+        "fails, install a tested release, or newer code of HAM."
+    )
+
+
+class HAMLoadingMixin:
+    """What loading does differently for a HAM: nothing is unpickled, and files are checked before they are read."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """As in Transformers, but nothing is unpickled: weights are read from safetensors files only.
+
+        Raises:
+            ValueError: also for `use_safetensors=False` and `weights_only=False`, and for files that are too small for
+                what the configuration asks for, before memory is taken for it.
+        """
+        if use_safetensors is False or not weights_only:
+            name, value = ("use_safetensors", use_safetensors) if weights_only else ("weights_only", weights_only)
+            raise ValueError(f"`{name}` must not be {value!r}: HAM reads safetensors files only, as {HOW_TO_CONVERT}.")
+        return super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs
+        )
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: LoadStateDictConfig,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        # Here the files are found, wherever they were, and the model has its shapes but no memory yet.
+        if state_dict is None and checkpoint_files:
+            check_files(checkpoint_files, load_config.sharded_metadata)
+            # Keys are expected when an adapter is loaded, which has files of its own and is smaller than the model.
+            if expected_keys is None:
+                check_size(model, checkpoint_files)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        # Loading replaces parameters by new ones, all of which require a gradient.
+        for module in model.modules():
+            threshold = getattr(module, "threshold", None)
+            if isinstance(threshold, nn.Parameter):
+                threshold.requires_grad_(bool(module.learns_threshold))
+        return loaded
+
+    def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
+        # The other way in, for folders that hold the shards of several ranks; absent from Transformers 5.17.
+        check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")])  # type: ignore[arg-type]
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *arguments)  # type: ignore[misc]

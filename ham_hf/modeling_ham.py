@@ -2,12 +2,10 @@
 """Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,30 +21,33 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_ham import HAMCache, HAMCacheLayer, LayerStep, attend_new
 from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
-from .generation_ham import HAMGenerationMixin
+from .generation_ham import HAMGenerationMixin, with_routing
 from .inputs_ham import (
     CACHE_NAME,
     EitherCacheName,
     TokenLayout,
+    check_checkpointing,
     check_inputs,
     check_outputs_wanted,
     check_tokens,
     checked_flags,
     given_cache,
     last_hidden_states,
+    name_cache,
     packed_documents,
     token_layout,
+    wants_cache,
 )
-from .loading_ham import HOW_TO_CONVERT, check_files, check_folder, check_size, share_weights
+from .loading_ham import HAMLoadingMixin, check_folder, share_weights, warn_of_untested_transformers
 from .ops_ham import (
     decode_kernel,
     exporting,
@@ -690,7 +691,7 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states if control is None else (hidden_states, control)
 
 
-class HAMPreTrainedModel(PreTrainedModel):
+class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
     """What every HAM model shares: its configuration, its initialisation and what Transformers must know of it."""
 
     config: HAMConfig
@@ -708,53 +709,14 @@ class HAMPreTrainedModel(PreTrainedModel):
         "routing_scores": OutputRecorder(HAMMixer, index=2),
     }
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        use_safetensors: bool | None = None,
-        weights_only: bool = True,
-        **kwargs: Any,
-    ) -> Self:
-        """As in Transformers, but nothing is unpickled: weights are read from safetensors files only.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls `forward`; within a `generate` of this model, with what that was asked to keep unless this call says.
 
-        Raises:
-            ValueError: also for `use_safetensors=False` and `weights_only=False`, and for files that are too small for
-                what the configuration asks for, before memory is taken for it.
+        Here, because what is compiled is `forward`, and Dynamo cannot read what is set for a context.
         """
-        if use_safetensors is False or not weights_only:
-            name, value = ("use_safetensors", use_safetensors) if weights_only else ("weights_only", weights_only)
-            raise ValueError(f"`{name}` must not be {value!r}: HAM reads safetensors files only, as {HOW_TO_CONVERT}.")
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs)
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: PreTrainedModel,
-        state_dict: dict | None,
-        checkpoint_files: list[str] | None,
-        load_config: LoadStateDictConfig,
-        expected_keys: list[str] | None = None,
-    ) -> Any:
-        # Here the files are found, wherever they were, and the model has its shapes but no memory yet.
-        if state_dict is None and checkpoint_files:
-            check_files(checkpoint_files, load_config.sharded_metadata)
-            # Keys are expected when an adapter is loaded, which has files of its own and is smaller than the model.
-            if expected_keys is None:
-                check_size(model, checkpoint_files)
-        loaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, expected_keys
-        )
-        # Loading replaces parameters by new ones, all of which require a gradient.
-        for module in model.modules():
-            if isinstance(module, HAMMixer) and module.layer_type == "hybrid":
-                module.threshold.requires_grad_(module.learns_threshold)
-        return loaded
-
-    def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
-        # The other way in, for folders that hold the shards of several ranks.
-        check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")])
-        return super()._load_and_finalize_distributed_pretrained_model(folder, *arguments)
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        return name_cache(super().__call__(*args, **with_routing(self, args, kwargs)))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -836,6 +798,7 @@ class HAMModel(HAMPreTrainedModel):
     def __init__(self, config: HAMConfig):
         # `from_pretrained(path, threshold=...)` sets fields one by one, after the configuration was checked whole.
         config.validate_architecture()
+        warn_of_untested_transformers()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -860,7 +823,6 @@ class HAMModel(HAMPreTrainedModel):
             plan = {f"layers.*.mixer.{name}": "free_full_weight" for name in sorted(names)}
             self._fsdp_plan = {**(self._fsdp_plan or {}), **plan}
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -884,8 +846,8 @@ class HAMModel(HAMPreTrainedModel):
             attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if all are real.
             position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins. By default
                 real tokens are counted.
-            cache: a `HAMCache` to continue from.
-            use_cache: whether to fill and return a cache. Packed rows have none.
+            cache: a `HAMCache` to continue from; with fewer layers than the model has, only the first ones are run.
+            use_cache: whether to fill and return a cache, by default `config.use_cache`. Packed rows have none.
             threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a
                 tensor `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults
                 to `config.threshold`, then to the learned thresholds. In training the learned ones have no gradient
@@ -903,6 +865,7 @@ class HAMModel(HAMPreTrainedModel):
             TypeError, ValueError: for arguments that do not fit; the cache is unchanged then.
         """
         cache = given_cache(cache, past_key_values)
+        check_checkpointing(self, cache)
         output_attentions = checked_flags(kwargs, hidden_states_to_keep, self.config)
         batch, length = check_tokens(input_ids, inputs_embeds, self.config)
         check_inputs(batch, length, attention_mask, position_ids, cache, self.config)
@@ -918,6 +881,8 @@ class HAMModel(HAMPreTrainedModel):
         if tokens.real is not None:
             # Whatever stands in for padding, NaN included, must not reach a sum, were it times zero.
             inputs_embeds = inputs_embeds.masked_fill(~tokens.real[..., None], 0)
+        if cache is None:
+            use_cache = wants_cache(self, use_cache, tokens.seq_idx is not None, by_positions=seq_idx is None)
         cache = self._prepare_cache(cache, use_cache, tokens, kv_budget)
         if exporting() and (cache is not None or kv_budget is not None):
             raise ValueError(
@@ -933,9 +898,11 @@ class HAMModel(HAMPreTrainedModel):
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         controls: list[torch.Tensor] = []
+        # Drafts of an early exit have a cache of the first layers only.
+        layers = self.layers if cache is None else self.layers[: len(cache.layers)]
         with nullcontext() if cache is None else cache.filling(self, tokens.real):
-            for layer, layer_threshold in zip(self.layers, thresholds, strict=True):
-                trims = layer is self.layers[-1] and 0 < hidden_states_to_keep < length
+            for layer, layer_threshold in zip(layers, thresholds[: len(layers)], strict=True):
+                trims = layer is layers[-1] and 0 < hidden_states_to_keep < length
                 output = layer(
                     hidden_states,
                     outputs_to_keep=hidden_states_to_keep if trims else None,

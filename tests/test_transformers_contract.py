@@ -47,6 +47,7 @@ from ham_hf import (
     HAMForTokenClassification,
     HAMModel,
     HAMPreTrainedModel,
+    inputs_ham,
     modeling_ham,
 )
 from ham_hf.inputs_ham import CACHE_NAME
@@ -648,6 +649,138 @@ class TestPaddingAndPacking:
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
         whole = model(torch.cat(documents, 1)).logits
         assert (whole[:, 7:] - alone[:, 7:]).abs().max() > 1e-3, "this model does not look back, so nothing was tested"
+
+
+class TestPositionsThatFailToRise:
+    """They tell of packed documents, which have no cache: whoever wanted one is told."""
+
+    @pytest.fixture
+    def warned(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(inputs_ham.logger, "warning_once", seen.append)
+        return seen
+
+    def test_a_call_that_asks_for_a_cache_is_refused(self, model):
+        ids, positions = tokens(2, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+        for arguments in ({"position_ids": positions}, {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)}):
+            for call in (model, model.model):
+                with pytest.raises(ValueError, match="`use_cache` must be False for packed rows"):
+                    call(ids, use_cache=True, **arguments)
+
+    def test_a_call_that_says_nothing_of_it_is_told(self, model, warned):
+        ids, positions = tokens(2, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+        assert model(ids, position_ids=positions).cache is None
+        assert len(warned) == 1
+        assert warned[0].startswith("`position_ids` fail to rise, so each row is read as several documents")
+
+    @pytest.mark.parametrize("case", ["said so", "by other arguments", "configured", "training"])
+    def test_packing_that_is_meant_is_quiet(self, model, warned, case):
+        ids, positions = tokens(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+        arguments = {
+            "said so": {"use_cache": False},
+            "by other arguments": {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
+        }.get(case, {})
+        model.config.use_cache = case != "configured"
+        out = model.train(case == "training")(ids, position_ids=positions, **arguments)
+        assert out.cache is None
+        assert warned == []
+
+    @pytest.mark.parametrize("positions", [[0, 0, 0, 0], [7, 7, 7, 7], [3, 2, 1, 0]], ids=str)
+    def test_positions_that_rise_nowhere_are_refused(self, model, positions):
+        """A slip: each token would be a document of its own, whatever else is said."""
+        ids, positions = tokens(2, 4), torch.tensor([positions])
+        mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+        for arguments in ({}, {"use_cache": False}, {"attention_mask": mask}, {"cache": HAMCache(model.config)}):
+            for training in (False, True):
+                with pytest.raises(ValueError, match="`position_ids` must rise within a document, and here they rise"):
+                    model.train(training)(ids, position_ids=positions, **arguments)
+        with pytest.raises(ValueError, match="`position_ids` must rise within a document"):
+            model.generate(ids, position_ids=positions, max_new_tokens=2)
+
+    @pytest.mark.parametrize("filler", [0, 1])
+    def test_positions_of_padding_may_repeat(self, model, warned, filler):
+        """With rows of which a single token is real among them."""
+        mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, filler)
+        ids = tokens(3, 4)
+        out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        assert type(out.cache) is HAMCache
+        assert torch.equal(out.logits, model(ids, attention_mask=mask).logits)
+        one = torch.tensor([[0, 0, 0, 1]])
+        assert model(ids[:1], attention_mask=one, position_ids=0 * one).cache is not None
+        assert warned == []
+
+
+class TestNamesOfTheCache:
+    @pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    @pytest.mark.parametrize("cls", [HAMModel, *HEADS])
+    def test_forward_takes_either(self, cls, config, name):
+        model = distinct(cls(config)).eval()
+        ids, cache = tokens(2, 6), HAMCache(config)
+        expected = model(ids)
+        out = model(ids, **{name: cache})
+        assert cache.get_seq_length() == 6
+        value = next(iter(out.values()))
+        assert torch.equal(value, next(iter(expected.values())))
+        if CACHE_NAME in out:
+            assert out.cache is out[CACHE_NAME] is cache
+        if cls in (HAMModel, HAMForCausalLM):
+            assert CACHE_NAME in out
+            model(ids, None, None, cache)
+            assert cache.get_seq_length() == 12
+            with pytest.raises(ValueError, match="Give the cache once: `cache` and `past_key_values`"):
+                model(ids, cache=cache, past_key_values=cache)
+            assert cache.get_seq_length() == 12
+
+    def test_order_of_a_tuple(self, model):
+        """As Transformers' own models have it."""
+        ids = tokens(2, 6)
+        loss, logits, cache, hidden = model(ids, labels=ids, output_hidden_states=True, return_dict=False)
+        assert (loss.ndim, logits.shape, type(cache), len(hidden)) == (0, (2, 6, 97), HAMCache, len(hidden))
+        state, cache = model.model(ids, return_dict=False)
+        assert (state.shape, type(cache)) == ((2, 6, 32), HAMCache)
+        cache = HAMCache(model.config)
+        assert model(ids, cache=cache, return_dict=False)[1] is cache
+        assert len(model(ids, use_cache=False, return_dict=False)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+class TestCacheAndCheckpoints:
+    """Layers that are computed again in the backward pass would take every token in twice."""
+
+    @pytest.fixture(params=[False, True], ids=["", "reentrant"])
+    def model(self, request, tiny_config):
+        model = distinct(HAMForCausalLM(tiny_config())).train()
+        model.gradient_checkpointing_enable({"use_reentrant": request.param})
+        return model
+
+    def test_a_cache_that_is_given_is_refused(self, model):
+        ids, cache = tokens(1, 6), HAMCache(model.config)
+        for call in (model, model.model):
+            with pytest.raises(ValueError, match="`cache` cannot be filled with gradient checkpointing"):
+                call(ids, cache=cache)
+        assert not cache.is_initialized
+
+    def test_none_is_made(self, model, monkeypatch):
+        warned = []
+        monkeypatch.setattr(inputs_ham.logger, "warning_once", warned.append)
+        assert model(tokens(1, 6)).cache is None
+        assert warned == []
+        assert model(tokens(1, 6), use_cache=True).cache is None
+        assert warned == ["`use_cache=True` cannot be combined with gradient checkpointing: there is no cache."]
+
+    def test_without_gradients_all_is_as_ever(self, model):
+        """`generate` in training mode, too."""
+        ids = tokens(1, 6)
+        found = [generate(model, ids, threshold=0.45, **mode) for mode in ({}, {"guidance_scale": 1.5})]
+        with torch.no_grad():
+            assert model(ids).cache.get_seq_length() == 6
+        model.eval()
+        for out, mode in zip(found, ({}, {"guidance_scale": 1.5}), strict=True):
+            expected = generate(model, ids, threshold=0.45, **mode)
+            assert torch.equal(out.sequences, expected.sequences)
+            assert torch.equal(out.cache.kept_tokens(), expected.cache.kept_tokens())
 
 
 class Recorder(BaseStreamer):
