@@ -1,12 +1,14 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """A saved HAM loads, generates and is saved again where `ham_hf` is not installed, by the code that lies beside it."""
 
+import importlib
 import importlib.util
 import inspect
 import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tomllib
 import warnings
@@ -16,10 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import ham_hf
-from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf import HAMConfig, HAMForCausalLM, loading_ham
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(ham_hf.__file__).parent
@@ -129,6 +139,139 @@ def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run
         assert result["classes"] == MODELS
         assert code_in(copy) == code_files
         assert all((copy / name).read_bytes() == (PACKAGE / name).read_bytes() for name in code_files)
+
+
+SIGNATURES = """
+import inspect, json, sys
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+owners = (GenerationMixin, PreTrainedModel, AssistedCandidateGenerator)
+found = {}
+for name in json.loads(sys.argv[1]):
+    owner, _, method = name.partition(".")
+    function = getattr(next(x for x in owners if x.__name__ == owner), method, None)
+    # Its decorators name a parameter in two ways.
+    found[name] = None if function is None else str(list(inspect.signature(inspect.unwrap(function)).parameters))
+print(json.dumps(found))
+"""
+# The parameters of what is overridden, or called, though it is not for that: {cache} is this release's name of it.
+PRIVATE = {
+    "GenerationMixin.adjust_generation_fn": "self generation_config from_auto_class from_pipeline "
+    "pretrained_model_name_or_path cache_dir force_download proxies local_files_only token revision subfolder "
+    "trust_remote_code kwargs",
+    "GenerationMixin._prepare_generation_config": "self generation_config kwargs",
+    "GenerationMixin._get_candidate_generator": "self generation_config input_ids inputs_tensor logits_processor "
+    "model_kwargs assistant_model target_tokenizer assistant_tokenizer",
+    "GenerationMixin._prepare_cache_for_generation": "self generation_config model_kwargs generation_mode batch_size "
+    "max_cache_length",
+    "GenerationMixin._expand_inputs_for_generation": "{self} expand_size is_encoder_decoder input_ids model_kwargs",
+    "AssistedCandidateGenerator.__init__": "self input_ids assistant_model generation_config model_kwargs "
+    "inputs_tensor logits_processor",
+    "PreTrainedModel._load_pretrained_model": "model state_dict checkpoint_files load_config expected_keys",
+    "PreTrainedModel._load_and_finalize_distributed_pretrained_model": "self distributed_checkpoint_dir device_map "
+    "device_mesh",
+    "PreTrainedModel._init_weights": "self module",
+}
+
+
+def test_private_methods_have_the_signatures_that_overrides_rely_on(release, run_python, tmp_path):
+    versions, environment = release
+    found = run_python(tmp_path, SIGNATURES, json.dumps(list(PRIVATE)), **environment)
+    oldest = Version(versions["transformers"]) < Version("5.23")
+    expected = dict(PRIVATE)
+    expected["GenerationMixin._expand_inputs_for_generation"] = PRIVATE[
+        "GenerationMixin._expand_inputs_for_generation"
+    ].format(self="" if oldest else "self")
+    expected = {name: str(parameters.split()) for name, parameters in expected.items()}
+    if oldest:
+        expected["PreTrainedModel._load_and_finalize_distributed_pretrained_model"] = None
+    assert found == expected
+
+
+def test_private_methods_are_overridden_in_two_files():
+    """In those of generation and of loading, and they are among those whose signatures are held."""
+    held = {name.partition(".")[2] for name in PRIVATE}
+    for path in sorted(PACKAGE.glob("*_ham.py")):
+        module = importlib.import_module(f"ham_hf.{path.stem}")
+        classes = [x for x in vars(module).values() if inspect.isclass(x) and x.__module__ == module.__name__]
+        for cls in classes:
+            private = {
+                name
+                for name, x in vars(cls).items()
+                if name.startswith("_")
+                and not hasattr(torch.nn.Module, name)
+                and (inspect.isfunction(x) or isinstance(x, (staticmethod, classmethod)))
+                and any(hasattr(base, name) for base in (GenerationMixin, PreTrainedModel))
+            }
+            assert private <= held, (cls, private - held)
+            if path.stem not in ("generation_ham", "loading_ham"):
+                assert private <= {"_init_weights"}, (cls, private)
+
+
+UNTESTED = """
+import json, logging, sys
+import transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM
+
+# With all imported: meanwhile Transformers puts another module in its place.
+sys.modules["transformers"].__version__ = sys.argv[1]
+
+class Told(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+
+told = []
+logging.getLogger("transformers").addHandler(Told())
+names = set()
+for source in sys.argv[2:]:
+    for _ in range(2):
+        names.add(type(AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)).__module__)
+print()
+print(json.dumps([[message for message in told if message.startswith("HAM was tested")], len(names)]))
+"""
+
+
+def test_untested_releases_are_told_of_once(checkpoint, run_python, tmp_path):
+    """By the code of two checkpoints, which is loaded as two modules, and by each model that is made."""
+    copy = tmp_path / "other"
+    shutil.copytree(checkpoint, copy)
+    with (copy / "modeling_ham.py").open("a", encoding="utf-8") as file:
+        file.write("# Another version of the code.\n")
+    messages, modules = run_python(tmp_path, UNTESTED, "5.25.0", checkpoint, copy, HF_HUB_OFFLINE="1")
+    assert modules == 2
+    assert messages == [
+        "HAM was tested with Transformers 5.17 to 5.24, and this is 5.25.0. If anything fails, install a tested "
+        "release, or newer code of HAM."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "warns"),
+    [
+        ("5.16.2", True),
+        ("5.17.0", False),
+        ("5.24.9", False),
+        ("5.25.0.dev0", True),
+        ("5.100.0", True),
+        ("6.0.0", True),
+        ("4.99.1", True),
+    ],
+)
+def test_releases_that_are_untested(tiny_config, monkeypatch, found, warns):
+    told = []
+    monkeypatch.setattr(loading_ham.transformers, "__version__", found)
+    monkeypatch.setattr(logging.getLogger("transformers"), "warning_once", told.append, raising=False)
+    HAMForCausalLM(tiny_config())
+    assert [message.startswith("HAM was tested with Transformers 5.17 to 5.24") for message in told] == [True] * warns
+
+
+def test_the_tested_releases_are_those_that_are_installed():
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest, newest = loading_ham.OLDEST_TRANSFORMERS, loading_ham.NEWEST_TRANSFORMERS
+    bounds = f"transformers>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
+    assert [line for line in requirements if line.startswith("transformers")] == [bounds]
 
 
 @pytest.mark.parametrize("name", MODELS.values())
