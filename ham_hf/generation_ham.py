@@ -20,7 +20,6 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
-from transformers.modeling_outputs import ModelOutput
 
 from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
@@ -282,11 +281,14 @@ class HAMGenerationMixin(GenerationMixin):
 
         Transformers would feed the whole prompt again, so the first call is told how much of it the cache holds.
         """
-        kwargs["tokens_in_cache"] = kwargs[CACHE_NAME].get_seq_length()
+        cache = kwargs.get(CACHE_NAME)
+        if not isinstance(cache, HAMCache):
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        kwargs["tokens_in_cache"] = cache.get_seq_length()
         try:
             return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
         finally:
-            kwargs[CACHE_NAME].stop_past_recording()
+            cache.stop_past_recording()
 
     def prepare_inputs_for_generation(
         self,

@@ -97,7 +97,7 @@ def warn_of_untested_transformers() -> None:
 
 
 class HAMLoadingMixin:
-    """What loading does differently for a HAM: nothing is unpickled, and files are checked before they are read."""
+    """What loading and saving do differently for a HAM: nothing is unpickled, and files are checked before they are read."""
 
     @classmethod
     def from_pretrained(
@@ -144,6 +144,18 @@ class HAMLoadingMixin:
             if isinstance(threshold, nn.Parameter):
                 threshold.requires_grad_(bool(module.learns_threshold))
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves as Transformers does, but where that fails in silence, or in other words, an `OSError` names the path.
+
+        The weights may be read by whoever may read the configuration: safetensors leaves them to the owner alone.
+        """
+        check_folder(save_directory)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            raise OSError(f"Cannot write the weights to {save_directory}: {error}") from error
+        share_weights(save_directory)
 
     def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
         # The other way in, for folders that hold the shards of several ranks; absent from Transformers 5.17.

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -47,7 +46,7 @@ from .inputs_ham import (
     token_layout,
     wants_cache,
 )
-from .loading_ham import HAMLoadingMixin, check_folder, share_weights, warn_of_untested_transformers
+from .loading_ham import HAMLoadingMixin, warn_of_untested_transformers
 from .ops_ham import (
     decode_kernel,
     exporting,
@@ -748,18 +747,6 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
         init.normal_(router.up_proj.weight, std=router.up_proj.in_features**-0.5)
         # Of a unit normal `x`, the mean square of SiLU(x) is 0.36.
         init.normal_(router.down_proj.weight, std=(0.36 * router.down_proj.in_features) ** -0.5)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves as Transformers does, but where that fails in silence, or in other words, an `OSError` names the path.
-
-        The weights may be read by whoever may read the configuration: safetensors leaves them to the owner alone.
-        """
-        check_folder(save_directory)
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(f"Cannot write the weights to {save_directory}: {error}") from error
-        share_weights(save_directory)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -204,9 +204,9 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
             raise ValueError(f"`threshold` has {len(threshold)} entries; expected {expected}.")
         if any(isinstance(x, int) and abs(x) > LARGEST_THRESHOLD for x in numbers):
             raise ValueError(f"`threshold` must be between -2**53 and 2**53, or infinite; expected {expected}.")
-        tensor = torch.tensor(
-                [float(x) for x in numbers if x is not None], dtype=torch.float32, device="cpu"
-            ).view(-1, 1, 1)
+        tensor = torch.tensor([float(x) for x in numbers if x is not None], dtype=torch.float32, device="cpu").view(
+            -1, 1, 1
+        )
     # The capture of a CUDA graph forbids to read a GPU's values: who captures has had them checked before.
     unreadable = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
     if not unreadable and torch.isnan(tensor).any():
