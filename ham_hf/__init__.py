@@ -2,9 +2,8 @@
 """Hybrid Associative Memories for Hugging Face Transformers; importing it registers the Auto classes."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import ham_hf_command
 
 __version__ = "0.1.0"
 
@@ -21,8 +20,11 @@ __all__ = [
 
 
 def _imported_by_the_command() -> bool:
-    """Whether `ham-hf` or `python -m ham_hf.cli` starts; while Python looks for a `-m` module, `argv` begins so."""
-    return ham_hf_command.running or (sys.argv[:1] == ["-m"] and "ham_hf.cli" in sys.orig_argv)
+    """Whether `ham-hf` or `python -m ham_hf.cli` starts; Python looks up a `-m` module under that name."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":
+        return "ham_hf.cli" in sys.orig_argv
+    return Path(program).stem.removesuffix("-script") == "ham-hf"
 
 
 # The command must answer `--help` or a wrong path at once: it imports PyTorch, and registers, when it needs a model.

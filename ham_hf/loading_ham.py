@@ -97,7 +97,7 @@ def warn_of_untested_transformers() -> None:
 
 
 class HAMLoadingMixin:
-    """What loading and saving do differently for a HAM: nothing is unpickled, files are checked before they are read."""
+    """Loading and saving of a HAM: nothing is unpickled, and files are checked before they are read."""
 
     @classmethod
     def from_pretrained(

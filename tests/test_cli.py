@@ -153,7 +153,7 @@ def test_run_hands_its_arguments_to_another_command(capsys, monkeypatch):
 
 
 # The installed script, for the code of this folder; and what a call imported, for calls that import next to nothing.
-COMMAND = "import sys; from ham_hf_command import main; sys.exit(main())"
+COMMAND = "import sys; sys.argv[0] = '/bin/ham-hf'; from ham_hf.cli import main; sys.exit(main())"
 AS_A_MODULE = """
 import runpy
 sys.argv[0], sys.orig_argv = "-m", ["python", "-m", "ham_hf.cli"]
@@ -207,8 +207,8 @@ assert type(AutoConfig.for_model("ham")) is ham_hf.HAMConfig
 assert pickle.loads(pickle.dumps(ham_hf.HAMConfig())).to_dict() == ham_hf.HAMConfig().to_dict()
 """
 LATER = """
-import ham_hf_command, sys
-ham_hf_command.running = True
+import sys
+sys.argv[0] = "/bin/ham-hf"
 import ham_hf
 assert "torch" not in sys.modules and not hasattr(ham_hf, "HAMNothing")
 from ham_hf import HAMCache, HAMConfig, cache_ham
