@@ -19,8 +19,8 @@ sums for 32 columns each and reads these again, from L2 if there are few tokens:
 the router its passes over `v` and the prediction, 768 bytes at least. On an H100 (3.35 TB/s, 990 TFLOP/s) the bytes
 take 1.4 ns, all products 0.28 ns, the prediction's 0.07 ns: they hide behind the memory as long as the blocks of a
 multiprocessor overlap. `T = 8192` and 16 heads move 0.64 GB, 0.19 ms at best. For both sides the states come on top, a
-recurrence that is bound by latency in a single row; fla also sums the gates in a kernel of its own, and clears the inverses
-first, 128 bytes that we do not write.
+recurrence that is bound by latency in a single row; fla also sums the gates in a kernel of its own, and clears the
+inverses first, 128 bytes that we do not write.
 
 The forward is also compared with our own without either. Forward and backward are compared where fla allows its
 backward, which is not on Hopper with Triton 3.4.0 to 3.7.0.
