@@ -234,7 +234,7 @@ HEAD = [
     ({"labels": ids() * -5}, ValueError, "`labels` must be between 0 and 96, got -5 to -5"),
     ({"shift_labels": ids(ROWS, NEW - 1)}, ValueError, "`shift_labels` must be [2, 4], got [2, 3]"),
     ({"labels": ids(), "treshold": 0.5}, TypeError, "unexpected keyword arguments ['treshold']"),
-    ({"num_items_in_batch": 3}, TypeError, "unexpected keyword arguments ['num_items_in_batch']"),
+    ({"ignore_index": 3}, TypeError, "unexpected keyword arguments ['ignore_index']"),
 ]
 
 
@@ -755,6 +755,16 @@ def test_arguments_that_exclude_each_other(tiny_config):
     ids = torch.randint(1, 97, (1, 6))
     with pytest.raises(ValueError, match="`output_attentions` cannot be combined with `kv_budget`"):
         model(ids, output_attentions=True, kv_budget=2)
-    lengths = torch.tensor([0, 3, 6])
-    with pytest.raises(ValueError, match="at most one of `seq_idx` and `cu_seq_lens_q`"):
-        model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]), cu_seq_lens_q=lengths, use_cache=False)
+
+
+def test_two_ways_to_tell_documents_must_agree(tiny_config):
+    """Collators for packed rows give both."""
+    model = HAMForCausalLM(tiny_config()).eval()
+    ids, lengths = torch.randint(1, 97, (1, 6)), torch.tensor([0, 3, 6], dtype=torch.int32)
+    alone = model(ids, cu_seq_lens_q=lengths, use_cache=False).logits
+    for seq_idx in ([[0, 0, 0, 1, 1, 1]], [[2, 2, 2, 5, 5, 5]]):
+        both = {"seq_idx": torch.tensor(seq_idx, dtype=torch.int32), "cu_seq_lens_q": lengths}
+        assert torch.equal(model(ids, **both, cu_seq_lens_k=lengths, use_cache=False).logits, alone)
+    for seq_idx in ([[0, 0, 1, 1, 1, 1]], [[0, 0, 0, 0, 0, 0]], [[0, 0, 0, 1, 1, 2]]):
+        with pytest.raises(ValueError, match="`seq_idx` and `cu_seq_lens_q` must begin documents at the same tokens"):
+            model(ids, seq_idx=torch.tensor(seq_idx), cu_seq_lens_q=lengths, use_cache=False)
