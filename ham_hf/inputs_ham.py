@@ -125,9 +125,10 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
         return None
     tokens = torch.ones_like(starts) if real is None else real
     if documents == int((tokens.sum(1) - 1).clamp(min=0).sum()):
-        raise ValueError(
-            "`position_ids` must rise within a document, and here they rise nowhere: each token would be a document "
-            "of its own, that sees no other. Leave them out to have the tokens of a row counted."
+        # Documents of one token may be meant; a slip is more likely, and in training nothing else would tell of it.
+        logger.warning_once(
+            "`position_ids` rise nowhere, so each token is read as a document of its own, that sees no other. Leave "
+            "them out to have the tokens of a row counted."
         )
     return starts.long().cumsum(1)
 

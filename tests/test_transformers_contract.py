@@ -686,16 +686,21 @@ class TestPositionsThatFailToRise:
         assert warned == []
 
     @pytest.mark.parametrize("positions", [[0, 0, 0, 0], [7, 7, 7, 7], [3, 2, 1, 0]], ids=str)
-    def test_positions_that_rise_nowhere_are_refused(self, model, positions):
-        """A slip: each token would be a document of its own, whatever else is said."""
+    def test_positions_that_rise_nowhere_are_told_of(self, model, warned, positions):
+        """Each token is a document of its own then, which may be meant: whatever else is said, in training too."""
         ids, positions = tokens(2, 4), torch.tensor([positions])
         mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
-        for arguments in ({}, {"use_cache": False}, {"attention_mask": mask}, {"cache": HAMCache(model.config)}):
+        message = "`position_ids` rise nowhere, so each token is read as a document of its own, that sees no other."
+        for arguments in ({}, {"use_cache": False}, {"attention_mask": mask, "use_cache": False}):
             for training in (False, True):
-                with pytest.raises(ValueError, match="`position_ids` must rise within a document, and here they rise"):
-                    model.train(training)(ids, position_ids=positions, **arguments)
-        with pytest.raises(ValueError, match="`position_ids` must rise within a document"):
-            model.generate(ids, position_ids=positions, max_new_tokens=2)
+                warned.clear()
+                model.train(training)(ids, position_ids=positions, **arguments)
+                assert [text.startswith(message) for text in warned][:1] == [True]
+        for arguments in ({"use_cache": True}, {"cache": HAMCache(model.config)}):
+            with pytest.raises(ValueError, match="packed rows"):
+                model(ids, position_ids=positions, **arguments)
+        with pytest.raises(ValueError, match="`cache` cannot be filled from packed rows"):
+            model.eval().generate(ids, position_ids=positions, max_new_tokens=2)
 
     @pytest.mark.parametrize("filler", [0, 1])
     def test_positions_of_padding_may_repeat(self, model, warned, filler):
