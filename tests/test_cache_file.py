@@ -165,7 +165,6 @@ def change_of(name, value):
         (lambda tensors: tensors.pop("padding"), "`padding` and `real_tokens` contradict each other"),
         (lambda tensors: tensors.update(other=torch.ones(1)), "holds 'other', which is part of no layer"),
     ],
-    ids=str,
 )
 def test_a_signed_file_that_makes_no_sense(model, ids, tmp_path, change, message):
     path = tmp_path / "cache"
