@@ -382,7 +382,7 @@ class HAMCacheLayer(CacheLayerMixin):
             self.enforce_budget(budget)
 
     def enforce_budget(self, budget: int) -> None:
-        """Drops the lowest scores of every head that holds more than `budget` tokens; of equal scores the oldest."""
+        """Drops the lowest scores of every head above `budget` tokens; of scores equal to the bit, the oldest."""
         if self.store is None or int(self.store.counts.max()) <= budget:
             return
         self.changes += 1

@@ -276,7 +276,7 @@ class PagedStore:
     def replace_lowest(self, tokens: KeptTokens) -> None:
         """Puts each token, at most one per stream, in place of its stream's lowest score unless that is higher.
 
-        Of equal scores the oldest leaves.
+        Of scores equal to the bit the oldest leaves. Those of identical tokens differ by float32 rounding.
         """
         everything = [(pages, pages["owner"].long()) for pages in self.pages()]
         everything.append((self.tail, torch.arange(self.num_streams, device=self.device)))
