@@ -10,8 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import ham_hf
+
+
+@pytest.fixture(scope="session")
+def checkpointing() -> str:
+    """Trainer's option to compute activations again, which was renamed after the oldest release that is supported."""
+    names = "activation_checkpointing", "gradient_checkpointing"
+    return next(name for name in names if hasattr(TrainingArguments, name))
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def saved_by_model(config: HAMConfig, length: int, dtype: torch.dtype, checkpoin
     """Bytes of a token that a model which keeps every token saves."""
     model = HAMForCausalLM(config).train().to(dtype)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     ids = torch.randint(1, 97, (1, length))
     return saved_bytes(lambda: model(ids, labels=ids, threshold=0.0), list(model.parameters())) / length
 

@@ -33,7 +33,7 @@ lora: {{rank: 4, alpha: 8, dropout: 0.1}}
 evaluation: {{every: 5, rows: 2, usages: [0.25]}}
 trainer:
   {{per_device_train_batch_size: 2, save_steps: 2, logging_steps: 1, learning_rate: 0.01, use_cpu: true,
-    activation_checkpointing: true}}
+    {checkpointing}: true}}
 """
 
 
@@ -66,10 +66,11 @@ def cache(folder):
 
 
 @pytest.fixture(scope="module")
-def recipe_of(folder):
+def recipe_of(folder, checkpointing):
     def write(name, old="", new=""):
         assert old in RECIPE
-        (folder / f"{name}.yaml").write_text(RECIPE.replace(old, new).format(folder=folder, name=name))
+        text = RECIPE.replace(old, new).format(folder=folder, name=name, checkpointing=checkpointing)
+        (folder / f"{name}.yaml").write_text(text)
         return read_recipe(folder / f"{name}.yaml")
 
     return write

@@ -338,9 +338,9 @@ def test_nan_in_gradients_alone_stops_before_the_update(recipe_of, monkeypatch):
 
 
 @pytest.mark.slow
-def test_activation_checkpointing_and_bfloat16(recipe_of):
+def test_activation_checkpointing_and_bfloat16(recipe_of, checkpointing):
     losses = {}
-    for option in ("", "activation_checkpointing: true, ", "bf16: true, "):
+    for option in ("", f"{checkpointing}: true, ", "bf16: true, "):
         recipe = recipe_of(f"run{len(losses)}", "{{per", f"{{{{{option}per")
         train(recipe)
         losses[option] = losses_of(recipe)

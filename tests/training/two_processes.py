@@ -242,7 +242,7 @@ def sharded(folder: Path) -> dict[str, Any]:
         expected = one_process(make_model(**settings), [make_batch(1), make_batch(2)])
         model = make_model(**settings)
         if name == "checkpointed by Transformers":
-            model.activation_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model, _ = accelerator.prepare(model, optimizer_of(model))
         found[name] = compare(expected, two_processes(accelerator, model, [make_batch(1), make_batch(2)]))
         found[name]["sharded"] = all(isinstance(p.data, DTensor) for p in model.parameters())
