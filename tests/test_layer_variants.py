@@ -423,7 +423,7 @@ def test_a_cache_of_other_linear_shapes_is_refused(variant, tiny_config, tmp_pat
     cache = variant(torch.randint(1, 97, (1, 9))).cache
     cache.save(tmp_path / "cache")
     other = tiny_config(**VARIANT | {"linear_num_value_heads": 2})
-    with pytest.raises(ValueError, match="another shape: `linear_num_value_heads` 6 instead of 2"):
+    with pytest.raises(ValueError, match="another configuration: `linear_num_value_heads` 6 instead of 2"):
         HAMCache.load(tmp_path / "cache", other)
     with pytest.raises(ValueError, match="`linear_num_value_heads` 6 instead of 2"):
         HAMForCausalLM(other)(torch.ones(1, 1, dtype=torch.long), cache=cache)

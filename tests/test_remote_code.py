@@ -166,6 +166,10 @@ PRIVATE = {
     "model_kwargs assistant_model target_tokenizer assistant_tokenizer",
     "GenerationMixin._prepare_cache_for_generation": "self generation_config model_kwargs generation_mode batch_size "
     "max_cache_length",
+    "GenerationMixin._sample": "self input_ids logits_processor stopping_criteria generation_config synced_gpus "
+    "streamer model_kwargs",
+    "GenerationMixin._assisted_decoding": "self input_ids logits_processor stopping_criteria generation_config "
+    "synced_gpus streamer inputs_tensor assistant_model assistant_tokenizer tokenizer model_kwargs",
     "GenerationMixin._expand_inputs_for_generation": "{self} expand_size is_encoder_decoder input_ids model_kwargs",
     "AssistedCandidateGenerator.__init__": "self input_ids assistant_model generation_config model_kwargs "
     "inputs_tensor logits_processor",

@@ -334,8 +334,8 @@ def test_a_threshold_that_does_not_fit_is_refused_with_what_is_expected(threshol
 @pytest.mark.parametrize(
     ("check", "good", "types", "values"),
     [
-        (check_kv_usage, [None, 0, 0.5, 1], [True, "0.5", [0.5], torch.tensor(0.5)], [-0.1, 1.1, float("nan")]),
-        (check_kv_budget, [None, 1, 4096], [True, 1.0, "4", torch.tensor(4)], [0, -1]),
+        (check_kv_usage, [None, 0, 0.5, 1], [True, "0.5", [0.5], torch.tensor([0.5, 0.5])], [-0.1, 1.1, float("nan")]),
+        (check_kv_budget, [None, 1, 4096], [True, 1.0, "4", torch.tensor([4, 4])], [0, -1]),
     ],
     ids=["kv_usage", "kv_budget"],
 )
