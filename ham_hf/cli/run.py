@@ -40,9 +40,9 @@ def execute(arguments: argparse.Namespace) -> None:
     # The other command's output, its packages' included, is its own: nothing is silenced here.
     from ham_hf.auto_classes import HAMForCausalLM
 
-    command = next(iter(commands)).load()
-    # `transformers serve` looks a model's class up there, by the name in config.json, and asks no Auto class. The module
-    # is taken by its name, as it replaces itself while parts of it are imported.
-    setattr(sys.modules["transformers"], HAMForCausalLM.__name__, HAMForCausalLM)
     sys.argv = [arguments.tool, *arguments.tool_arguments]
+    command = next(iter(commands)).load()
+    # `transformers serve` looks a model's class up there, by the name in config.json, and asks no Auto class. The
+    # module is taken by its name, as it replaces itself while parts of it are imported.
+    setattr(sys.modules["transformers"], HAMForCausalLM.__name__, HAMForCausalLM)
     sys.exit(command())
