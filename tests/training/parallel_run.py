@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TorchAoConfig
+from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.distributed import DistributedConfig
 from two_processes import difference, make_model, optimizer_of, save_once, weights, whole
 
@@ -143,6 +143,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
     prompt = batch(7)[:2]
     options = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}
+    native = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
     for name, settings in CASES.items():
         path = save_once(make_model(**settings), folder / f"source of {name}")
         alone = load(path).eval()
@@ -158,7 +159,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
             "kept": torch.equal(texts[0].cache.kept_tokens(), texts[1].cache.kept_tokens()),
             "head": isinstance(model.lm_head.weight.data, DTensor),
             "embedding": isinstance(model.model.embed_tokens.weight.data, DTensor),
-            "embedding's rule": model.tp_plan.get("model.embed_tokens"),
+            "rules": [each.tp_plan.get("model.embed_tokens") for each in (model, native)],
             "tied": model.lm_head.weight is model.model.embed_tokens.weight,
         }
     return found
