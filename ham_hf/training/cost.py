@@ -130,6 +130,7 @@ class Operations(NamedTuple):
     rnn: float
     solve: float
     prediction: float
+    prediction_backward: float
     attention: float
     attention_backward: float
     head: float
@@ -141,8 +142,8 @@ class Operations(NamedTuple):
 
     @property
     def sequence_backward(self) -> float:
-        """A product has two gradients, a solution a solution and a product; a score's prediction has none."""
-        return 2 * self.rnn + 3 * self.solve + self.attention_backward
+        """A product has two gradients, a solution a solution and a product."""
+        return 2 * self.rnn + 3 * self.solve + self.prediction_backward + self.attention_backward
 
     @property
     def forward(self) -> float:
@@ -163,12 +164,15 @@ def operations(config: HAMConfig, context: int, usage: float, chunk: int = CHUNK
     rnn = kv_heads * (2 * chunk * key + 4 * key * value)
     rnn += heads * (2 * chunk * key + 2 * chunk * value + 2 * key * value)
     predicts = config.router not in ("learned", "random")
+    prediction = layers * kv_heads * predicts * (2 * key * value + 2 * chunk * value)
     met = layers * heads * (usage * context / 2 + QUERY_BLOCK)
     return Operations(
         matrices=2 * parameters(config).matrices,
         rnn=layers * rnn,
         solve=layers * kv_heads * chunk * (key + value),
-        prediction=layers * kv_heads * predicts * (2 * key * value + 2 * chunk * value),
+        prediction=prediction,
+        # A score has a gradient only where the router learns from it.
+        prediction_backward=2 * prediction * (config.router == "learned_error"),
         attention=met * 2 * (key + value),
         attention_backward=met * 2 * (3 * key + 2 * value),  # the weights again, then four gradients
         head=2 * config.vocab_size * config.hidden_size,
