@@ -1,14 +1,10 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The file of a HAMCache: its format, and the checks before memory is taken for what it holds."""
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .configuration_ham import LINEAR_SHAPE, HAMConfig
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .files_ham import whole_file
 
 FILE_FORMAT, FILE_VERSION = "ham_cache", "2"
 # The fields of a configuration that decide what a cache holds for given tokens and weights.
@@ -57,8 +49,6 @@ CONTENT_FIELDS = (
 )
 # Values of each parameter that a fingerprint reads.
 SAMPLES = 8
-# A folder of an unfinished file is removed once it is this old, in seconds, and no process holds it.
-ABANDONED_AFTER = 60
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -116,63 +106,8 @@ def write_cache(
         "model": json.dumps(model),
     }
     metadata["checksum"] = checksum(tensors, metadata)
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"`path` {os.fspath(path)!r} is a folder: give the name of a file.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"`path` {os.fspath(path)!r} lies in a folder that does not exist.")
-    try:
-        with _folder_beside(target) as folder:
-            unfinished = folder / target.name
-            unfinished.touch(exist_ok=False)
-            # safetensors makes its files readable by their owner alone; a new file has what the umask allows.
-            mode = unfinished.stat().st_mode & 0o777
-            save_file(tensors, unfinished, metadata=metadata)
-            unfinished.chmod(mode)
-            unfinished.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"`path` {os.fspath(path)!r} could not be written: {error}") from error
-
-
-@contextlib.contextmanager
-def _folder_beside(target: Path) -> Iterator[Path]:
-    """A folder for an unfinished file, on the file system of `target`; removes those that killed processes left."""
-    prefix, suffix = f".{target.name}.", ".partial"
-    for left in target.parent.glob(f"{_escaped(prefix)}*{suffix}"):
-        _remove_abandoned(left)
-    folder = Path(tempfile.mkdtemp(suffix, prefix, target.parent))
-    try:
-        with _held(folder):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    """A glob pattern that matches `name` alone."""
-    return "".join(f"[{x}]" if x in "*?[" else x for x in name)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    # Another save of the same file may remove it first.
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
-        if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
-            with _held(folder):
-                shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """A lock on `folder` that ends with the process; `BlockingIOError` if another process has it."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+    with whole_file(Path(path)) as unfinished:
+        save_file(tensors, unfinished, metadata=metadata)
 
 
 def checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
@@ -197,7 +132,7 @@ def read_cache(
     path = os.fspath(path)
     not_a_cache = f"`path` {path!r} is not a cache written by `HAMCache.save`"
     if os.path.isdir(path):
-        raise IsADirectoryError(f"`path` {path!r} is a folder: give the name of a file.")
+        raise IsADirectoryError(errno.EISDIR, "A cache is a file, not a folder", path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

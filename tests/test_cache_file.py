@@ -2,12 +2,12 @@
 """The file of a cache: its model reads it, foreign and damaged ones are refused, half of one is none."""
 
 import copy
+import fcntl
 import os
 import random
 import resource
 import stat
 import threading
-import time
 
 import pytest
 import torch
@@ -228,15 +228,17 @@ def test_many_save_at_once(model, ids, tmp_path):
 def test_files_of_the_user_stay_and_what_a_kill_left_goes(model, ids, tmp_path):
     own = tmp_path / "cache.partial"
     own.write_text("mine")
-    left, young = tmp_path / ".cache.abc.partial", tmp_path / ".cache.def.partial"
-    for folder in (left, young):
+    left, busy = tmp_path / ".cache.abc.partial", tmp_path / ".cache.def.partial"
+    for folder in (left, busy):
         folder.mkdir()
         (folder / "cache").write_text("half")
-    os.utime(left, (time.time() - 3600,) * 2)
+    held = os.open(busy, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
     filled(model, ids).save(tmp_path / "cache")
+    os.close(held)
     assert own.read_text() == "mine"
     assert not left.exists()
-    assert young.exists(), "another process may be writing it"
+    assert busy.exists(), "another process is writing it"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
@@ -251,12 +253,13 @@ def test_permissions_follow_the_umask(model, ids, tmp_path, umask):
 
 def test_errors_name_the_path(model, ids, tmp_path):
     cache = filled(model, ids)
-    with pytest.raises(FileNotFoundError, match="missing/cache' lies in a folder that does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder for this file: .*missing/cache"):
         cache.save(tmp_path / "missing" / "cache")
     (tmp_path / "folder").mkdir()
-    for use in (cache.save, lambda path: HAMCache.load(path, model.config)):
-        with pytest.raises(IsADirectoryError, match="folder' is a folder: give the name of a file"):
-            use(tmp_path / "folder")
+    with pytest.raises(IsADirectoryError, match=r"A file cannot take the place of a folder: .*/folder"):
+        cache.save(tmp_path / "folder")
+    with pytest.raises(IsADirectoryError, match=r"A cache is a file, not a folder: .*/folder"):
+        HAMCache.load(tmp_path / "folder", model.config)
 
 
 def test_a_full_disk_leaves_the_old_file(model, ids, tmp_path):
@@ -267,7 +270,7 @@ def test_a_full_disk_leaves_the_old_file(model, ids, tmp_path):
     cache, limits = filled(model, ids), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"`path` '.*/cache' could not be written: .*File too large"):
+        with pytest.raises(OSError, match=r"Cannot write .*/cache: .*File too large"):
             cache.save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

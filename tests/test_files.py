@@ -3,9 +3,8 @@
 
 import errno
 import os
-import shutil
 import stat
-from pathlib import Path
+import tempfile
 from unittest.mock import Mock
 
 import pytest
@@ -14,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ham_hf import HAMForCausalLM
-from ham_hf.files import copy_whole, remove_unfinished, whole_file, write_whole
+from ham_hf.files import copy_whole, write_whole
+from ham_hf.files_ham import whole_file
 
 
 @pytest.fixture(params=[0o022, 0o007, 0o077], ids=oct)
@@ -116,11 +116,36 @@ def test_a_missing_source_is_named_and_not_its_copy(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    with whole_file(tmp_path / "kept") as unfinished:
-        left = Path(shutil.copy(unfinished, unfinished.with_name(f"left{unfinished.name}")))
-    remove_unfinished(tmp_path)
+    """And nothing that another process holds, nor what is the user's."""
+    left = tmp_path / ".kept.x7.partial"
+    left.mkdir()
+    (left / "kept").write_text("half")
+    own = [tmp_path / name for name in ("kept.partial", ".kept.mine.partial", ".other.x7.partial")]
+    for path in own:
+        path.write_text("mine")
+    with whole_file(tmp_path / "kept") as first:
+        write_whole(tmp_path / "kept", "second")
+        first.write_text("first")
     assert not left.exists()
-    assert os.listdir(tmp_path) == ["kept"]
+    assert all(path.read_text() == "mine" for path in own)
+    assert (tmp_path / "kept").read_text() == "first"
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_folder_that_is_taken_for_abandoned_before_it_is_held(tmp_path, monkeypatch):
+    """The writer makes another one."""
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose(*arguments):
+        made.append(make(*arguments))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr("tempfile.mkdtemp", make_and_lose)
+    write_whole(tmp_path / "file", "x")
+    assert len(made) == 2
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_models_that_cannot_be_saved_say_so(tmp_path, tiny_config, monkeypatch):

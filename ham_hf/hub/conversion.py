@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ham_hf import HAMConfig, HAMForCausalLM, __version__
-from ham_hf.files import remove_unfinished, write_whole
+from ham_hf.files import write_whole
 from ham_hf.generation_ham import ROUTING_ARGUMENTS
 
 from .card import build_card, card_in, error_figure
@@ -399,7 +399,6 @@ class Run:
                 )
             if json.loads(self.state.read_text(encoding="utf-8")) == state:
                 print(f"Goes on with {self.partial}")
-                remove_unfinished(self.partial)
                 return
             shutil.rmtree(self.partial)
         self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ham_hf.files import whole_file, write_whole
+from ham_hf.files import write_whole
+from ham_hf.files_ham import whole_file
 from ham_hf.loading_ham import open_weights
 
 from .sources import read_json

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.evaluation import calibrate
-from ham_hf.files import whole_file, write_whole
+from ham_hf.files import write_whole
+from ham_hf.files_ham import whole_file
 from ham_hf.training.corpus import SPLIT_FILES, read_documents
 
 CALIBRATE_EVERY = 50

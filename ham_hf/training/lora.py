@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import whole_file
+from ..files_ham import whole_file
 from ..modeling_ham import HAMForCausalLM
 from .control import thresholds_of
 from .recipe import LoraRecipe

@@ -40,6 +40,7 @@ from .. import HAMConfig, HAMForCausalLM
 from ..configuration_ham import check_target_kv_usage
 from ..evaluation import calibrate
 from ..files import write_whole
+from ..files_ham import UNFINISHED
 from .control import ThresholdCallback, UsageMeter, UsageSchedule, clipped_parameters, parameter_groups
 from .data import PackedRows
 from .distillation import Teacher, open_gates
@@ -486,8 +487,8 @@ def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"`output` must be a folder, got the file {output}.")
     ours = (output / "recipe.json").is_file()
-    unfinished = {"recipe.json.partial", PARTIAL}
-    if output.is_dir() and not ours and (begun or any(x.name not in unfinished for x in output.iterdir())):
+    others = [] if not output.is_dir() else [x.name for x in output.iterdir() if not _is_unfinished(x.name)]
+    if output.is_dir() and not ours and (begun or others):
         raise ValueError(f"`output` must be a new or empty folder, or that of an earlier training, got {output}.")
     if not begun:
         return
@@ -500,6 +501,11 @@ def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
                 f"`output` {output} holds a training with another recipe: `{key}` was {before.get(key)!r} and is now "
                 f"{now.get(key)!r}. Put it back to resume, or take another `output`."
             )
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a training that was killed before its first checkpoint left this."""
+    return name == PARTIAL or (name.startswith(".recipe.json.") and name.endswith(UNFINISHED))
 
 
 def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
