@@ -35,6 +35,10 @@ class CacheGuard:
                 "again, or load a saved cache."
             )
 
+    def forgive(self) -> None:
+        """Lets an object be changed again that a call left halfway."""
+        self.broken = None
+
     @contextlib.contextmanager
     def held(self, what: str) -> Iterator[None]:
         """Keeps other calls away while `what` changes the object.

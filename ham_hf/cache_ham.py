@@ -752,8 +752,9 @@ class HAMCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything, also that a call stopped halfway."""
-        self._forget()
-        self._guard = CacheGuard()
+        self._guard.forgive()
+        with self.changing("reset"):
+            self._forget()
 
     def _forget(self) -> None:
         super().reset()

@@ -34,6 +34,7 @@ USES = {
     "reorder_cache": lambda cache, model, path: cache.reorder_cache(torch.tensor([1, 0])),
     "forward": lambda cache, model, path: model(torch.ones(2, 1, dtype=torch.long), cache=cache),
     "generate": lambda cache, model, path: model.generate(torch.ones(2, 99, dtype=torch.long), cache=cache),
+    "reset": lambda cache, model, path: cache.reset(),
     "copy": lambda cache, model, path: copy.deepcopy(cache).kv_usage(),
 }
 
@@ -92,7 +93,9 @@ def test_a_call_that_stops_in_any_layer(model, ids, tmp_path, layer, error, kind
     if layer == 0:
         assert torch.equal(model(ids[:, 30:], cache=cache, threshold=0.5).logits, expected)
         return
-    for use in USES.values():
+    for name, use in USES.items():
+        if name == "reset":
+            continue
         with pytest.raises(RuntimeError, match=rf"left half-changed when `forward` stopped \({kind.__name__}"):
             use(cache, model, path)
     assert path.read_bytes() == good
@@ -142,14 +145,15 @@ def test_a_change_that_stops_between_layers(model, ids, monkeypatch, change):
         cache.kv_usage()
 
 
-def test_a_second_thread_is_refused(model, ids):
+@pytest.mark.parametrize("use", ["forward", "reset", "prune"])
+def test_a_second_thread_is_refused(model, ids, use):
     cache = filled(model, ids[:, :30])
     expected = model(ids[:, 30:], cache=copy.deepcopy(cache), threshold=0.5).logits
     caught = []
 
     def second():
         try:
-            model(ids[:, 30:], cache=cache, threshold=0.5)
+            USES[use](cache, model, None)
         except RuntimeError as error:
             caught.append(str(error))
 
@@ -162,7 +166,7 @@ def test_a_second_thread_is_refused(model, ids):
     with Failure(model, 1, call_from_another_thread):
         found = model(ids[:, 30:], cache=cache, threshold=0.5).logits
     assert len(caught) == 1
-    assert caught[0].startswith("`forward` found this cache in use by another call: give every thread")
+    assert caught[0].startswith(f"`{use}` found this cache in use by another call: give every thread")
     assert torch.equal(found, expected)
     assert cache.get_seq_length() == 60
 
