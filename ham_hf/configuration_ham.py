@@ -6,16 +6,17 @@ import difflib
 import math
 import os
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
+
+from .numbers_ham import with_plain_numbers
 
 if TYPE_CHECKING:
     # Never run. Transformers saves, and fetches, what a file names so together with it: a saved configuration brings
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from .modeling_ham import HAMModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
-ConfigClass = TypeVar("ConfigClass")
 
 # What each Auto class loads from the code saved beside a configuration, where `ham_hf` is not installed.
 AUTO_MAP = {
@@ -102,7 +102,6 @@ ROPE_LARGEST = 1e15
 
 # Thresholds are computed in floating point, where larger integers are rounded, and the largest overflow.
 LARGEST_THRESHOLD = 2**53
-LARGEST_INT = 2**63 - 1
 # Keys that configurations have from old releases of Transformers, from other parts of it and from tools; generation's
 # are known besides.
 OTHER_KEYS = (
@@ -121,37 +120,6 @@ if TYPE_CHECKING:
 else:
     FilledInt = int | None
     FilledStrings = list[str] | None
-
-
-def plain_number(x: object) -> int | float | None:
-    """`x` as a number of Python's, or `None`; NumPy's scalars and tensors without dimensions are numbers."""
-    if getattr(x, "ndim", None) == 0 and hasattr(x, "item"):
-        x = x.item()
-    return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
-
-
-def with_plain_numbers(config_class: type[ConfigClass]) -> type[ConfigClass]:
-    """Lets every field take NumPy's scalars and tensors without dimensions, which `strict` and JSON do not know.
-
-    Integers that do not fit in 64 bits are refused here: those that come later would overflow, or fail to print them.
-    """
-    checked = config_class.__setattr__
-
-    def set_plain(self: ConfigClass, name: str, value: Any) -> None:
-        if name in config_class.__annotations__:
-            value = [_plain(name, x) for x in value] if isinstance(value, list) else _plain(name, value)
-        checked(self, name, value)
-
-    config_class.__setattr__ = set_plain  # type: ignore[method-assign, assignment]
-    return config_class
-
-
-def _plain(name: str, value: Any) -> Any:
-    number = plain_number(value)
-    if isinstance(number, int) and abs(number) > LARGEST_INT:
-        error = ValueError(f"`{name}` must fit in 64 bits, got an int of {number.bit_length()} bits.")
-        raise StrictDataclassFieldValidationError(field=name, cause=error) from error
-    return value if number is None else number
 
 
 def check_target_kv_usage(target: Any, scope: str, num_layers: int) -> None:

@@ -7,14 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration_ham import (
-    ERROR_ROUTERS,
-    LARGEST_INT,
-    LARGEST_THRESHOLD,
-    LEARNED_ROUTERS,
-    HAMConfig,
-    plain_number,
-)
+from .configuration_ham import ERROR_ROUTERS, LARGEST_THRESHOLD, LEARNED_ROUTERS, HAMConfig
+from .numbers_ham import LARGEST_INT, plain_number
 
 # Below this product of norms a direction is rounding noise, so the cosine counts as 0.
 COSINE_EPS = 1e-8

@@ -63,7 +63,8 @@ def tiny_config() -> Callable[..., HAMConfig]:
 def code_files() -> set[str]:
     """The files of `ham_hf` that travel with a model: `modeling_ham.py` and what it imports."""
     names = (
-        "cache cache_file cache_guard configuration files generation inputs loading modeling ops paged_store routing"
+        "cache cache_file cache_guard configuration files generation inputs loading modeling numbers ops "
+        "paged_store routing"
     )
     return {f"{name}_ham.py" for name in names.split()}
 
