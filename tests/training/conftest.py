@@ -30,8 +30,10 @@ def launch() -> Callable[..., str]:
     """
 
     def run(*command: str | Path, processes: int = 2, **environment: str) -> str:
+        package = str(Path(ham_hf.__file__).parents[1])
         own = {
-            "PYTHONPATH": str(Path(ham_hf.__file__).parents[1]),
+            # Behind what is there: another release of Transformers.
+            "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), package])),
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",
         }
