@@ -500,7 +500,7 @@ def test_refused_cards(capsys, checkpoint, tmp_path):
     assert "missing" in message(checkpoint, "--output", output, "--results", tmp_path / "missing")
     assert "--repo-id" in message(checkpoint, "--output", output, "--repo-id", "./my-ham")
     assert "--output" in message(checkpoint, "--output", tmp_path)
-    assert "No such file" in message(checkpoint, "--output", tmp_path / "missing" / "card.md")
+    assert "There is no folder for this file" in message(checkpoint, "--output", tmp_path / "missing" / "card.md")
     assert not output.exists()
 
 

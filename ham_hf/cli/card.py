@@ -62,7 +62,7 @@ def execute(arguments: argparse.Namespace) -> None:
         with failing_as("argument --repo-id"):
             check_repo_id(arguments.repo_id)
     output = arguments.output or arguments.checkpoint / REPOCARD_NAME
-    with failing_as(f"argument --output: cannot write {output}"):
+    with failing_as("argument --output: cannot write the card"):
         if output.is_file() and MARKER not in output.read_text(encoding="utf-8") and not arguments.force:
             raise CommandError(
                 f"argument --output: {output} was not written by this command; takes another FILE, or --force to "
