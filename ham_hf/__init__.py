@@ -20,7 +20,7 @@ __all__ = [
 
 
 def _imported_by_the_command() -> bool:
-    """Whether `ham-hf` or `python -m ham_hf.cli` starts; Python looks up a `-m` module under that name."""
+    """True while `ham-hf` or `python -m ham_hf.cli` starts; Python looks up a `-m` module under that name."""
     program = sys.argv[0] if sys.argv else ""
     if program == "-m":
         return "ham_hf.cli" in sys.orig_argv

@@ -52,7 +52,7 @@ SAMPLES = 8
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """What tells two decoders of one configuration apart: for each parameter a digest of some of its values.
+    """A digest of some values of each parameter, by its name: it tells two decoders of one configuration apart.
 
     A parameter whose values are not at hand (offloaded, quantised, sharded) has an empty digest, which equals any.
     """
@@ -248,7 +248,7 @@ def check_saved_padding(where: str, padding: torch.Tensor | None, real_tokens: t
 
 
 def cache_contents(config: HAMConfig) -> dict[str, Any]:
-    """What two models must share, besides their weights, for one to read the other's cache."""
+    """The fields that two models must share, besides their weights, for one to read the other's cache."""
     return {name: getattr(config, name) for name in CONTENT_FIELDS}
 
 

@@ -131,34 +131,34 @@ class EndedRows(StoppingCriteriaList):
     """Stopping criteria that remember which tokens were chosen for rows that had ended: these count as padding.
 
     Attributes:
-        fillers: for each token generated so far, `[B]` bool of the rows that had ended before it.
+        fillers: `[B, n]` bool of the tokens generated so far, true where a row had ended before; `None` at first.
     """
 
     def __init__(self, criteria: StoppingCriteriaList):
         super().__init__(criteria)
-        self.fillers: list[torch.Tensor] = []
+        self.fillers: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """`[B]` bool of the rows that end with the last token of `input_ids` `[B, T]`."""
         ends = super().__call__(input_ids, scores, **kwargs)
         ended = torch.zeros_like(ends) if self._ended is None else self._ended
-        self.fillers.append(ended)
+        new = ended[:, None]
+        self.fillers = new if self.fillers is None else torch.cat([self.fillers, new], dim=1)
         self._ended = ended | ends
         return ends
 
     def padding(self) -> torch.Tensor | None:
-        """`[B, n]` bool of the tokens generated, true where a row had ended; `None` if the host sees that none had."""
-        if not self.fillers or len(self.fillers[-1]) == 1:
+        """`fillers`, or `None` if the host sees that no row had ended; a GPU is not waited for."""
+        if self.fillers is None or len(self.fillers) == 1:
             return None
-        # A GPU is not waited for.
-        if self.fillers[-1].device.type == "cpu" and not bool(self.fillers[-1].any()):
+        if self.fillers.device.type == "cpu" and not bool(self.fillers[:, -1].any()):
             return None
-        return torch.stack(self.fillers, dim=1)
+        return self.fillers
 
 
 class HAMGenerationMixin(GenerationMixin):
-    """What `generate` does differently for a HAM: its own cache, and thresholds that reach every forward call."""
+    """The differences of `generate` for a HAM: its own cache, and thresholds that reach every forward call."""
 
     config: HAMConfig
 
@@ -187,7 +187,7 @@ class HAMGenerationMixin(GenerationMixin):
         self.init_continuous_batching()
 
     def _routing_of_call(self, generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What a call of `generate` is asked to keep: `threshold` or `kv_usage`, and `kv_budget`, those that are set.
+        """The routing of a call of `generate`: `threshold` or `kv_usage`, and `kv_budget`, those that are set.
 
         An argument of `generate` comes before the configuration given to it, that before the call within which this
         one is made by the same model (the drafts of an assistant), that before `config.threshold`, and that before

@@ -104,7 +104,7 @@ def token_layout(
 
 
 def reads_mask(attention_mask: torch.Tensor, length: int) -> bool:
-    """Whether the host looks at a mask: it stalls a GPU, which is worth it once per prompt, not once per new token."""
+    """True if the host looks at a mask: a look stalls a GPU, which pays once per prompt, not once per new token."""
     return (length > 1 or attention_mask.device.type == "cpu") and not exporting()
 
 
@@ -143,7 +143,7 @@ def check_checkpointing(model: Any, cache: HAMCache | None) -> None:
 
 
 def wants_cache(model: Any, use_cache: bool | None, packed: bool, by_positions: bool) -> bool:
-    """Whether a call that was given no cache is to make one: `use_cache`, or else what `config.use_cache` says.
+    """True if a call that was given no cache makes one: `use_cache`, or else `config.use_cache`, decides.
 
     Packed rows and checkpointed layers have none, which is told where somebody may miss it.
 

@@ -308,7 +308,7 @@ class HAMMixer(nn.Module):
 
     @property
     def learns_threshold(self) -> bool:
-        """Whether training moves the threshold: one that the configuration fixes takes no part in it."""
+        """True if training moves the threshold: one that the configuration fixes takes no part in it."""
         return self.config.threshold is None
 
     @property
@@ -977,7 +977,7 @@ class HAMModel(HAMPreTrainedModel):
 
 
 def real_tokens(real: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """How many of a call's new tokens are real in each row, `[B]` float32; `real` `[B, T]` is `None` if all are."""
+    """Real tokens of each row among the new ones, `[B]` float32; `real` `[B, T]` is `None` if all are."""
     if real is None:
         return torch.full((batch,), float(length), device=device)
     return real.sum(1).to(device, torch.float32)
@@ -999,7 +999,7 @@ def _control_loop(
 
 
 def _labels_by_row(labels: torch.Tensor | None, loss_kwargs: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """How many labels of each row the loss counts, `[B]` float32."""
+    """Labels of each row that the loss counts, `[B]` float32."""
     shifted = loss_kwargs.get("shift_labels")
     counted = labels[:, 1:] if shifted is None and labels is not None else shifted
     return (counted != loss_kwargs.get("ignore_index", -100)).sum(1).to(device, torch.float32)

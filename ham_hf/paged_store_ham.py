@@ -196,7 +196,7 @@ class PagedStore:
         return spans
 
     def shortage(self, counts: torch.Tensor) -> float:
-        """Which part of the free pages that it should have the store lacks; 1 if the next token may need one more.
+        """Fraction of the spare pages already used; 1 if the next token might find none.
 
         Args:
             counts: `[N]` the store's, on the CPU.
@@ -230,7 +230,7 @@ class PagedStore:
         self.reserved_steps = PAGE_SIZE * rounds + max(step for step, n in enumerate(sealing) if n <= rest)
 
     def open_pages(self) -> tuple[torch.Tensor, ...]:
-        """Where the kernel of a decoding step appends, as it takes it; `reserve` made room."""
+        """The tensors that the kernel of a decoding step appends to, in its order; `reserve` made room."""
         index = self.index()
         if index is None:
             raise ValueError("The device appends to a store that has slabs, and a kernel that knows them.")
@@ -241,7 +241,7 @@ class PagedStore:
         return [{k: x[:n] for k, x in slab.items()} for slab, n in zip(self.slabs, self.used, strict=True) if n]
 
     def index(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Where the slabs lie and how many tokens each stream holds, if a kernel wants to know."""
+        """The slabs' addresses and each stream's tokens, for a kernel; `None` if none wants to know."""
         if self._slab_table is None and self.slabs:
             fields = ("keys", "values", "owner", "rank", "scores", "positions")
             self._slab_table = slab_table([tuple(slab[name] for name in fields) for slab in self.slabs])
@@ -300,7 +300,7 @@ class PagedStore:
 
     @torch.inference_mode(False)
     def mark(self) -> dict:
-        """What `rollback` needs to forget every later append: counters and the open pages, never the full ones."""
+        """Counters and open pages, by which `rollback` forgets every later append; full pages are never copied."""
         tail = {name: x.clone() for name, x in self.tail.items()}
         return {
             "counts": self.counts.clone(),

@@ -288,7 +288,7 @@ class Run:
         return Weights(self.source, self.conversion.rename)
 
     def _source_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the source's own code computes."""
+        """The logits that the source's own code computes."""
         if self.gguf_file is not None:
             return model_logits(read_model(self.source, self.gguf_file), tokens)
         return self.conversion.logits(self.source, tokens)

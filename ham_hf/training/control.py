@@ -108,7 +108,7 @@ def _is_threshold(name: str) -> bool:
 
 
 def _decays(name: str) -> bool:
-    """Whether weight decay is for a parameter."""
+    """True if weight decay is for the parameter of this name."""
     owner, _, leaf = name.rpartition(".")
     return leaf not in UNDECAYED and not owner.endswith("norm")
 
@@ -478,7 +478,7 @@ class ThresholdCallback(TrainerCallback):
 
 
 def _have_groups_of_their_own(thresholds: list[nn.Parameter], optimizer: Any) -> bool:
-    """Whether an optimizer holds all thresholds apart from other parameters, as `parameter_groups` has it."""
+    """True if an optimizer holds all thresholds apart from other parameters, as `parameter_groups` has it."""
     wanted = {id(threshold) for threshold in thresholds if threshold.requires_grad}
     alone = [group["params"] for group in optimizer.param_groups if {id(x) for x in group["params"]} <= wanted]
     return wanted == {id(parameter) for parameters in alone for parameter in parameters}

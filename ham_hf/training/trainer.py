@@ -504,7 +504,7 @@ def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
 
 
 def _is_unfinished(name: str) -> bool:
-    """Whether a training that was killed before its first checkpoint left this."""
+    """True for what a training leaves that was killed before its first checkpoint."""
     return name == PARTIAL or (name.startswith(".recipe.json.") and name.endswith(UNFINISHED))
 
 
@@ -663,7 +663,7 @@ def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> No
 
 
 def loss_name(recipe: TrainRecipe) -> str:
-    """What training logs as `loss`: with a teacher it is another figure than the loss on next tokens."""
+    """The name of the figure that training logs as `loss`: with a teacher it is not the loss on next tokens."""
     weight = 0.0 if recipe.distillation is None else recipe.distillation.weight
     return {0.0: "loss", 1.0: "divergence"}.get(weight, "loss mixed with divergence")
 
