@@ -60,6 +60,11 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seeds: range
     return losses
 
 
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The root of the mean square of the differences."""
+    return (found - expected).square().mean().sqrt().item()
+
+
 def largest(one: list[float], two: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(one, two, strict=True))
 
@@ -148,13 +153,16 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
         path = save_once(make_model(**settings), folder / f"source of {name}")
         alone = load(path).eval()
         model = load(path, distributed_config=DistributedConfig(tp_size=dist.get_world_size())).eval()
+        texts = [each.generate(prompt, **options) for each in (alone, model)]
+        steps = [torch.stack([whole(x) for x in text.logits], dim=1) for text in texts]
+        exact = load(path, dtype=torch.float64).eval()
         with torch.no_grad():
             logits = [whole(each(prompt).logits) for each in (alone, model)]
-        texts = [each.generate(prompt, **options) for each in (alone, model)]
-        steps = [torch.stack([whole(x) for x in text.logits]) for text in texts]
+            expected = exact(texts[0].sequences).logits
+        expected_steps = expected[:, prompt.shape[1] - 1 : -1]
         found[name] = {
-            "logits": (logits[0] - logits[1]).abs().max().item(),
-            "steps": (steps[0] - steps[1]).abs().max().item(),
+            "logits": [error_of(x, expected[:, : prompt.shape[1]]) for x in logits],
+            "steps": [error_of(x, expected_steps) for x in steps],
             "text": torch.equal(texts[0].sequences, texts[1].sequences),
             "kept": torch.equal(texts[0].cache.kept_tokens(), texts[1].cache.kept_tokens()),
             "head": isinstance(model.lm_head.weight.data, DTensor),
@@ -177,8 +185,8 @@ def quantized(folder: Path) -> dict[str, Any]:
         expected, one, two = (whole(each(batch(7)).logits) for each in (load(path).eval(), alone, model))
     return {
         "scale": expected.std().item(),
-        "one process": (one - expected).square().mean().sqrt().item(),
-        "two processes": (two - expected).square().mean().sqrt().item(),
+        "one process": error_of(one, expected),
+        "two processes": error_of(two, expected),
     }
 
 

@@ -63,9 +63,9 @@ class TestFullySharded:
 class TestTensorParallel:
     def test_prompts_and_generation_are_those_of_one_process(self, found, case):
         result = found["tensor_parallel"][case]
-        # Of logits up to 5; 1.2e-5 measured, as sums are added up in another order.
-        assert result["logits"] < 5e-5
-        assert result["steps"] < 5e-5
+        for one_process, two_processes in (result["logits"], result["steps"]):
+            # Both are rounded as often, only in another order; sums of shards are shorter.
+            assert 0 < two_processes < 1.5 * one_process
         assert result["text"]
         assert result["kept"]
 
@@ -81,7 +81,7 @@ class TestTensorParallel:
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 def test_tensor_parallel_float8_is_as_exact_as_that_of_one_process(launch, tmp_path):
-    """Shards have scales of their own, so the two differ; but both are equally far from float32, 30% measured."""
+    """Scales are per row of a weight: a shard's are those of the whole row or smaller, so the error does not grow."""
     result = run(launch, tmp_path, "quantized")["quantized"]
     assert 0.001 * result["scale"] < result["one process"] < 0.5 * result["scale"]
     assert result["two processes"] < 1.1 * result["one process"]

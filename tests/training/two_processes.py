@@ -86,7 +86,7 @@ def num_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
-    """What ranks hold parts of, gathered in plain sight.
+    """A tensor of which each rank may hold a part, gathered in plain sight.
 
     `DTensor.full_tensor` waits for a collective of another thread, and once in some twenty launches it crashes over
     gloo (PyTorch 2.13: a double free or a segmentation fault in `wait_tensor`).
