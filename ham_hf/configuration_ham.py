@@ -194,7 +194,7 @@ class HAMConfig(PreTrainedConfig):
             "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE). With types whose frequencies
             depend on the length (`"dynamic"`, `"longrope"`) a prompt given in pieces is not the prompt given whole.
             With `"partial_rotary_factor"` only that part of a head rotates: the first dimensions of each half of it,
-            see `modeling_ham.partial_rotary_order`.
+            see `mixer_ham.partial_rotary_order`.
         attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have
             biases.
         mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.

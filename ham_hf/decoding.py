@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .cache_ham import HAMCache
+from .decode_step_ham import has_decoding_kernels
 from .modeling_ham import HAMForCausalLM
 from .ops_ham import decode_kernel
 
@@ -151,7 +152,7 @@ def _check_model(model: HAMForCausalLM) -> None:
         raise ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
     if "full_attention" in model.config.layer_types:
         raise ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
-    if not all(layer.mixer.has_decoding_kernels for layer in model.model.layers):
+    if not all(has_decoding_kernels(layer.mixer) for layer in model.model.layers):
         raise ValueError(
             "`model` must have as many key heads as value heads in every layer, and `qk_norm` per head or none: other "
             "layers have no kernels."

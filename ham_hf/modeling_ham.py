@@ -2,14 +2,13 @@
 """Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -22,13 +21,13 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_ham import HAMCache, HAMCacheLayer, LayerStep, attend_new
-from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
+from .cache_ham import HAMCache
+from .configuration_ham import LEARNED_ROUTERS, HAMConfig
 from .generation_ham import HAMGenerationMixin, with_routing
 from .inputs_ham import (
     CACHE_NAME,
@@ -47,26 +46,10 @@ from .inputs_ham import (
     wants_cache,
 )
 from .loading_ham import HAMLoadingMixin, warn_of_untested_transformers
-from .ops_ham import (
-    decode_kernel,
-    exporting,
-    gated_delta_rule_with_prediction,
-    l2norm,
-    rms_norm,
-    rotated,
-    short_convolution,
-)
-from .routing_ham import (
-    NUM_QUANTILES,
-    HAMRouter,
-    check_kv_budget,
-    check_kv_usage,
-    check_threshold,
-    error_score,
-    threshold_gradients,
-    usage_threshold,
-    widened,
-)
+from .mixer_ham import FLOAT32_PARAMETERS, HAMMixer, HAMRMSNorm, HAMRotaryEmbedding, HAMShortConvolution
+from .ops_ham import exporting
+from .routing_ham import HAMRouter, check_kv_budget, check_kv_usage, check_threshold, usage_threshold
+from .threshold_control_ham import AddGradient, batch_share, control_loop, labels_by_row, real_tokens
 
 try:
     from ham_hf.hub.push import push_model
@@ -77,9 +60,6 @@ logger = logging.get_logger(__name__)
 
 # The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
-OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
-# Parameters and buffers that stay float32: bfloat16 would move a threshold by up to 0.002, and with it the kept set.
-FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles")
 # What the loss function reads; anything else would be dropped in silence.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -107,551 +87,6 @@ class HAMCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):  # typ
     """Output of `HAMForCausalLM`: scalar loss, logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
 
     routing_scores: tuple[torch.Tensor, ...] | None = None
-
-
-def attention_weights(
-    q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
-) -> torch.Tensor:
-    """Dense weights `[B, H, T, S]`, formed when asked for: over all tokens seen, zero where one was not kept.
-
-    Args:
-        q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
-        tokens: the layout of the new tokens.
-        cache: the layer's cache before this call, or `None`.
-    """
-    length, key_dim = q.shape[1], q.shape[3]
-    t = torch.arange(length, device=q.device)
-    visible = (t[:, None] > t) & keep.permute(0, 2, 1)[:, :, None]
-    if tokens.seq_idx is not None:
-        visible = visible & (tokens.seq_idx[:, :, None] == tokens.seq_idx[:, None])[:, None]
-    visible = visible | (t[:, None] == t)
-    keys = k.transpose(1, 2)
-    if cache is not None and cache.seen_tokens:
-        held, held_visible = cache.dense_keys(tokens.past_real)
-        keys = torch.cat([held, keys], dim=2)
-        visible = torch.cat([held_visible[:, :, None].expand(-1, -1, length, -1), visible], dim=-1)
-    q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
-    logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
-    return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
-
-
-def weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The values `[B, S, Hk, V]` that dense weights `[B, H, T, S]` select: `[B, T, H, V]`, as `attend_new` gives."""
-    weights = weights.unflatten(1, (v.shape[2], -1))
-    return (weights @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
-
-
-class AddGradient(torch.autograd.Function):
-    """Hands `x` on and gives `lever` the gradient `gradient` once a loss, of whatever scale, reaches `x`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, lever: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad, *ctx.saved_tensors, None
-
-
-class HAMShortConvolution(nn.Module):
-    """Causal depthwise convolution with SiLU; `weight` is `[C, W]`."""
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, width))
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        initial_state: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
-        seq_idx: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return short_convolution(x, self.weight, initial_state, real, seq_idx)
-
-
-class HAMRMSNorm(nn.RMSNorm):
-    """RMSNorm of `[..., D]`, in the dtype of its weight; a `zero_centered` weight holds what is added to 1.
-
-    Autocast narrows what projections put out; of two dtypes PyTorch's norm would warn, and give the narrower one.
-    """
-
-    eps: float
-
-    def __init__(self, size: int, eps: float, zero_centered: bool = False):
-        self.zero_centered = zero_centered
-        super().__init__(size, eps)
-
-    def reset_parameters(self) -> None:
-        """Starts as a norm without a weight."""
-        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """What the normalised input is multiplied with, `[D]`; the sum is widened, as bfloat16 would round it."""
-        return 1 + widened(self.weight) if self.zero_centered else self.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.zero_centered:
-            return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
-        return rms_norm(x.to(self.scale.dtype), self.scale, self.eps).to(self.weight.dtype)
-
-
-class HAMRotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE of all or a part of each head: cosines and sines `[B, T, K]` that turn the first dimensions of each half.
-
-    Pairs are `(i, i + K / 2)` whatever the part, so what rotates a whole head rotates this one too; a pair that stays
-    has cosine 1 and sine 0. `partial_rotary_order` leads here from the layout in which the rotated dimensions are the
-    first of the head.
-    """
-
-    @staticmethod
-    def compute_default_rope_parameters(
-        config: Any, device: torch.device | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, float]:
-        """The frequencies `[rotated / 2]`, as in Transformers' Qwen3-Next, and a scale of 1."""
-        rope = config.rope_parameters
-        dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
-        return (1.0 / rope["rope_theta"] ** exponents).to(device), 1.0
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = super().forward(x, position_ids)
-        still = (self.config.head_dim - cos.shape[-1]) // 2
-        if not still:
-            return cos, sin
-        halves = cos.unflatten(-1, (2, -1)), sin.unflatten(-1, (2, -1))
-        return F.pad(halves[0], (0, still), value=1.0).flatten(-2), F.pad(halves[1], (0, still)).flatten(-2)
-
-
-def partial_rotary_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
-    """Where each dimension of a head of `HAMRotaryEmbedding` stands in the usual layout, `[head_dim]` int64.
-
-    Usual is that the first `rotary_dim` dimensions rotate, in pairs `(i, i + rotary_dim / 2)`. Queries and keys in the
-    order given here have the same products, so this converts a checkpoint: `weight.unflatten(0, (-1, head_dim))[:,
-    order].flatten(0, 1)` of the q and k projections and of their biases, `weight[order]` of a QK-norm per head.
-    """
-    rotated, still = rotary_dim // 2, (head_dim - rotary_dim) // 2
-    parts = torch.arange(head_dim).split([rotated, rotated, still, still])
-    return torch.cat([parts[0], parts[2], parts[1], parts[3]])
-
-
-class HAMMixer(nn.Module):
-    """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
-
-    A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then
-    keeps all.
-    """
-
-    score_quantiles: torch.Tensor
-
-    def __init__(self, config: HAMConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.layer_type = config.layer_types[layer_idx]
-        self.has_rnn = self.layer_type != "full_attention"
-        self.has_attention = self.layer_type != "linear_attention"
-        self.has_conv = self.has_rnn or config.attention_conv
-        gate = config.output_gate
-        if self.layer_type == "linear_attention" and config.linear_output_gate is not None:
-            gate = config.linear_output_gate
-        self.output_gate = "silu" if gate is True else gate or None
-        hidden, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
-        out_norm_eps = eps if config.output_norm_eps is None else config.output_norm_eps
-        self.shape = config.layer_shape(self.layer_type)
-        self.sizes = self.shape.channels
-        heads, key_heads, value_heads, key_dim, value_dim = self.shape
-
-        self.q_proj = nn.Linear(hidden, self.sizes[0], bias=bias)
-        self.k_proj = nn.Linear(hidden, self.sizes[1], bias=bias)
-        self.v_proj = nn.Linear(hidden, self.sizes[2], bias=bias)
-        self.o_proj = nn.Linear(self.shape.out_channels, hidden, bias=bias)
-        if self.has_conv:
-            self.conv = HAMShortConvolution(sum(self.sizes), config.conv_kernel_size)
-        if self.output_gate is not None:
-            self.z_proj = nn.Linear(hidden, self.shape.out_channels, bias=False)
-        if self.has_rnn:
-            self.a_proj = nn.Linear(hidden, value_heads, bias=False)
-            self.b_proj = nn.Linear(hidden, value_heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
-            self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
-            self.rnn_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.rnn_output_norm else nn.Identity()
-        if self.has_attention:
-            normed = self.sizes if config.qk_norm == "projection" else [key_dim, key_dim]
-            centered = config.zero_centered_norms
-            self.q_norm = HAMRMSNorm(normed[0], eps, centered) if config.qk_norm else nn.Identity()
-            self.k_norm = HAMRMSNorm(normed[1], eps, centered) if config.qk_norm else nn.Identity()
-            self.kv_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.kv_output_norm else nn.Identity()
-        if self.layer_type == "hybrid":
-            self.rnn_gate_proj = nn.Linear(hidden, heads)
-            self.kv_gate_proj = nn.Linear(hidden, heads)
-            self.router = HAMRouter(config, layer_idx)
-            threshold = torch.empty(key_heads, dtype=torch.float32)
-            self.threshold = nn.Parameter(threshold, requires_grad=self.learns_threshold)
-            self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES, dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as PyTorch does, but leaves in float32 what bfloat16 would move: `FLOAT32_PARAMETERS`."""
-        # A parametrization moves a parameter into a module of its own, under a longer name.
-        named = [*self.named_parameters(), *self.named_buffers()]
-        own = [x for name, x in named if not set(FLOAT32_PARAMETERS).isdisjoint(name.split("."))]
-        kept = {id(x) for tensor in own for x in (tensor, tensor.grad)}
-
-        def cast(x: torch.Tensor) -> torch.Tensor:
-            out = fn(x)
-            narrowed = id(x) in kept and out.is_floating_point() and out.dtype.itemsize < torch.float32.itemsize
-            return x.to(out.device, torch.float32) if narrowed else out
-
-        return super()._apply(cast, recurse)
-
-    @property
-    def learns_threshold(self) -> bool:
-        """True if training moves the threshold: one that the configuration fixes takes no part in it."""
-        return self.config.threshold is None
-
-    @property
-    def has_decoding_kernels(self) -> bool:
-        """Whether the kernels of a decoding step compute what this layer does; PyTorch computes the others."""
-        return (
-            self.has_rnn
-            and self.shape.value_heads == self.shape.key_heads
-            and not (self.has_attention and self.config.qk_norm == "projection")
-        )
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: TokenLayout,
-        cache: HAMCache | None = None,
-        threshold: torch.Tensor | None = None,
-        kv_budget: int | None = None,
-        output_attentions: bool = False,
-        outputs_to_keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Mixes tokens.
-
-        Args:
-            hidden_states: `[B, T, D]` normalised input.
-            position_embeddings: cosines and sines `[B or 1, T, K]` of RoPE, or `None`.
-            tokens: which tokens are real, their positions and documents.
-            cache: the cache to read and fill.
-            threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
-            kv_budget: kept tokens a head of a hybrid layer may hold, or `None`.
-            output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
-            outputs_to_keep: the number `n` of last tokens whose output is wanted; all if `None`.
-
-        Returns:
-            `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
-            while the threshold is learned, `[2 + B, Hk]`: a zero that carries the threshold's gradient, the threshold,
-            and how many tokens each row kept.
-        """
-        layer_cache = None if cache is None else cache.layers[self.layer_idx]
-        offloaded = cache is not None and cache.offload_layers
-        if layer_cache is not None and offloaded:
-            layer_cache.prefetch()
-        if self.layer_type != "hybrid":
-            kv_budget = None
-        if layer_cache is not None and not output_attentions:
-            # A full head drops tokens, and an offloaded layer moves its pages: then the host appends.
-            kernels = self._decoding_kernels(hidden_states, tokens, layer_cache, kv_budget is None and not offloaded)
-            if kernels is not None:
-                if cache is not None and kernels[1] is not None:
-                    cache.reserve(self.layer_idx)
-                out = self._decode(
-                    kernels, hidden_states, position_embeddings, tokens, layer_cache, threshold, kv_budget
-                )
-                if offloaded:
-                    layer_cache.offload()
-                return out
-        step = LayerStep(positions=tokens.positions, real=tokens.real)
-        raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
-        if layer_cache is not None:
-            layer_cache.accept(raw)
-        convolved = raw
-        if self.has_conv:
-            step.conv_inputs = raw
-            state = None if layer_cache is None else layer_cache.conv_state
-            convolved, step.conv_state = self.conv(raw, state, tokens.real, tokens.seq_idx)
-
-        o_rnn = o_kv = weights = scores = None
-        q, k, v = self._heads(convolved)
-        if self.has_rnn:
-            o_rnn, errors = self._recall(hidden_states, q, k, v, tokens, layer_cache, step)
-        if self.layer_type == "hybrid":
-            scores = self.router(hidden_states, errors, tokens.positions)
-        if self.has_attention:
-            q, k, v = self._heads(convolved if self.config.attention_conv else raw)
-            if scores is not None and self.config.router in LEARNED_ROUTERS:
-                v = self._scale_values(v, scores)
-            # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
-            q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
-            if layer_cache is not None:
-                layer_cache.accept(raw, k)
-            routed, keep = self._route(scores, k, threshold, tokens)
-            step.keys, step.values, step.scores, step.keep = k, v, routed, keep
-            if output_attentions or exporting():
-                weights = attention_weights(q, k, keep, tokens, layer_cache)
-            # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read
-            # as they lie; and on how many tokens are kept the shapes of an exported program must not depend.
-            if weights is not None and (layer_cache is None or not layer_cache.seen_tokens):
-                o_kv = weighted_sum(weights, v)
-            else:
-                if outputs_to_keep is not None and (layer_cache is None or layer_cache.store is None):
-                    q = q[:, -outputs_to_keep:]
-                o_kv = self._attend(q, k, v, keep, routed, tokens, layer_cache, kv_budget)
-        if layer_cache is not None:
-            layer_cache.update(step, kv_budget)
-            if offloaded:
-                layer_cache.offload()
-        control = None
-        if self.training and self.layer_type == "hybrid" and threshold is None:
-            control = self._control(keep)
-        if outputs_to_keep is not None:
-            hidden_states = hidden_states[:, -outputs_to_keep:]
-            o_rnn, o_kv = (None if x is None else x[:, -outputs_to_keep:] for x in (o_rnn, o_kv))
-        return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
-
-    def _decoding_kernels(
-        self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer, appends: bool
-    ) -> tuple[Callable[..., Any], Callable[..., Any] | None] | None:
-        """The kernels of a single token, where there are any: before attention and, if it `appends`, after it."""
-        one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
-        # They update the states in place, which a cache that is to be rolled back needs as they were.
-        if not one_token or not self.has_decoding_kernels or self.training or cache.record_past:
-            return None
-        if cache.conv_state is None or cache.recurrent_state is None:
-            return None
-        # What accelerate offloads is there only while the module that owns it runs.
-        if self.conv.weight.is_meta:
-            return None
-        # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
-        if cache.conv_state.dtype != self.conv.weight.dtype:
-            return None
-        update = decode_kernel("decode_update", cache.recurrent_state)
-        if update is None:
-            return None
-        return update, decode_kernel("decode_mix_append", cache.recurrent_state) if appends else None
-
-    def _decode(
-        self,
-        kernels: tuple[Callable[..., Any], Callable[..., Any] | None],
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: TokenLayout,
-        cache: HAMCacheLayer,
-        threshold: torch.Tensor | None,
-        kv_budget: int | None,
-    ) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
-        """`forward` for a single token, in kernels: what comes before attention and, if there is one, what follows.
-
-        With the second kernel nothing waits for the host while the cache has room `reserve`d.
-        """
-        update, append = kernels
-        x = hidden_states.squeeze(1)
-        real = None if tokens.real is None else tokens.real.squeeze(1).contiguous()
-        out = update(
-            torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
-            cache.conv_state,
-            self.conv.weight,
-            self.a_proj(x),
-            self.b_proj(x),
-            self.A_log.float(),
-            self.dt_bias.float(),
-            cache.recurrent_state,
-            real=real,
-            allow_neg_eigval=self.config.allow_neg_eigval,
-            **self._decoding_attention(hidden_states, position_embeddings, tokens, threshold),
-        )
-        scores, o_kv = None, None
-        if self.has_attention:
-            q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
-            o_kv = self._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
-        if append is not None:
-            mixed = self._mix_and_append(append, x, out, o_kv, real, tokens, cache)
-            return mixed.unsqueeze(1), None, scores, None
-        step = LayerStep(tokens.positions, tokens.real)
-        if self.has_attention:
-            step.keys, step.values, step.scores, step.keep = k, v, scores, keep
-        step.conv_state, step.recurrent_state = cache.conv_state, cache.recurrent_state
-        cache.update(step, kv_budget)
-        return self._mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
-
-    def _decoding_attention(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: TokenLayout,
-        threshold: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """What the kernel of a single token wants to know of the layer's attention, and of what it keeps."""
-        config = self.config
-        if not self.has_attention:
-            return {"threshold": None, "score": None}
-        arguments: dict[str, Any] = {"score": config.router}
-        if config.router not in ERROR_ROUTERS:
-            arguments["given"] = self.router.without_state(hidden_states, tokens.positions).squeeze(1)
-            arguments["scale_values"] = config.router in LEARNED_ROUTERS
-            if config.router == "learned_error":
-                arguments["error_weight"] = self.router.error_weight.float()
-            else:
-                arguments["score"] = "given"
-        return arguments | {
-            "threshold": self._threshold(threshold, hidden_states.device),
-            "norm_weights": (self.q_norm.scale, self.k_norm.scale) if config.qk_norm else None,
-            "rope": position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
-            "attention_conv": config.attention_conv,
-            "eps": config.rms_norm_eps,
-        }
-
-    def _mix_and_append(
-        self,
-        kernel: Callable[..., Any],
-        x: torch.Tensor,
-        update: tuple[torch.Tensor, ...],
-        o_kv: torch.Tensor | None,
-        real: torch.Tensor | None,
-        tokens: TokenLayout,
-        cache: HAMCacheLayer,
-    ) -> torch.Tensor:
-        """`_mix` of a single token `[B, D]`, in a kernel that also gives the cache what it is to hold of the token."""
-        config = self.config
-        attention: dict[str, Any] = {}
-        if o_kv is not None:
-            attention["o_kv"] = o_kv.squeeze(1)
-            attention["gates"] = (self.rnn_gate_proj(x), self.kv_gate_proj(x))
-        mixed = kernel(
-            update,
-            tokens.positions.squeeze(1),
-            cache.real_tokens,
-            real=real,
-            norm_weights=(
-                self.rnn_norm.weight if config.rnn_output_norm else None,
-                self.kv_norm.weight if self.has_attention and config.kv_output_norm else None,
-            ),
-            output_gate=None if self.output_gate is None else self.z_proj(x),
-            gate_activation=self.output_gate or "silu",
-            pages=cache.open_pages(),
-            eps=config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps,
-            **attention,
-        )
-        cache.count_step()
-        return self.o_proj(mixed)
-
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
-        key_dim, value_dim = self.shape.key_dim, self.shape.value_dim
-        q, k, v = qkv.split(self.sizes, -1)
-        return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
-
-    def _recall(
-        self,
-        hidden_states: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        tokens: TokenLayout,
-        cache: HAMCacheLayer | None,
-        step: LayerStep,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the RNN: its output `[B, T, H, V]`, and the score of its prediction if the layer's router reads one."""
-        beta = widened(self.b_proj(hidden_states)).sigmoid()
-        if self.config.allow_neg_eigval:
-            beta = 2 * beta
-        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(hidden_states)) + widened(self.dt_bias))
-        if tokens.real is not None:
-            beta, g = (x.masked_fill(~tokens.real[..., None], 0) for x in (beta, g))
-        q, k = l2norm(q), l2norm(k)
-        if self.shape.value_heads > self.shape.key_heads:
-            q, k = (x.repeat_interleave(self.shape.value_heads // self.shape.key_heads, dim=2) for x in (q, k))
-        step.rnn = (k, v, g, beta)
-        state = None if cache is None else cache.recurrent_state
-        score = self.router.error if self.layer_type == "hybrid" else None
-        # A learned router's error is part of what it computes: then it has a gradient, which a score of the op lacks.
-        in_graph = self.config.router in LEARNED_ROUTERS and torch.is_grad_enabled()
-        o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state=state,
-            seq_idx=tokens.seq_idx,
-            score=None if in_graph else score,
-            predict=bool(score),
-        )
-        if in_graph and score is not None and errors is not None:
-            errors = error_score(score, v, errors, beta, in_graph=True)
-        return o_rnn.to(hidden_states.dtype), errors
-
-    def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The values `[B, T, Hk, V]` as attention reads them: a learned score has its gradient from them."""
-        return v * scores[..., None].to(v.dtype)
-
-    def _attention_view(
-        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.qk_norm == "projection":
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if position_embeddings is None:
-            return q, k
-        cos, sin = (x.unsqueeze(2) for x in position_embeddings)
-        return rotated(q, cos, sin), rotated(k, cos, sin)
-
-    def _route(
-        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores `[B, T, Hk]` float32 that rank tokens, and which are kept; without a router all are, at 1."""
-        if scores is None:
-            scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
-            keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
-        else:
-            scores = scores.detach().float()
-            keep = scores >= self._threshold(threshold, scores.device)[:, None]
-        if tokens.real is not None:
-            keep = keep & tokens.real[..., None]
-        return scores, keep
-
-    def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
-
-    def _control(self, keep: torch.Tensor) -> torch.Tensor:
-        """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
-        threshold = self.threshold.float()
-        return torch.cat([torch.stack([threshold - threshold.detach(), threshold.detach()]), keep.sum(1).float()])
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        keep: torch.Tensor,
-        scores: torch.Tensor,
-        tokens: TokenLayout,
-        cache: HAMCacheLayer | None,
-        kv_budget: int | None,
-    ) -> torch.Tensor:
-        if cache is None:
-            return attend_new(q, k, v, keep, scores, kv_budget, seq_idx=tokens.seq_idx)
-        if kv_budget is not None:
-            cache.enforce_budget(kv_budget)
-        return cache.attend(q, k, v, keep, scores, kv_budget)
-
-    def _mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
-        """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""
-        if self.layer_type == "hybrid":
-            mixed = self.rnn_gate_proj(hidden_states).sigmoid()[..., None] * self.rnn_norm(o_rnn)
-            mixed = mixed + self.kv_gate_proj(hidden_states).sigmoid()[..., None] * self.kv_norm(o_kv)
-        else:
-            mixed = self.rnn_norm(o_rnn) if self.has_rnn else self.kv_norm(o_kv)
-        mixed = mixed.flatten(2)
-        if self.output_gate is not None:
-            mixed = mixed * OUTPUT_GATES[self.output_gate](self.z_proj(hidden_states))
-        return self.o_proj(mixed)
 
 
 class HAMDecoderLayer(GradientCheckpointingLayer):
@@ -929,7 +364,7 @@ class HAMModel(HAMPreTrainedModel):
             seen: `[B]` float32 real tokens of each row.
         """
         weights = (1 / seen.sum().clamp(min=1)).expand_as(seen)
-        return AddGradient.apply(hidden_states, *_control_loop(controls, weights, self.config))
+        return AddGradient.apply(hidden_states, *control_loop(controls, weights, self.config))
 
     def layer_thresholds(
         self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
@@ -974,60 +409,6 @@ class HAMModel(HAMPreTrainedModel):
                 "left the cache cannot be brought back."
             )
         return cache
-
-
-def real_tokens(real: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """Real tokens of each row among the new ones, `[B]` float32; `real` `[B, T]` is `None` if all are."""
-    if real is None:
-        return torch.full((batch,), float(length), device=device)
-    return real.sum(1).to(device, torch.float32)
-
-
-def _control_loop(
-    controls: Sequence[torch.Tensor], weights: torch.Tensor, config: HAMConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device.
-
-    Args:
-        controls: of every hybrid layer, see `HAMMixer.forward`.
-        weights: `[B]` of a kept token of each row in the usage, which is their sum.
-    """
-    stacked = torch.stack([x.to(weights.device) for x in controls])
-    levers, thresholds, kept = stacked[:, 0], stacked[:, 1].detach(), stacked[:, 2:].detach()
-    usage = (weights[:, None] * kept).sum(1)
-    return levers, threshold_gradients(thresholds, usage, config.target_kv_usage, config.threshold_scope)
-
-
-def _labels_by_row(labels: torch.Tensor | None, loss_kwargs: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """Labels of each row that the loss counts, `[B]` float32."""
-    shifted = loss_kwargs.get("shift_labels")
-    counted = labels[:, 1:] if shifted is None and labels is not None else shifted
-    return (counted != loss_kwargs.get("ignore_index", -100)).sum(1).to(device, torch.float32)
-
-
-def _batch_share(
-    counted: torch.Tensor, seen: torch.Tensor, num_items: torch.Tensor | int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This call's part in the control loop: weights `[B]` of kept tokens in its usage, and the share of its gradient.
-
-    A call that is given `num_items_in_batch` may be a piece of a batch, of which it knows no more than how many labels
-    there are. So each row's usage has the weight of its labels there, as its loss has: then the pieces into which rows
-    are dealt add up to the whole. A call without it is a whole batch, in which every token has the same weight. Both
-    are the same where rows have labels in proportion to their tokens, as rows of one length do that are learned whole.
-
-    A call without a label has no share: its loss moves nothing.
-
-    Args:
-        counted: `[B]` float32 labels of each row that count.
-        seen: `[B]` float32 real tokens of each row.
-        num_items: labels of the whole batch.
-    """
-    total = counted.sum()
-    if num_items is None:
-        return (1 / seen.sum().clamp(min=1)).expand_as(seen), (total > 0).float()
-    weights = counted / (total.clamp(min=1) * seen.clamp(min=1))
-    # Without labels the number of items may be 0, too.
-    return weights, torch.where(total > 0, total / num_items, 0.0)
 
 
 def _shifts_labels(model_class: type) -> None:
@@ -1134,9 +515,9 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
                 batch, length = (loss_kwargs["shift_labels"] if labels is None else labels).shape
                 real = None if attention_mask is None else attention_mask[:, -length:]
                 seen = real_tokens(real, batch, length, loss.device)
-                counted = _labels_by_row(labels, loss_kwargs, loss.device)
-                weights, share = _batch_share(counted, seen, loss_kwargs.get("num_items_in_batch"))
-                levers, gradients = _control_loop(outputs.threshold_control, weights, self.config)
+                counted = labels_by_row(labels, loss_kwargs, loss.device)
+                weights, share = batch_share(counted, seen, loss_kwargs.get("num_items_in_batch"))
+                levers, gradients = control_loop(outputs.threshold_control, weights, self.config)
                 # A zero, by which the thresholds have their gradients.
                 loss = loss + share * (levers * gradients).sum()
         return HAMCausalLMOutputWithPast(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .ops_ham import slab_table
+from .attention_ham import slab_table
 
 # Small pages waste little on a head that keeps few tokens; 16 is also what matrix units want as a smallest side.
 PAGE_SIZE = 16

@@ -271,55 +271,6 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
     return torch.lerp(quantiles[..., low], quantiles[..., low + 1], level - low)
 
 
-def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -> torch.Tensor:
-    """`actual - target` usage of what `scope` holds to the target, per head.
-
-    Args:
-        usage: `[L, Hk]` measured fraction kept.
-        target: fraction to keep, or one per layer.
-        scope: `"head"`, `"layer"` (the mean of a layer's heads) or `"model"` (the mean of all).
-    """
-    if scope == "layer":
-        usage = usage.mean(1, keepdim=True).expand_as(usage)
-    elif scope == "model":
-        usage = usage.mean().expand_as(usage)
-    return usage - (usage.new_tensor(target)[:, None] if isinstance(target, list) else target)
-
-
-def logit_unit(thresholds: torch.Tensor) -> torch.Tensor:
-    """How far a step may go at a threshold: as far as the sigmoid's slope, 1 at 0.5, and 0.1 near 0 and 1 and beyond.
-
-    Learned scores saturate: where most lie close to 1, a step that does well at 0.5 passes nearly all of them. Steps
-    of one length in logits pass about as many everywhere.
-    """
-    return (4 * thresholds * (1 - thresholds)).clamp(min=0.1)
-
-
-def threshold_gradients(
-    thresholds: torch.Tensor, usage: torch.Tensor, target: float | list[float] | None, scope: str
-) -> torch.Tensor:
-    """The gradient of each threshold `[L, Hk]`, with which any optimiser closes the loop: `target - usage`, in logits.
-
-    Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. Gradients of
-    several batches or ranks average to that of all of them.
-
-    Steps are of one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1
-    raised: no score lies there, so that nothing would be gained, and a mean over heads that calls for it would carry
-    the threshold far off.
-
-    Args:
-        thresholds: `[L, Hk]` float32 in force.
-        usage: `[L, Hk]` fraction of this batch that each head kept.
-        target: fraction to keep, or one per layer; `None` holds the thresholds: every gradient is 0.
-        scope: whose usage is to meet the target, see `usage_errors`.
-    """
-    if target is None:
-        return torch.zeros_like(usage)
-    gradients = -usage_errors(usage, target, scope) * logit_unit(thresholds)
-    beyond = ((thresholds <= 0) & (gradients > 0)) | ((thresholds > 1) & (gradients < 0))
-    return gradients.masked_fill(beyond, 0)
-
-
 __all__ = [
     "HAMRouter",
     "check_kv_budget",
@@ -328,10 +279,7 @@ __all__ = [
     "cosine_score",
     "error_score",
     "l2_score",
-    "logit_unit",
     "random_score",
     "residual_score",
-    "threshold_gradients",
-    "usage_errors",
     "usage_threshold",
 ]

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ham_hf
-from ham_hf import HAMConfig
+from ham_hf import HAMConfig, attention_ham, delta_rule_ham, ops_ham
 
 # An editable install may sit in `sys.meta_path` or on `sys.path`; this comes before both.
 HIDE_THE_PACKAGE = """
@@ -36,6 +36,17 @@ sys.meta_path.insert(0, Hidden())
 def seeded() -> None:
     """Starts every test from the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def choose_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that has every operation ask `choose(op, *tensors)` for its kernel."""
+
+    def choose_by(choose: Callable[..., Any], patch: pytest.MonkeyPatch = monkeypatch) -> None:
+        for module in (ops_ham, delta_rule_ham, attention_ham):
+            patch.setattr(module, "kernel_for", choose)
+
+    return choose_by
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +74,8 @@ def tiny_config() -> Callable[..., HAMConfig]:
 def code_files() -> set[str]:
     """The files of `ham_hf` that travel with a model: `modeling_ham.py` and what it imports."""
     names = (
-        "cache cache_file cache_guard configuration files generation inputs loading modeling numbers ops "
-        "paged_store routing"
+        "attention cache cache_file cache_guard cache_layer configuration decode_step delta_rule files generation "
+        "inputs loading mixer modeling numbers ops paged_store routing threshold_control"
     )
     return {f"{name}_ham.py" for name in names.split()}
 

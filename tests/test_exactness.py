@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, modeling_ham
+from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, mixer_ham
 from ham_hf.configuration_ham import LAYER_TYPES, LEARNED_ROUTERS, ROUTERS
 from ham_hf.reference_ham import naive_sparse_attention, naive_surviving_tokens
 from ham_hf.routing_ham import random_score
@@ -432,7 +432,7 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
     if rows == "packed":
         arguments["position_ids"] = torch.cat([torch.arange(n) for n in (20, 1, 29)]).expand(3, -1)
     used = Counter()
-    sparse = modeling_ham.attend_new
+    sparse = mixer_ham.attend_new
 
     def dense(q, k, v, keep, scores, budget=None, cached=None, seq_idx=None):
         assert budget is None
@@ -444,7 +444,7 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
 
     results = []
     for attention in (sparse, dense):
-        monkeypatch.setattr(modeling_ham, "attend_new", attention)
+        monkeypatch.setattr(mixer_ham, "attend_new", attention)
         model.zero_grad()
         output = model(ids, labels=labels, **arguments)
         output.loss.backward()
@@ -464,7 +464,7 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms_are_those_of_llama_also_under_autocast(dtype):
-    norm, llama = modeling_ham.HAMRMSNorm(24, 1e-6), LlamaRMSNorm(24, 1e-6)
+    norm, llama = mixer_ham.HAMRMSNorm(24, 1e-6), LlamaRMSNorm(24, 1e-6)
     llama.weight = norm.weight = torch.nn.Parameter(torch.randn(24))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.randn(3, 5, 24).to(dtype)

@@ -21,7 +21,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding, apply_rotary_pos_emb
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
-from ham_hf.modeling_ham import HAMRotaryEmbedding, partial_rotary_order
+from ham_hf.mixer_ham import HAMRotaryEmbedding, partial_rotary_order
 
 THEIR_LAYERS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 HYBRID_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds every operation of `ops_ham` to its definition in `reference_ham`, to its gradients and its promised cost."""
+"""Holds every operation to its definition in `reference_ham`, to its gradients and its promised cost."""
 
 import functools
 import itertools
@@ -13,18 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ham_hf import HAMModel, ops_ham, paged_store_ham
-from ham_hf.cache_ham import HAMCacheLayer, KeptColumns, LayerStep, attend_new, eviction_times
-from ham_hf.ops_ham import (
+from ham_hf import HAMModel, attention_ham, delta_rule_ham, paged_store_ham
+from ham_hf.attention_ham import (
+    KeptColumns,
+    attend_new,
     compact_kept,
-    gated_delta_rule_with_prediction,
-    l2norm,
+    eviction_times,
     ragged_decode_attention,
-    rms_norm,
-    rotated,
-    short_convolution,
     sparse_prefix_attention,
 )
+from ham_hf.cache_layer_ham import HAMCacheLayer, LayerStep
+from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
+from ham_hf.ops_ham import l2norm, rms_norm, rotated, short_convolution
 from ham_hf.paged_store_ham import PagedStore
 from ham_hf.reference_ham import (
     naive_gated_delta_rule_with_prediction,
@@ -244,13 +244,13 @@ DELTA = ["o", "prediction", "final_state"]
 def segments(request, monkeypatch):
     """The chunkwise delta rule over everything at once, and over one chunk at a time."""
     if request.param == "a segment a chunk":
-        monkeypatch.setattr(ops_ham, "SEGMENT_TOKENS", 1)
+        monkeypatch.setattr(delta_rule_ham, "SEGMENT_TOKENS", 1)
 
 
 def test_a_segment_holds_as_many_chunks_as_stay_in_a_cache(monkeypatch):
-    lengths, chunks = [], ops_ham._delta_rule_chunks
-    monkeypatch.setattr(ops_ham, "_delta_rule_chunks", lambda *x: lengths.append(x[0].shape[1]) or chunks(*x))
-    monkeypatch.setattr(ops_ham, "SEGMENT_TOKENS", 2 * 4 * 70)
+    lengths, chunks = [], delta_rule_ham._delta_rule_chunks
+    monkeypatch.setattr(delta_rule_ham, "_delta_rule_chunks", lambda *x: lengths.append(x[0].shape[1]) or chunks(*x))
+    monkeypatch.setattr(delta_rule_ham, "SEGMENT_TOKENS", 2 * 4 * 70)
     gated_delta_rule_with_prediction(**delta_inputs(150, batch=2, heads=4))
     assert lengths == [64, 64, 22]
 
@@ -444,7 +444,7 @@ def masked_attention(q, k, v, visible):
 def blocks(monkeypatch):
     """Every block that attention works on, as `(streams, rows, columns)` numbers."""
     recorded = []
-    original = ops_ham._blocks
+    original = attention_ham._blocks
 
     def recording(*arguments):
         for block in original(*arguments):
@@ -452,7 +452,7 @@ def blocks(monkeypatch):
             recorded.append((len(block.keys), rows.stop - rows.start, columns.stop - columns.start))
             yield block
 
-    monkeypatch.setattr(ops_ham, "_blocks", recording)
+    monkeypatch.setattr(attention_ham, "_blocks", recording)
     return recorded
 
 
@@ -479,12 +479,12 @@ def test_sparse_attention_and_all_gradients_equal_dense_masked_softmax(length, f
 
 @DTYPES
 def test_sparse_attention_in_several_blocks_and_groups(dtype, blocks, monkeypatch):
-    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(ops_ham, "MANY_COLUMNS", 50)
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention_ham, "MANY_COLUMNS", 50)
     length, fractions = 70, torch.tensor([[0.02, 1.0, 0.9], [0.5, 0.45, 0.0]])
     keep = torch.rand(2, length, 3) < fractions[:, None]
     counts = keep.sum(1).flatten()
-    groups = ops_ham._group_alike(counts.tolist())
+    groups = attention_ham._group_alike(counts.tolist())
     assert len(groups) >= 3, "the heads must be too different for one group"
     assert any(len(group) > 1 for group in groups), "some heads must share a group"
     inputs = attention_inputs(length, heads=6, kv_heads=3) | {"keep": keep}
@@ -498,16 +498,16 @@ def test_sparse_attention_in_several_blocks_and_groups(dtype, blocks, monkeypatc
 
 def test_group_alike_is_a_partition_that_bounds_padding():
     for counts in ([], [0], [0, 0, 0], [5, 5, 5], [100, 1, 75, 74, 0], torch.randint(0, 1000, (40,)).tolist()):
-        groups = ops_ham._group_alike(counts)
+        groups = attention_ham._group_alike(counts)
         assert sorted(itertools.chain(*groups)) == list(range(len(counts)))
         for group in groups:
             largest = max(counts[n] for n in group)
-            assert min(counts[n] for n in group) >= ops_ham.GROUP_RATIO * largest
+            assert min(counts[n] for n in group) >= attention_ham.GROUP_RATIO * largest
 
 
 @DTYPES
 def test_sparse_attention_does_not_cross_documents(dtype, monkeypatch, blocks):
-    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 8)
     lengths = [1, 20, 9, 13]
     keep = torch.rand(4, sum(lengths), 2) < 0.6
     inputs = attention_inputs(sum(lengths), batch=4) | {"keep": keep, "seq_idx": documents(lengths, 4)}
@@ -568,7 +568,7 @@ def test_sparse_attention_is_stable_for_large_logits():
 @DTYPES
 @pytest.mark.parametrize("budget", [1, 3, 8])
 def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dtype, monkeypatch):
-    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)
     batch, length, kv_heads = 2, 40, 2
     keep, scores = torch.rand(batch, length, kv_heads) < 0.7, torch.rand(batch, length, kv_heads)
     visible = torch.zeros(batch, kv_heads, length, length, dtype=torch.bool)
@@ -591,7 +591,7 @@ def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dt
 @pytest.mark.parametrize("number", [1, 9, 17, 40])
 @pytest.mark.parametrize("setting", ["row", "packed", "budget", "cached"])
 def test_the_last_queries_alone_get_what_they_get_among_all(setting, number, dtype, monkeypatch):
-    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 8)
     length, width = 40, 6
     keep, scores = torch.rand(2, length, 2) < 0.6, torch.rand(2, length, 2)
     budget = 7 if setting in ("budget", "cached") else None
@@ -663,9 +663,9 @@ def test_the_reference_of_decoding_over_pages_equals_the_formula():
 def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkeypatch):
     forms = []
     for name in ("_attend_page_by_page", "_attend_stream_by_stream"):
-        form = getattr(ops_ham, name)
-        monkeypatch.setattr(ops_ham, name, lambda *x, name=name, form=form: forms.append(name) or form(*x))
-    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 16)
+        form = getattr(attention_ham, name)
+        monkeypatch.setattr(attention_ham, name, lambda *x, name=name, form=form: forms.append(name) or form(*x))
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)
     inputs = paged_inputs(slabs, length, dtype)
     for factor in (1, 100):  # 100: logits beyond what exp can take
         inputs["q"] = factor * inputs["q"]
@@ -677,10 +677,10 @@ def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkey
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
-def test_only_attention_over_pages_without_a_gradient_goes_to_the_kernel(length, monkeypatch):
+def test_only_attention_over_pages_without_a_gradient_goes_to_the_kernel(length, choose_kernels):
     inputs, calls = paged_inputs(1, length), []
     kernels = {"ragged_decode_attention": lambda *arguments: calls.append(arguments)}
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: kernels.get(op))
+    choose_kernels(lambda op, *tensors: kernels.get(op))
     for name in ("q", "k", "v"):
         out = ragged_decode_attention(**inputs | {name: inputs[name].clone().requires_grad_()})
         assert out.requires_grad
@@ -844,8 +844,8 @@ def test_a_budgeted_cache_layer_holds_the_survivors(cuts, levels, monkeypatch):
 
 
 def test_attention_work_is_proportional_to_what_is_kept(blocks, monkeypatch):
-    monkeypatch.setattr(ops_ham, "MANY_COLUMNS", torch.inf)
-    length = 16 * ops_ham.QUERY_BLOCK
+    monkeypatch.setattr(attention_ham, "MANY_COLUMNS", torch.inf)
+    length = 16 * attention_ham.QUERY_BLOCK
     inputs = attention_inputs(length, key_dim=2, value_dim=2)
     work = {}
     for fraction in (0.0, 0.125, 0.5, 1.0):
@@ -854,7 +854,9 @@ def test_attention_work_is_proportional_to_what_is_kept(blocks, monkeypatch):
         sparse_attention(**inputs, keep=keep)
         work[fraction] = sum(streams * rows * columns for streams, rows, columns in blocks)
         # A block reads what was kept before it in the fullest of its streams and, not counted here, itself.
-        least = sum(keep[:, :start].sum() * ops_ham.QUERY_BLOCK for start in range(0, length, ops_ham.QUERY_BLOCK))
+        least = sum(
+            keep[:, :start].sum() * attention_ham.QUERY_BLOCK for start in range(0, length, attention_ham.QUERY_BLOCK)
+        )
         assert least * 0.99 <= work[fraction] <= 1.2 * least
     assert work[0.0] == 0
     assert work[0.125] < 0.15 * work[1.0]
@@ -862,11 +864,11 @@ def test_attention_work_is_proportional_to_what_is_kept(blocks, monkeypatch):
 
 
 def test_one_dense_head_does_not_make_the_others_pay(blocks):
-    length = 8 * ops_ham.QUERY_BLOCK
+    length = 8 * attention_ham.QUERY_BLOCK
     keep = torch.rand(1, length, 8) < torch.tensor([1.0] + [0.01] * 7)
     sparse_attention(**attention_inputs(length, batch=1, heads=8, kv_heads=8), keep=keep)
     work = sum(streams * rows * columns for streams, rows, columns in blocks)
-    dense_head = sum(i * ops_ham.QUERY_BLOCK**2 for i in range(8))
+    dense_head = sum(i * attention_ham.QUERY_BLOCK**2 for i in range(8))
     assert dense_head <= work < 1.15 * dense_head, "a padded batch would cost 8 times the dense head"
 
 
@@ -968,7 +970,7 @@ def test_prefill_has_no_loop_over_tokens(tiny_config):
 
 def test_half_precision_gradients_do_not_grow_with_the_number_of_blocks():
     """At most twice the error of a dense masked softmax in the same precision."""
-    length, key_dim = 16 * ops_ham.QUERY_BLOCK, 16
+    length, key_dim = 16 * attention_ham.QUERY_BLOCK, 16
     inputs = attention_inputs(length, batch=1, heads=2, kv_heads=2, key_dim=key_dim, value_dim=key_dim)
     keep = torch.rand(1, length, 2) < 0.25
     direction = torch.randn(1, length, 2, key_dim)

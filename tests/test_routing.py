@@ -8,7 +8,7 @@ from inspect import signature
 import pytest
 import torch
 
-from ham_hf import HAMForCausalLM, HAMModel, modeling_ham
+from ham_hf import HAMForCausalLM, HAMModel, mixer_ham
 from ham_hf.configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, ROUTERS
 from ham_hf.routing_ham import (
     HAMRouter,
@@ -18,13 +18,11 @@ from ham_hf.routing_ham import (
     cosine_score,
     error_score,
     l2_score,
-    logit_unit,
     random_score,
     residual_score,
-    threshold_gradients,
-    usage_errors,
     usage_threshold,
 )
+from ham_hf.threshold_control_ham import logit_unit, threshold_gradients, usage_errors
 from ham_hf.training.control import parameter_groups
 
 
@@ -174,9 +172,9 @@ def test_a_learned_router_learns_through_the_values_that_attention_reads(router,
 def test_what_the_rnn_predicts_is_computed_where_it_is_read(router, layer_type, tiny_config, monkeypatch):
     read = layer_type == "hybrid" and router not in ("random", "learned")
     model = HAMModel(tiny_config(router=router, layer_types=[layer_type] * 2)).eval()
-    plain, found = modeling_ham.gated_delta_rule_with_prediction, []
+    plain, found = mixer_ham.gated_delta_rule_with_prediction, []
     monkeypatch.setattr(
-        modeling_ham,
+        mixer_ham,
         "gated_delta_rule_with_prediction",
         lambda *args, **options: found.append(plain(*args, **options)) or found[-1],
     )
@@ -189,7 +187,7 @@ def test_what_the_rnn_predicts_is_computed_where_it_is_read(router, layer_type, 
         o, prediction, state = plain(*args, **options)
         return o, prediction if predict else None, state
 
-    monkeypatch.setattr(modeling_ham, "gated_delta_rule_with_prediction", predicting)
+    monkeypatch.setattr(mixer_ham, "gated_delta_rule_with_prediction", predicting)
     cache = model(ids[:, :39]).cache
     assert torch.equal(model(ids[:, 39:], cache=cache).last_hidden_state, out)
 

@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration_ham import HAMConfig, check_target_kv_usage
-from ..modeling_ham import HAMMixer, HAMModel
-from ..routing_ham import threshold_gradients
+from ..mixer_ham import HAMMixer
+from ..modeling_ham import HAMModel
+from ..threshold_control_ham import threshold_gradients
 
 Target = float | list[float]
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ham_hf.attention_ham import QUERY_BLOCK
 from ham_hf.configuration_ham import LEARNED_ROUTERS, HAMConfig
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
-from ham_hf.ops_ham import QUERY_BLOCK
 
 # Bytes of a number: parameters, gradients and Adam's two moments are float32, activations and messages bfloat16.
 WIDE, NARROW = 4, 2

@@ -32,7 +32,7 @@ from timing import captured, main, median_ms, row
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
-from ham_hf.cache_ham import LayerStep
+from ham_hf.cache_layer_ham import LayerStep
 from ham_hf.decoding import CapturedStep
 from ham_hf.inputs_ham import CACHE_NAME
 

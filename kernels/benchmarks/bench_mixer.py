@@ -33,9 +33,11 @@ from timing import main, median_ms, row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ham_hf import HAMConfig
+from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.inputs_ham import TokenLayout
-from ham_hf.modeling_ham import HAMMixer, HAMModel
-from ham_hf.ops_ham import gated_delta_rule_with_prediction, l2norm
+from ham_hf.mixer_ham import HAMMixer
+from ham_hf.modeling_ham import HAMModel
+from ham_hf.ops_ham import l2norm
 
 DEVICE = "cuda"
 HEADS, HEAD_DIM, LENGTH, USAGE = 16, 128, 16384, 0.5

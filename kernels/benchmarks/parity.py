@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import ham_hf
-from ham_hf import HAMForCausalLM, ops_ham
+from ham_hf import HAMForCausalLM, attention_ham, delta_rule_ham, ops_ham
 
 CHECKPOINT = pathlib.Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
 OPS = (
@@ -98,14 +98,15 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
     cpu, other = (HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval() for _ in range(2))
     other.to(device)
     table = []
-    choose, calls = ops_ham._kernel, dict.fromkeys(OPS, 0)
+    choose, calls = ops_ham.kernel_for, dict.fromkeys(OPS, 0)
 
     def counted(op: str, *tensors: torch.Tensor) -> Any:
         kernel = choose(op, *tensors)
         calls[op] = calls.get(op, 0) + (kernel is not None)
         return kernel
 
-    ops_ham._kernel = counted
+    for module in (ops_ham, delta_rule_ham, attention_ham):
+        module.kernel_for = counted
     try:
         for wanted, number in CASES:
             rows = tokenized(length, number)
@@ -129,7 +130,8 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
             wrong = int((texts[0] != texts[1]).sum()) if texts[0].shape == texts[1].shape else texts[0].numel()
             table.append(row(f"tokens of the text that differ, threshold {threshold:.4f}", wrong, 0))
     finally:
-        ops_ham._kernel = choose
+        for module in (ops_ham, delta_rule_ham, attention_ham):
+            module.kernel_for = choose
     if device != "cpu":
         table += [row(f"calls of PyTorch instead of {op}", float(not count), 0) for op, count in calls.items()]
     return table

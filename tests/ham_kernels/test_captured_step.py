@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMCache, HAMForCausalLM, decoding, ops_ham, paged_store_ham
+from ham_hf import HAMCache, HAMForCausalLM, decoding, paged_store_ham
 from ham_hf.decoding import CapturedStep
 
 # The package names its op as the file is named.
@@ -66,7 +66,7 @@ def outside_kernels(name, method):
 
 
 @pytest.fixture
-def on_kernels(monkeypatch):
+def on_kernels(choose_kernels):
     """Makes the model decode by kernels, on a CPU too, and lists those that were asked for."""
     names = []
 
@@ -84,7 +84,7 @@ def on_kernels(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(ops_ham, "_kernel", kernel)
+    choose_kernels(kernel)
     return names
 
 
@@ -240,7 +240,7 @@ def test_an_offloaded_layer_s_pages_are_left_to_the_host(tiny_config, on_kernels
 
 @pytest.mark.slow
 def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
-    tiny_config, on_kernels, device, monkeypatch, small_pages, tmp_path
+    tiny_config, on_kernels, device, choose_kernels, small_pages, tmp_path
 ):
     """Rows at thresholds of their own, one padded, over seals and growth; then pruning, reordering, files, turns."""
     steps = 13
@@ -268,7 +268,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
 
     logits, cache = run()
     assert on_kernels.count("decode_mix_append") == 2 * steps
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+    choose_kernels(lambda op, *tensors: None)
     expected, wanted = run()
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     some, everything, nothing = cache.kept_tokens()[0]
@@ -282,7 +282,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
             cache.crop(-1)
 
     def on_kernels_again():
-        monkeypatch.setattr(ops_ham, "_kernel", lambda op, *x: getattr(ham_kernels, op) if op in OPS else None)
+        choose_kernels(lambda op, *x: getattr(ham_kernels, op) if op in OPS else None)
 
     changes = {
         "nothing": lambda cache: None,
@@ -297,7 +297,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
         assert_same_caches(found, other)
         on_kernels_again()
         after = go_on(found)
-        monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+        choose_kernels(lambda op, *tensors: None)
         for x, y in zip(after, go_on(other), strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
         assert_same_caches(found, other)
@@ -391,7 +391,7 @@ def test_a_step_made_in_inference_mode_goes_on_outside(tiny_config, on_kernels, 
     torch.testing.assert_close(found, torch.cat(wanted, 1), atol=1e-5, rtol=0)
 
 
-def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, monkeypatch, device):
+def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, monkeypatch, choose_kernels, device):
     make, _ = graphs
     model = make_model(tiny_config, device)
     ids = torch.randint(1, 97, (2, PROMPT), device=device)
@@ -417,7 +417,7 @@ def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, mon
     refused("neither offloaded nor recording", cache=recording)
     refused("at most one of `threshold` and `kv_usage`", threshold=0.5, kv_usage=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+        choose_kernels(lambda op, *tensors: None, patch)
         refused("`model` must run on the kernels")
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "DEVICE", "cuda")

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMForCausalLM, ops_ham
+from ham_hf import HAMForCausalLM, attention_ham, ops_ham
 
 TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention")
 OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update", "decode_mix_append")
@@ -29,7 +29,7 @@ TURNS = ((0.0, False), (0.45, True), (0.5, False), (2.0, True))
 
 
 @pytest.fixture
-def on_kernels(request, monkeypatch):
+def on_kernels(request, monkeypatch, choose_kernels):
     """A function that sends one op, or all, to the kernels and counts the calls; until then PyTorch has everything."""
     chosen = OPS if request.param == "all" else (request.param,)
     missing = [op for op in chosen if not hasattr(ham_kernels, op)]
@@ -45,11 +45,11 @@ def on_kernels(request, monkeypatch):
         return getattr(ham_kernels, op)
 
     def switch():
-        monkeypatch.setattr(ops_ham, "_kernel", kernel)
+        choose_kernels(kernel)
         return calls
 
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
-    monkeypatch.setattr(ops_ham, "QUERY_BLOCK", 16)  # within a block PyTorch does not read what was compacted
+    choose_kernels(lambda op, *tensors: None)
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)  # within a block PyTorch does not read what was compacted
     return switch
 
 
@@ -199,15 +199,15 @@ def test_tensors_on_a_gpu_go_to_the_kernels(platform):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert ops_ham._kernel("compact_kept", on_gpu(dtype)) == "the kernel"
-        assert ops_ham._kernel("compact_kept", on_gpu(head_dim=256)) == "the kernel"
+            assert ops_ham.kernel_for("compact_kept", on_gpu(dtype)) == "the kernel"
+        assert ops_ham.kernel_for("compact_kept", on_gpu(head_dim=256)) == "the kernel"
 
 
 def test_what_the_kernels_cannot_hold_takes_pytorch(platform):
     platform(None)
-    assert ops_ham._kernel("compact_kept", on_gpu(), on_gpu(torch.float64)) is None
-    assert ops_ham._kernel("compact_kept", on_gpu(), on_gpu(head_dim=257)) is None
-    assert ops_ham._kernel("compact_kept", torch.zeros(2, 16)) is None
+    assert ops_ham.kernel_for("compact_kept", on_gpu(), on_gpu(torch.float64)) is None
+    assert ops_ham.kernel_for("compact_kept", on_gpu(), on_gpu(head_dim=257)) is None
+    assert ops_ham.kernel_for("compact_kept", torch.zeros(2, 16)) is None
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -217,7 +217,7 @@ def test_a_gpu_without_kernels_warns_once_and_takes_pytorch(installed, platform,
         monkeypatch.setattr(ops_ham, "ham_kernels", None)
         monkeypatch.setattr(ops_ham, "NO_KERNELS_BECAUSE", "No module named 'ham_kernels'", raising=False)
     with pytest.warns(UserWarning, match="too old" if installed else "No module named"):
-        assert ops_ham._kernel("compact_kept", on_gpu()) is None
+        assert ops_ham.kernel_for("compact_kept", on_gpu()) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops_ham._kernel("compact_kept", on_gpu()) is None
+        assert ops_ham.kernel_for("compact_kept", on_gpu()) is None

@@ -9,9 +9,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMCache, HAMForCausalLM, ops_ham
+from ham_hf import HAMCache, HAMForCausalLM
+from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.inputs_ham import TokenLayout
-from ham_hf.ops_ham import gated_delta_rule_with_prediction, l2norm, short_convolution
+from ham_hf.ops_ham import l2norm, short_convolution
 from ham_hf.routing_ham import cosine_score, l2_score, residual_score
 from ham_kernels import fused_decode_step
 from ham_kernels.fused_decode_step import SCORES, decode_update
@@ -316,9 +317,9 @@ def test_one_table_of_angles_serves_all_rows(device):
     assert torch.equal(shared["k"], own["k"])
 
 
-def test_follows_the_mixer_token_by_token(device, tiny_config, monkeypatch):
+def test_follows_the_mixer_token_by_token(device, tiny_config, choose_kernels):
     """Six tokens through a layer of the model, its cache included, and through the kernel's states."""
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)  # the mixer is to run PyTorch on a GPU too
+    choose_kernels(lambda op, *tensors: None)  # the mixer is to run PyTorch on a GPU too
     config = tiny_config(num_hidden_layers=1, head_dim=16, value_head_dim=24)
     mixer = HAMForCausalLM(config).eval().to(device).model.layers[0].mixer
     mixer.threshold.data.uniform_(0.3, 0.7)
@@ -397,7 +398,7 @@ def test_bad_arguments_are_refused(changes, message):
 
 
 @pytest.fixture
-def calls(monkeypatch, device):
+def calls(choose_kernels, device):
     """Makes the model decode by kernels, on a CPU too, and lists those that were called."""
     names = []
 
@@ -407,7 +408,7 @@ def calls(monkeypatch, device):
         names.append(op)
         return getattr(ham_kernels, op)
 
-    monkeypatch.setattr(ops_ham, "_kernel", kernel)
+    choose_kernels(kernel)
     return names
 
 
@@ -445,13 +446,13 @@ def decoded(model, ids, prompt, **options):
     ],
     ids=str,
 )
-def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls, monkeypatch):
+def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls, choose_kernels):
     model = HAMForCausalLM(tiny_config(**overrides)).eval().to(device)
     ids = torch.randint(1, 97, (2, 27), device=device)
     logits, cache = decoded(model, ids, 23, **options)
     assert calls.count("decode_update") == calls.count("ragged_decode_attention") == 2 * 4
     assert calls.count("decode_mix_append") == (0 if "kv_budget" in options else 2 * 4)
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+    choose_kernels(lambda op, *tensors: None)
     expected, expected_cache = decoded(model, ids, 23, **options)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     for layer in range(2):
@@ -475,7 +476,7 @@ def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls
     ids=str,
 )
 def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
-    overrides, updates, device, tiny_config, calls, monkeypatch
+    overrides, updates, device, tiny_config, calls, choose_kernels
 ):
     """Value heads that share a key, and a norm over all heads: then only the other layer takes the kernels."""
     config = tiny_config(layer_types=["hybrid", "linear_attention"], **overrides)
@@ -483,7 +484,7 @@ def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
     ids = torch.randint(1, 97, (2, 16), device=device)
     logits, cache = decoded(model, ids, 12)
     assert calls.count("decode_update") == calls.count("decode_mix_append") == updates * 4
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+    choose_kernels(lambda op, *tensors: None)
     expected, expected_cache = decoded(model, ids, 12)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     assert torch.equal(cache.kept_tokens(), expected_cache.kept_tokens())
@@ -492,7 +493,7 @@ def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
         assert torch.equal(found.real_tokens, wanted.real_tokens)
 
 
-def test_padding_among_decoded_tokens(device, tiny_config, calls, monkeypatch):
+def test_padding_among_decoded_tokens(device, tiny_config, calls, choose_kernels):
     """A row that has ended is fed padding while the other goes on, as `generate` does."""
     model = HAMForCausalLM(tiny_config()).eval().to(device)
     ids = torch.randint(1, 97, (2, 12), device=device)
@@ -509,7 +510,7 @@ def test_padding_among_decoded_tokens(device, tiny_config, calls, monkeypatch):
 
     logits, cache = run()
     assert calls.count("decode_update") == 2 * 4
-    monkeypatch.setattr(ops_ham, "_kernel", lambda op, *tensors: None)
+    choose_kernels(lambda op, *tensors: None)
     expected, expected_cache = run()
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
     assert torch.equal(cache.kept_tokens(), expected_cache.kept_tokens())

@@ -213,7 +213,7 @@ def test_a_triton_that_needs_a_gpu_to_be_imported_with_is_done_without():
         "import torch, triton, types; triton.__version__ = '3.3.0'; from ham_hf import ops_ham; "
         "assert ops_ham.ham_kernels is None; "
         "gpu = types.SimpleNamespace(device=torch.device('cuda', 0), dtype=torch.float32, shape=(2, 16)); "
-        "assert ops_ham._kernel('compact_kept', gpu) is None"
+        "assert ops_ham.kernel_for('compact_kept', gpu) is None"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "`ham_kernels` needs Triton 3.4 or newer, found 3.3.0" in done.stderr

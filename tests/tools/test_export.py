@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from ham_hf import HAMForCausalLM, modeling_ham, ops_ham
+from ham_hf import HAMForCausalLM, mixer_ham, ops_ham
 
 # Sums in another order: 2e-7 measured, of logits about 1.
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -90,7 +90,7 @@ def test_compiling_is_not_exporting(tiny_config, monkeypatch):
     """Before PyTorch 2.14 Dynamo takes `torch.compiler.is_exporting()` for true: compiled models must stay sparse."""
     model = HAMForCausalLM(tiny_config()).eval()
     ids = torch.randint(1, 97, (2, 50))
-    monkeypatch.setattr(modeling_ham, "weighted_sum", None)
+    monkeypatch.setattr(mixer_ham, "weighted_sum", None)
     monkeypatch.setattr(ops_ham, "is_torchdynamo_exporting", lambda: True)
     with torch.no_grad():
         found = torch.compile(model, backend="eager")(ids, threshold=0.5, use_cache=True)

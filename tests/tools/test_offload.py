@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from ham_hf import HAMForCausalLM, modeling_ham
+from ham_hf import HAMForCausalLM, decode_step_ham
 
 pytest.importorskip("accelerate")
 
@@ -75,7 +75,7 @@ def test_decoding_kernels_are_not_given_weights_that_wait(checkpoint, model, tmp
         checkpoint, dtype=torch.float32, device_map=places, offload_folder=tmp_path
     ).eval()
     asked = []
-    monkeypatch.setattr(modeling_ham, "decode_kernel", lambda name, tensor: asked.append(name))
+    monkeypatch.setattr(decode_step_ham, "decode_kernel", lambda name, tensor: asked.append(name))
     ids = torch.tensor([[5, 6, 7]])
     placed.generate(ids, max_new_tokens=2)
     assert not asked

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf import HAMForCausalLM
-from ham_hf.routing_ham import usage_errors
+from ham_hf.threshold_control_ham import usage_errors
 from ham_hf.training.control import (
     UsageMeter,
     UsageSchedule,

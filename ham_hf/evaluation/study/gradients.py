@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ...modeling_ham import HAMForCausalLM, HAMMixer
+from ...mixer_ham import HAMMixer
+from ...modeling_ham import HAMForCausalLM
 
 
 class LogBiasMixer(HAMMixer):

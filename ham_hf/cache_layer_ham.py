@@ -1,0 +1,511 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""HAMCacheLayer, the memories of one layer: convolution state, recurrent state and the pages of kept tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .attention_ham import KeptColumns, attend_new, ragged_decode_attention
+from .delta_rule_ham import gated_delta_rule_with_prediction
+from .ops_ham import convolution_state
+from .paged_store_ham import KeptTokens, PagedStore, map_tensors, ranks, writable
+
+
+@dataclass
+class LayerStep:
+    """What one forward gives a layer's memories; absent parts are `None`.
+
+    Attributes:
+        positions: `[B, T]` index among the real tokens of the row.
+        real: `[B, T]` bool, false for padding, or `None`.
+        conv_inputs: `[B, T, C]` inputs of the short convolution.
+        conv_state: `[B, W - 1, C]` its state after the call.
+        rnn: `(k, v, g, beta)` as `gated_delta_rule_with_prediction` takes them.
+        recurrent_state: `[B, Hk, K, V]` float32 state after the call, one a value head.
+        keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]` of the attention view.
+        scores: `[B, T, Hk]` float32 routing scores.
+        keep: `[B, T, Hk]` bool.
+    """
+
+    positions: torch.Tensor
+    real: torch.Tensor | None = None
+    conv_inputs: torch.Tensor | None = None
+    conv_state: torch.Tensor | None = None
+    rnn: tuple[torch.Tensor, ...] | None = None
+    recurrent_state: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the step."""
+        return self.positions.shape[1]
+
+    def first(self, length: int) -> "LayerStep":
+        """The inputs of the first `length` tokens; states, which belong to the whole, are dropped."""
+        fields: dict[str, Any] = {name: x[:, :length] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        fields |= {"conv_state": None, "recurrent_state": None}
+        rnn = None if self.rnn is None else tuple(x[:, :length] for x in self.rnn)
+        return LayerStep(**(fields | {"rnn": rnn}))
+
+    @classmethod
+    def joined(cls, steps: list["LayerStep"]) -> "LayerStep":
+        """Successive steps as one; their states are dropped."""
+        names = ("conv_inputs", "keys", "values", "scores", "keep", "positions")
+        fields: dict[str, Any] = {name: _cat([getattr(step, name) for step in steps]) for name in names}
+        if any(step.real is not None for step in steps):
+            fields["real"] = torch.cat(
+                [torch.ones_like(x.positions, dtype=torch.bool) if x.real is None else x.real for x in steps], dim=1
+            )
+        rnn = (
+            None
+            if steps[0].rnn is None
+            else tuple(torch.cat(x, dim=1) for x in zip(*(s.rnn for s in steps), strict=True))
+        )
+        return cls(rnn=rnn, **fields)
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerStep":
+        """The same with every tensor changed."""
+        return LayerStep(**map_tensors(change, vars(self)))
+
+    def kept(self) -> KeptTokens:
+        """The kept tokens of a layer with attention, flat and ordered by stream and position."""
+        keys, values, scores, keep = self.keys, self.values, self.scores, self.keep
+        if keys is None or values is None or scores is None or keep is None:
+            raise ValueError("A step of a linear layer keeps no tokens.")
+        heads = keep.shape[2]
+        row, head, time = keep.transpose(1, 2).nonzero(as_tuple=True)
+        return KeptTokens(
+            keys[row, time, head],
+            values[row, time, head],
+            scores[row, time, head],
+            self.positions[row, time].int(),
+            row * heads + head,
+        )
+
+
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return None if tensors[0] is None else torch.cat(tensors, dim=1)
+
+
+def _scatter_columns(
+    x: torch.Tensor, streams: torch.Tensor, columns: torch.Tensor, batch: int, heads: int, width: int
+) -> torch.Tensor:
+    out = x.new_zeros(batch * heads, width, *x.shape[1:])
+    out[streams, columns] = x
+    return out.unflatten(0, (batch, heads))
+
+
+def _attend_stored(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, store: PagedStore
+) -> torch.Tensor:
+    """Attention of new tokens over a store, the kept ones among themselves, and themselves; shapes of `attend_new`."""
+    heads = k.shape[2]
+    q, k, v, keep = (x.transpose(1, 2).flatten(0, 1) for x in (q.unflatten(2, (heads, -1)), k, v, keep))
+    index = store.index()
+    # Given an index the operation counts the pages in use itself, and whole slabs are the same until the store grows.
+    slabs = store.pages() if index is None else store.slabs
+    pages = [(x["keys"], x["values"], x["owner"]) for x in slabs]
+    tail = (store.tail["keys"], store.tail["values"], store.fill)
+    out = ragged_decode_attention(q, k, v, keep, pages, tail, index=index)
+    return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2, 3)
+
+
+class HAMCacheLayer(CacheLayerMixin):
+    """One layer's memories: convolution state, recurrent state and, unless it is linear, the paged kept tokens.
+
+    `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing: what
+    attention reads is given by `attend`.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Grows with every change, so that a call that stopped halfway can be told from one that changed nothing.
+        self.changes = 0
+        self.reset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes a copy that can be written, also one made in inference mode."""
+        steps = [step.mapped(writable) for step in state["_steps"]]
+        vars(self).update(map_tensors(writable, state) | {"_steps": steps})
+
+    def reset(self) -> None:
+        """Forgets everything, as if newly made."""
+        self.changes += 1
+        self.record_past = False
+        self.conv_state: torch.Tensor | None = None
+        self.recurrent_state: torch.Tensor | None = None
+        self.store: PagedStore | None = None
+        self.real_tokens = torch.zeros(0, dtype=torch.long)
+        self.seen_tokens = 0
+        self.is_initialized = False
+        self._base: dict | None = None
+        self._steps: list[LayerStep] = []
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, -1 before the first token."""
+        return len(self.real_tokens) if self.is_initialized else -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes an empty store for `[B, T, Hk, K]` keys and `[B, T, Hk, V]` values."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        batch, _, heads, key_dim = key_states.shape
+        self.store = PagedStore(batch * heads, key_dim, value_states.shape[-1], self.dtype, self.device)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not, padding included."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens, as Transformers asks for them."""
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no largest length."""
+        return -1
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keep: torch.Tensor,
+        scores: torch.Tensor,
+        budget: int | None,
+    ) -> torch.Tensor:
+        """Attention of new tokens over what is kept here, the kept ones among themselves, and themselves.
+
+        Args:
+            q: `[B, n, H, K]`, of all tokens or, while nothing is kept here, of the last `n`.
+            k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
+            keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
+            budget: kept tokens per head after which the lowest score leaves, or `None`.
+
+        Returns:
+            `[B, n, H, V]`.
+        """
+        if not self.is_initialized or self.store is None:
+            return attend_new(q, k, v, keep, scores, budget)
+        # With a budget stored tokens leave in the course of a call; it also bounds what padding costs.
+        if budget is None or q.shape[1] == 1:
+            return _attend_stored(q, k, v, keep, self.store)
+        batch, _, heads, _ = k.shape
+        held = self.store.tokens()
+        largest = int(self.store.counts.max())
+        # Right-aligned, so that what a query sees of the cache and of the new tokens is one span of columns.
+        column = ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
+        keys, values, kept_scores = (
+            _scatter_columns(x, held.streams, column, batch, heads, largest)
+            for x in (held.keys, held.values, held.scores)
+        )
+        cached = KeptColumns(keys, values, kept_scores, counts=self.store.counts.view(batch, heads))
+        return attend_new(q, k, v, keep, scores, budget, cached)
+
+    def dense_keys(self, past_real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept keys at their columns among all tokens seen, `[B, Hk, S, K]`, and `[B, Hk, S]` bool where there is one.
+
+        Args:
+            past_real: `[B, S]` bool, false for padding; `None` if every token seen was real.
+        """
+        batch, store = self.batch_size, self._kept_store()
+        heads = store.num_streams // batch
+        held = store.tokens()
+        columns = held.positions.long()
+        if past_real is not None:
+            # The p-th real token of a row stands where the p-th true entry of its mask is.
+            order = (~past_real).to(torch.uint8).argsort(dim=1, stable=True)
+            columns = order[held.streams // heads, columns]
+        keys = _scatter_columns(held.keys, held.streams, columns, batch, heads, self.seen_tokens)
+        ones = torch.ones_like(held.streams, dtype=torch.bool)
+        return keys, _scatter_columns(ones, held.streams, columns, batch, heads, self.seen_tokens)
+
+    def _kept_store(self) -> PagedStore:
+        if self.store is None:
+            raise ValueError("A linear layer, and a layer that has seen no tokens, keeps none.")
+        return self.store
+
+    def update(self, step: LayerStep, budget: int | None = None) -> None:  # type: ignore[override]
+        """Takes in what one forward computed; with `budget`, a head that is full drops its lowest scores.
+
+        A cache keeps no autograd graph alive: gradients stop here.
+        """
+        step = step.mapped(torch.Tensor.detach)
+        self.changes += 1
+        if not self.is_initialized:
+            self.device = step.positions.device
+            self.real_tokens = step.positions.new_zeros(len(step.positions))
+            if step.keys is not None and step.values is not None:
+                self.lazy_initialization(step.keys, step.values)
+            self.is_initialized = True
+        if self.record_past:
+            self._base = self._snapshot(step) if self._base is None else self._base
+            self._steps.append(step)
+        self._take(step, budget)
+
+    def _take(self, step: LayerStep, budget: int | None) -> None:
+        if self.store is not None:
+            self._keep(self.store, step.kept(), budget, step.length)
+        self.conv_state, self.recurrent_state = step.conv_state, step.recurrent_state
+        self.seen_tokens += step.length
+        self.real_tokens = self.real_tokens + (step.length if step.real is None else step.real.sum(1))
+
+    def _keep(self, store: PagedStore, kept: KeptTokens, budget: int | None, length: int) -> None:
+        if budget is None:
+            store.append(kept)
+        elif length == 1:
+            full = store.counts[kept.streams] >= budget
+            store.replace_lowest(kept.select(full))
+            store.append(kept.select(~full))
+        else:
+            store.append(kept)
+            self.enforce_budget(budget)
+
+    def enforce_budget(self, budget: int) -> None:
+        """Drops the lowest scores of every head above `budget` tokens; of scores equal to the bit, the oldest."""
+        if self.store is None or int(self.store.counts.max()) <= budget:
+            return
+        self.changes += 1
+        tokens = self.store.tokens()
+        # Tokens come ordered by stream and position: stable sorts by score and then by stream rank the oldest first.
+        order = tokens.scores.argsort(stable=True)
+        order = order[tokens.streams[order].argsort(stable=True)]
+        streams = tokens.streams[order]
+        survives = torch.zeros_like(streams, dtype=torch.bool)
+        survives[order] = ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
+        self.store = self.store.rebuilt(tokens.select(survives))
+
+    def open_pages(self) -> tuple[torch.Tensor, ...] | None:
+        """Where the kernel of a decoding step appends, `None` in a linear layer; `HAMCache.reserve` made room."""
+        return None if self.store is None else self.store.open_pages()
+
+    def addressed(self) -> list[torch.Tensor | None]:
+        """Tensors at whose addresses a decoding step on the device works: while they are the same, so may it be."""
+        store = self.store
+        stored = [] if store is None else [store.counts, *(store.index() or ())[:1]]
+        return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
+
+    def count_step(self) -> None:
+        """Updates the host's counters after a kernel appended one token per row."""
+        self.changes += 1
+        self.seen_tokens += 1
+        if self.store is not None:
+            self.store.reserved_steps -= 1
+
+    def _snapshot(self, step: LayerStep) -> dict:
+        conv_state, recurrent_state = self.conv_state, self.recurrent_state
+        if conv_state is None and step.conv_state is not None:
+            conv_state = torch.zeros_like(step.conv_state)
+        if recurrent_state is None and step.recurrent_state is not None:
+            recurrent_state = torch.zeros_like(step.recurrent_state)
+        return {
+            "conv_state": conv_state,
+            "recurrent_state": recurrent_state,
+            "real_tokens": self.real_tokens,
+            "seen_tokens": self.seen_tokens,
+            "store": None if self.store is None else self.store.mark(),
+        }
+
+    def accept(self, inputs: torch.Tensor, keys: torch.Tensor | None = None) -> None:
+        """Raises `ValueError` for a model that computes in another dtype than the one that filled this layer.
+
+        Args:
+            inputs: `[..., C]` inputs of the convolution.
+            keys: `[..., K]` keys that attention reads.
+        """
+        held_keys = None if self.store is None else self.store.tail["keys"]
+        for name, held, new in (("inputs", self.conv_state, inputs), ("keys", held_keys, keys)):
+            if held is not None and new is not None and held.dtype != new.dtype:
+                raise ValueError(
+                    f"`cache` holds {name} in {held.dtype}, this call computes them in {new.dtype}: convert the "
+                    "model, leave or enter autocast, or start with an empty cache."
+                )
+
+    def activate_past_recording(self) -> None:
+        """Remembers what later forwards add, until `crop`, so that it can be taken back exactly.
+
+        What is remembered is dense, dropped tokens included: assisted generation holds a whole prompt until its first
+        `crop`.
+        """
+        self.record_past = True
+
+    def stop_past_recording(self) -> None:
+        """Makes every token final and remembers no more."""
+        self.record_past = False
+        self._base, self._steps = None, []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, and makes the ones before them final.
+
+        Raises:
+            ValueError: if the number is positive, or reaches further back than what was recorded.
+        """
+        removed = _check_crop(tokens_to_remove)
+        recorded = sum(step.length for step in self._steps)
+        if removed > recorded:
+            raise ValueError(
+                f"`crop({tokens_to_remove})` reaches past the {recorded} tokens recorded since "
+                "`activate_past_recording()` or the last `crop`: an RNN state can only go back to where it was "
+                "remembered."
+            )
+        base, steps = self._base, self._steps
+        self.changes += 1
+        self._base, self._steps = None, []
+        if base is None or not removed:
+            return
+        self.conv_state, self.recurrent_state = base["conv_state"], base["recurrent_state"]
+        self.real_tokens, self.seen_tokens = base["real_tokens"], base["seen_tokens"]
+        if self.store is not None:
+            self.store.rollback(base["store"])
+        if recorded > removed:
+            self._replay(LayerStep.joined(steps).first(recorded - removed))
+
+    def _replay(self, step: LayerStep) -> None:
+        """Takes in inputs whose states after them are not known."""
+        if step.conv_inputs is not None and self.conv_state is not None:
+            step.conv_state = convolution_state(step.conv_inputs, self.conv_state, step.real)
+        if step.rnn is not None:
+            k, v, g, beta = step.rnn
+            state = self.recurrent_state
+            step.recurrent_state = gated_delta_rule_with_prediction(
+                k, k, v, g, beta, initial_state=state, predict=False
+            )[2]
+        self._take(step, budget=None)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices` `[n]` (int, repeats allowed, or a bool mask); earlier tokens become final."""
+        if not self.is_initialized:
+            return
+        # Where the tensors are: an offloaded layer is not on the device it works on.
+        device = self.real_tokens.device
+        everyone = torch.arange(self.batch_size, device=device)
+        rows = everyone[checked_rows(indices, self.batch_size).to(device)]
+        self.changes += 1
+        self._base, self._steps = None, []
+        if torch.equal(rows, everyone):
+            return
+        if self.store is not None:
+            heads = self.store.num_streams // self.batch_size
+            streams = (rows[:, None] * heads + torch.arange(heads, device=device)).flatten()
+            self.store = self.store.selected(streams)
+        self.real_tokens = self.real_tokens[rows]
+        self.conv_state = None if self.conv_state is None else self.conv_state[rows]
+        self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state[rows]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rearranges rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def prune(self, threshold: torch.Tensor) -> None:
+        """Drops the kept tokens with a score below `threshold` `[B or 1, Hk or 1]`; earlier tokens become final."""
+        self.changes += 1
+        self._base, self._steps = None, []
+        store = self._kept_store()
+        heads = store.num_streams // self.batch_size
+        limit = threshold.to(store.device).expand(self.batch_size, heads).flatten()
+        tokens = store.tokens()
+        self.store = store.rebuilt(tokens.select(tokens.scores >= limit[tokens.streams]))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the layer holds."""
+        steps = [x for step in self._steps for x in [*vars(step).values(), *(step.rnn or ())]]
+        base = [] if self._base is None else [self._base["conv_state"], self._base["recurrent_state"]]
+        if self._base is not None and self._base["store"] is not None:
+            store = self._base["store"]
+            base.extend([store["counts"], store["full_pages"], *store["tail"].values()])
+        own = [self.conv_state, self.recurrent_state, self.real_tokens, *steps, *base]
+        stored = [] if self.store is None else self.store.tensors()
+        return [x for x in own if isinstance(x, torch.Tensor)] + stored
+
+    def state_bytes(self) -> int:
+        """Bytes of what does not grow: convolution and recurrent state."""
+        return sum(x.nbytes for x in (self.conv_state, self.recurrent_state) if x is not None)
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to `device`."""
+        if not self.is_initialized:
+            return
+        move = partial(torch.Tensor.to, device=device)
+        own = map_tensors(move, [self.conv_state, self.recurrent_state, self.real_tokens, self._base])
+        self.conv_state, self.recurrent_state, self.real_tokens, self._base = own
+        self._steps = [step.mapped(move) for step in self._steps]
+        if self.store is not None:
+            self.store.to(device)
+
+    def offload(self) -> None:
+        """Moves the layer to the CPU; `prefetch` brings it back."""
+        self.to(torch.device("cpu"))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors that `load_state_dict` rebuilds the layer from."""
+        state = {
+            "real_tokens": self.real_tokens,
+            "conv_state": self.conv_state,
+            "recurrent_state": self.recurrent_state,
+        }
+        if self.store is not None:
+            state |= vars(self.store.tokens()) | {"counts": self.store.counts}
+        return {name: x for name, x in state.items() if x is not None}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], seen_tokens: int) -> None:
+        """Takes over what `state_dict` gave and `check_saved_layer` checked."""
+        self.reset()
+        self.real_tokens = state["real_tokens"]
+        self.conv_state, self.recurrent_state = state.get("conv_state"), state.get("recurrent_state")
+        self.device, self.seen_tokens, self.is_initialized = self.real_tokens.device, seen_tokens, True
+        if "counts" not in state:
+            return
+        tokens = KeptTokens(**{name: state[name] for name in (*PagedStore.FIELDS, "streams")})
+        self.dtype = tokens.keys.dtype
+        sizes = (len(state["counts"]), tokens.keys.shape[1], tokens.values.shape[1])
+        self.store = PagedStore(*sizes, self.dtype, self.device)
+        self.store.append(tokens)
+
+    def prefetch(self) -> None:
+        """Brings an offloaded layer back to the device it works on."""
+        if self.is_initialized:
+            self.to(self.device)
+
+
+def _check_crop(tokens_to_remove: object) -> int:
+    # Some releases of Transformers give the number as a tensor.
+    if isinstance(tokens_to_remove, torch.Tensor) and tokens_to_remove.ndim == 0:
+        tokens_to_remove = tokens_to_remove.item()
+    if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
+        raise TypeError(f"`tokens_to_remove` must be 0 or a negative int, got {tokens_to_remove!r}.")
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"`tokens_to_remove` must be 0 or negative (`crop(-n)` takes back n tokens), got {tokens_to_remove}."
+        )
+    return -tokens_to_remove
+
+
+def checked_rows(indices: object, batch: int) -> torch.Tensor:
+    """Row numbers `[n]` int64, or bools `[batch]`, from a tensor or a list; `TypeError` or `ValueError` otherwise."""
+    expected = f"a tensor or list of row numbers below {batch}, or {batch} bools"
+    integers = isinstance(indices, (list, tuple)) and all(isinstance(i, int) for i in indices)
+    rows = torch.tensor(indices, device="cpu") if integers and indices else indices
+    if not isinstance(rows, torch.Tensor) or rows.is_floating_point() or rows.is_complex():
+        found = rows.dtype if isinstance(rows, torch.Tensor) else repr(rows)
+        raise TypeError(f"`indices` must be {expected}, got {found}.")
+    fits = rows.ndim == 1
+    if fits and rows.dtype == torch.bool:
+        fits = len(rows) == batch and bool(rows.any())
+    elif fits:
+        fits = rows.numel() > 0 and bool(((rows >= -batch) & (rows < batch)).all())
+    if not fits:
+        raise ValueError(f"`indices` must be {expected}, at least one; got {rows.tolist()}.")
+    return rows
+
+
+__all__ = ["HAMCacheLayer", "LayerStep", "checked_rows"]

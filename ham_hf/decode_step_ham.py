@@ -1,0 +1,157 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""One token through a mixer in kernels: one before attention, one behind it that also appends to the cache."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cache_layer_ham import HAMCacheLayer, LayerStep
+from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS
+from .inputs_ham import TokenLayout
+from .ops_ham import decode_kernel
+
+if TYPE_CHECKING:
+    from .mixer_ham import HAMMixer
+
+
+def has_decoding_kernels(mixer: "HAMMixer") -> bool:
+    """True if the kernels of a decoding step compute this kind of layer; PyTorch computes the others."""
+    return (
+        mixer.has_rnn
+        and mixer.shape.value_heads == mixer.shape.key_heads
+        and not (mixer.has_attention and mixer.config.qk_norm == "projection")
+    )
+
+
+def decoding_kernels(
+    mixer: "HAMMixer", hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer, appends: bool
+) -> tuple[Callable[..., Any], Callable[..., Any] | None] | None:
+    """The kernels of a single token, where there are any: before attention and, if it `appends`, after it."""
+    one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
+    # They update the states in place, which a cache that is to be rolled back needs as they were.
+    if not one_token or not has_decoding_kernels(mixer) or mixer.training or cache.record_past:
+        return None
+    if cache.conv_state is None or cache.recurrent_state is None:
+        return None
+    # What accelerate offloads is there only while the module that owns it runs.
+    if mixer.conv.weight.is_meta:
+        return None
+    # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
+    if cache.conv_state.dtype != mixer.conv.weight.dtype:
+        return None
+    update = decode_kernel("decode_update", cache.recurrent_state)
+    if update is None:
+        return None
+    return update, decode_kernel("decode_mix_append", cache.recurrent_state) if appends else None
+
+
+def decode_step(
+    mixer: "HAMMixer",
+    kernels: tuple[Callable[..., Any], Callable[..., Any] | None],
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    tokens: TokenLayout,
+    cache: HAMCacheLayer,
+    threshold: torch.Tensor | None,
+    kv_budget: int | None,
+) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
+    """`HAMMixer.forward` for a single token: a kernel before attention and, if there is one, a kernel behind it.
+
+    With the second kernel nothing waits for the host while the cache has room `reserve`d.
+    """
+    update, append = kernels
+    x = hidden_states.squeeze(1)
+    real = None if tokens.real is None else tokens.real.squeeze(1).contiguous()
+    out = update(
+        torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1),
+        cache.conv_state,
+        mixer.conv.weight,
+        mixer.a_proj(x),
+        mixer.b_proj(x),
+        mixer.A_log.float(),
+        mixer.dt_bias.float(),
+        cache.recurrent_state,
+        real=real,
+        allow_neg_eigval=mixer.config.allow_neg_eigval,
+        **_attention_arguments(mixer, hidden_states, position_embeddings, tokens, threshold),
+    )
+    scores, o_kv = None, None
+    if mixer.has_attention:
+        q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
+        o_kv = mixer._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
+    if append is not None:
+        mixed = _mix_and_append(mixer, append, x, out, o_kv, real, tokens, cache)
+        return mixed.unsqueeze(1), None, scores, None
+    step = LayerStep(tokens.positions, tokens.real)
+    if mixer.has_attention:
+        step.keys, step.values, step.scores, step.keep = k, v, scores, keep
+    step.conv_state, step.recurrent_state = cache.conv_state, cache.recurrent_state
+    cache.update(step, kv_budget)
+    return mixer._mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
+
+
+def _attention_arguments(
+    mixer: "HAMMixer",
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    tokens: TokenLayout,
+    threshold: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Arguments of the first kernel that tell of the layer's attention and routing."""
+    config = mixer.config
+    if not mixer.has_attention:
+        return {"threshold": None, "score": None}
+    arguments: dict[str, Any] = {"score": config.router}
+    if config.router not in ERROR_ROUTERS:
+        arguments["given"] = mixer.router.without_state(hidden_states, tokens.positions).squeeze(1)
+        arguments["scale_values"] = config.router in LEARNED_ROUTERS
+        if config.router == "learned_error":
+            arguments["error_weight"] = mixer.router.error_weight.float()
+        else:
+            arguments["score"] = "given"
+    return arguments | {
+        "threshold": mixer._threshold(threshold, hidden_states.device),
+        "norm_weights": (mixer.q_norm.scale, mixer.k_norm.scale) if config.qk_norm else None,
+        "rope": position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
+        "attention_conv": config.attention_conv,
+        "eps": config.rms_norm_eps,
+    }
+
+
+def _mix_and_append(
+    mixer: "HAMMixer",
+    kernel: Callable[..., Any],
+    x: torch.Tensor,
+    update: tuple[torch.Tensor, ...],
+    o_kv: torch.Tensor | None,
+    real: torch.Tensor | None,
+    tokens: TokenLayout,
+    cache: HAMCacheLayer,
+) -> torch.Tensor:
+    """Mixes a single token `[B, D]` in a kernel that also appends it to the cache."""
+    config = mixer.config
+    attention: dict[str, Any] = {}
+    if o_kv is not None:
+        attention["o_kv"] = o_kv.squeeze(1)
+        attention["gates"] = (mixer.rnn_gate_proj(x), mixer.kv_gate_proj(x))
+    mixed = kernel(
+        update,
+        tokens.positions.squeeze(1),
+        cache.real_tokens,
+        real=real,
+        norm_weights=(
+            mixer.rnn_norm.weight if config.rnn_output_norm else None,
+            mixer.kv_norm.weight if mixer.has_attention and config.kv_output_norm else None,
+        ),
+        output_gate=None if mixer.output_gate is None else mixer.z_proj(x),
+        gate_activation=mixer.output_gate or "silu",
+        pages=cache.open_pages(),
+        eps=config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps,
+        **attention,
+    )
+    cache.count_step()
+    return mixer.o_proj(mixed)
+
+
+__all__ = ["decode_step", "decoding_kernels", "has_decoding_kernels"]

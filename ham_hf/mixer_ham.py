@@ -1,0 +1,425 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""HAMMixer, the token mixer of a layer, and its modules: convolution, norm and rotary embedding."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .attention_ham import attend_new
+from .cache_ham import HAMCache
+from .cache_layer_ham import HAMCacheLayer, LayerStep
+from .configuration_ham import LEARNED_ROUTERS, HAMConfig
+from .decode_step_ham import decode_step, decoding_kernels
+from .delta_rule_ham import gated_delta_rule_with_prediction
+from .inputs_ham import TokenLayout
+from .ops_ham import exporting, l2norm, rms_norm, rotated, short_convolution
+from .routing_ham import NUM_QUANTILES, HAMRouter, error_score, widened
+
+OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+# Parameters and buffers that stay float32: bfloat16 would move a threshold by up to 0.002, and with it the kept set.
+FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles")
+
+
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
+) -> torch.Tensor:
+    """Dense weights `[B, H, T, S]`, formed when asked for: over all tokens seen, zero where one was not kept.
+
+    Args:
+        q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
+        tokens: the layout of the new tokens.
+        cache: the layer's cache before this call, or `None`.
+    """
+    length, key_dim = q.shape[1], q.shape[3]
+    t = torch.arange(length, device=q.device)
+    visible = (t[:, None] > t) & keep.permute(0, 2, 1)[:, :, None]
+    if tokens.seq_idx is not None:
+        visible = visible & (tokens.seq_idx[:, :, None] == tokens.seq_idx[:, None])[:, None]
+    visible = visible | (t[:, None] == t)
+    keys = k.transpose(1, 2)
+    if cache is not None and cache.seen_tokens:
+        held, held_visible = cache.dense_keys(tokens.past_real)
+        keys = torch.cat([held, keys], dim=2)
+        visible = torch.cat([held_visible[:, :, None].expand(-1, -1, length, -1), visible], dim=-1)
+    q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
+    logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
+    return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
+
+
+def weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The values `[B, S, Hk, V]` that dense weights `[B, H, T, S]` select: `[B, T, H, V]`, as `attend_new` gives."""
+    weights = weights.unflatten(1, (v.shape[2], -1))
+    return (weights @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+
+
+class HAMShortConvolution(nn.Module):
+    """Causal depthwise convolution with SiLU; `weight` is `[C, W]`."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return short_convolution(x, self.weight, initial_state, real, seq_idx)
+
+
+class HAMRMSNorm(nn.RMSNorm):
+    """RMSNorm of `[..., D]`, in the dtype of its weight; a `zero_centered` weight holds what is added to 1.
+
+    Autocast narrows what projections put out; of two dtypes PyTorch's norm would warn, and give the narrower one.
+    """
+
+    eps: float
+
+    def __init__(self, size: int, eps: float, zero_centered: bool = False):
+        self.zero_centered = zero_centered
+        super().__init__(size, eps)
+
+    def reset_parameters(self) -> None:
+        """Starts as a norm without a weight."""
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the normalised input is multiplied with, `[D]`; the sum is widened, as bfloat16 would round it."""
+        return 1 + widened(self.weight) if self.zero_centered else self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.zero_centered:
+            return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
+        return rms_norm(x.to(self.scale.dtype), self.scale, self.eps).to(self.weight.dtype)
+
+
+class HAMRotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE of all or a part of each head: cosines and sines `[B, T, K]` that turn the first dimensions of each half.
+
+    Pairs are `(i, i + K / 2)` whatever the part, so what rotates a whole head rotates this one too; a pair that stays
+    has cosine 1 and sine 0. `partial_rotary_order` leads here from the layout in which the rotated dimensions are the
+    first of the head.
+    """
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: Any, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """The frequencies `[rotated / 2]`, as in Transformers' Qwen3-Next, and a scale of 1."""
+        rope = config.rope_parameters
+        dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
+        return (1.0 / rope["rope_theta"] ** exponents).to(device), 1.0
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        still = (self.config.head_dim - cos.shape[-1]) // 2
+        if not still:
+            return cos, sin
+        halves = cos.unflatten(-1, (2, -1)), sin.unflatten(-1, (2, -1))
+        return F.pad(halves[0], (0, still), value=1.0).flatten(-2), F.pad(halves[1], (0, still)).flatten(-2)
+
+
+def partial_rotary_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """Where each dimension of a head of `HAMRotaryEmbedding` stands in the usual layout, `[head_dim]` int64.
+
+    Usual is that the first `rotary_dim` dimensions rotate, in pairs `(i, i + rotary_dim / 2)`. Queries and keys in the
+    order given here have the same products, so this converts a checkpoint: `weight.unflatten(0, (-1, head_dim))[:,
+    order].flatten(0, 1)` of the q and k projections and of their biases, `weight[order]` of a QK-norm per head.
+    """
+    rotated, still = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    parts = torch.arange(head_dim).split([rotated, rotated, still, still])
+    return torch.cat([parts[0], parts[2], parts[1], parts[3]])
+
+
+class HAMMixer(nn.Module):
+    """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
+
+    A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then
+    keeps all.
+    """
+
+    score_quantiles: torch.Tensor
+
+    def __init__(self, config: HAMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.has_rnn = self.layer_type != "full_attention"
+        self.has_attention = self.layer_type != "linear_attention"
+        self.has_conv = self.has_rnn or config.attention_conv
+        gate = config.output_gate
+        if self.layer_type == "linear_attention" and config.linear_output_gate is not None:
+            gate = config.linear_output_gate
+        self.output_gate = "silu" if gate is True else gate or None
+        hidden, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        out_norm_eps = eps if config.output_norm_eps is None else config.output_norm_eps
+        self.shape = config.layer_shape(self.layer_type)
+        self.sizes = self.shape.channels
+        heads, key_heads, value_heads, key_dim, value_dim = self.shape
+
+        self.q_proj = nn.Linear(hidden, self.sizes[0], bias=bias)
+        self.k_proj = nn.Linear(hidden, self.sizes[1], bias=bias)
+        self.v_proj = nn.Linear(hidden, self.sizes[2], bias=bias)
+        self.o_proj = nn.Linear(self.shape.out_channels, hidden, bias=bias)
+        if self.has_conv:
+            self.conv = HAMShortConvolution(sum(self.sizes), config.conv_kernel_size)
+        if self.output_gate is not None:
+            self.z_proj = nn.Linear(hidden, self.shape.out_channels, bias=False)
+        if self.has_rnn:
+            self.a_proj = nn.Linear(hidden, value_heads, bias=False)
+            self.b_proj = nn.Linear(hidden, value_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=torch.float32))
+            self.rnn_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.rnn_output_norm else nn.Identity()
+        if self.has_attention:
+            normed = self.sizes if config.qk_norm == "projection" else [key_dim, key_dim]
+            centered = config.zero_centered_norms
+            self.q_norm = HAMRMSNorm(normed[0], eps, centered) if config.qk_norm else nn.Identity()
+            self.k_norm = HAMRMSNorm(normed[1], eps, centered) if config.qk_norm else nn.Identity()
+            self.kv_norm = HAMRMSNorm(value_dim, out_norm_eps) if config.kv_output_norm else nn.Identity()
+        if self.layer_type == "hybrid":
+            self.rnn_gate_proj = nn.Linear(hidden, heads)
+            self.kv_gate_proj = nn.Linear(hidden, heads)
+            self.router = HAMRouter(config, layer_idx)
+            threshold = torch.empty(key_heads, dtype=torch.float32)
+            self.threshold = nn.Parameter(threshold, requires_grad=self.learns_threshold)
+            self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as PyTorch does, but leaves in float32 what bfloat16 would move: `FLOAT32_PARAMETERS`."""
+        # A parametrization moves a parameter into a module of its own, under a longer name.
+        named = [*self.named_parameters(), *self.named_buffers()]
+        own = [x for name, x in named if not set(FLOAT32_PARAMETERS).isdisjoint(name.split("."))]
+        kept = {id(x) for tensor in own for x in (tensor, tensor.grad)}
+
+        def cast(x: torch.Tensor) -> torch.Tensor:
+            out = fn(x)
+            narrowed = id(x) in kept and out.is_floating_point() and out.dtype.itemsize < torch.float32.itemsize
+            return x.to(out.device, torch.float32) if narrowed else out
+
+        return super()._apply(cast, recurse)
+
+    @property
+    def learns_threshold(self) -> bool:
+        """True if training moves the threshold: one that the configuration fixes takes no part in it."""
+        return self.config.threshold is None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: TokenLayout,
+        cache: HAMCache | None = None,
+        threshold: torch.Tensor | None = None,
+        kv_budget: int | None = None,
+        output_attentions: bool = False,
+        outputs_to_keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Mixes tokens.
+
+        Args:
+            hidden_states: `[B, T, D]` normalised input.
+            position_embeddings: cosines and sines `[B or 1, T, K]` of RoPE, or `None`.
+            tokens: which tokens are real, their positions and documents.
+            cache: the cache to read and fill.
+            threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
+            kv_budget: kept tokens a head of a hybrid layer may hold, or `None`.
+            output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
+            outputs_to_keep: the number `n` of last tokens whose output is wanted; all if `None`.
+
+        Returns:
+            `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
+            while the threshold is learned, `[2 + B, Hk]`: a zero that carries the threshold's gradient, the threshold,
+            and how many tokens each row kept.
+        """
+        layer_cache = None if cache is None else cache.layers[self.layer_idx]
+        offloaded = cache is not None and cache.offload_layers
+        if layer_cache is not None and offloaded:
+            layer_cache.prefetch()
+        if self.layer_type != "hybrid":
+            kv_budget = None
+        if layer_cache is not None and not output_attentions:
+            # A full head drops tokens, and an offloaded layer moves its pages: then the host appends.
+            kernels = decoding_kernels(self, hidden_states, tokens, layer_cache, kv_budget is None and not offloaded)
+            if kernels is not None:
+                if cache is not None and kernels[1] is not None:
+                    cache.reserve(self.layer_idx)
+                out = decode_step(
+                    self, kernels, hidden_states, position_embeddings, tokens, layer_cache, threshold, kv_budget
+                )
+                if offloaded:
+                    layer_cache.offload()
+                return out
+        step = LayerStep(positions=tokens.positions, real=tokens.real)
+        raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
+        if layer_cache is not None:
+            layer_cache.accept(raw)
+        convolved = raw
+        if self.has_conv:
+            step.conv_inputs = raw
+            state = None if layer_cache is None else layer_cache.conv_state
+            convolved, step.conv_state = self.conv(raw, state, tokens.real, tokens.seq_idx)
+
+        o_rnn = o_kv = weights = scores = None
+        q, k, v = self._heads(convolved)
+        if self.has_rnn:
+            o_rnn, errors = self._recall(hidden_states, q, k, v, tokens, layer_cache, step)
+        if self.layer_type == "hybrid":
+            scores = self.router(hidden_states, errors, tokens.positions)
+        if self.has_attention:
+            q, k, v = self._heads(convolved if self.config.attention_conv else raw)
+            if scores is not None and self.config.router in LEARNED_ROUTERS:
+                v = self._scale_values(v, scores)
+            # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
+            q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
+            if layer_cache is not None:
+                layer_cache.accept(raw, k)
+            routed, keep = self._route(scores, k, threshold, tokens)
+            step.keys, step.values, step.scores, step.keep = k, v, routed, keep
+            if output_attentions or exporting():
+                weights = attention_weights(q, k, keep, tokens, layer_cache)
+            # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read
+            # as they lie; and on how many tokens are kept the shapes of an exported program must not depend.
+            if weights is not None and (layer_cache is None or not layer_cache.seen_tokens):
+                o_kv = weighted_sum(weights, v)
+            else:
+                if outputs_to_keep is not None and (layer_cache is None or layer_cache.store is None):
+                    q = q[:, -outputs_to_keep:]
+                o_kv = self._attend(q, k, v, keep, routed, tokens, layer_cache, kv_budget)
+        if layer_cache is not None:
+            layer_cache.update(step, kv_budget)
+            if offloaded:
+                layer_cache.offload()
+        control = None
+        if self.training and self.layer_type == "hybrid" and threshold is None:
+            control = self._control(keep)
+        if outputs_to_keep is not None:
+            hidden_states = hidden_states[:, -outputs_to_keep:]
+            o_rnn, o_kv = (None if x is None else x[:, -outputs_to_keep:] for x in (o_rnn, o_kv))
+        return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
+        key_dim, value_dim = self.shape.key_dim, self.shape.value_dim
+        q, k, v = qkv.split(self.sizes, -1)
+        return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
+
+    def _recall(
+        self,
+        hidden_states: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer | None,
+        step: LayerStep,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the RNN: its output `[B, T, H, V]`, and the score of its prediction if the layer's router reads one."""
+        beta = widened(self.b_proj(hidden_states)).sigmoid()
+        if self.config.allow_neg_eigval:
+            beta = 2 * beta
+        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(hidden_states)) + widened(self.dt_bias))
+        if tokens.real is not None:
+            beta, g = (x.masked_fill(~tokens.real[..., None], 0) for x in (beta, g))
+        q, k = l2norm(q), l2norm(k)
+        if self.shape.value_heads > self.shape.key_heads:
+            q, k = (x.repeat_interleave(self.shape.value_heads // self.shape.key_heads, dim=2) for x in (q, k))
+        step.rnn = (k, v, g, beta)
+        state = None if cache is None else cache.recurrent_state
+        score = self.router.error if self.layer_type == "hybrid" else None
+        # A learned router's error is part of what it computes: then it has a gradient, which a score of the op lacks.
+        in_graph = self.config.router in LEARNED_ROUTERS and torch.is_grad_enabled()
+        o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state=state,
+            seq_idx=tokens.seq_idx,
+            score=None if in_graph else score,
+            predict=bool(score),
+        )
+        if in_graph and score is not None and errors is not None:
+            errors = error_score(score, v, errors, beta, in_graph=True)
+        return o_rnn.to(hidden_states.dtype), errors
+
+    def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The values `[B, T, Hk, V]` as attention reads them: a learned score has its gradient from them."""
+        return v * scores[..., None].to(v.dtype)
+
+    def _attention_view(
+        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.qk_norm == "projection":
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if position_embeddings is None:
+            return q, k
+        cos, sin = (x.unsqueeze(2) for x in position_embeddings)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
+
+    def _route(
+        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores `[B, T, Hk]` float32 that rank tokens, and which are kept; without a router all are, at 1."""
+        if scores is None:
+            scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
+            keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        else:
+            scores = scores.detach().float()
+            keep = scores >= self._threshold(threshold, scores.device)[:, None]
+        if tokens.real is not None:
+            keep = keep & tokens.real[..., None]
+        return scores, keep
+
+    def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
+
+    def _control(self, keep: torch.Tensor) -> torch.Tensor:
+        """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
+        threshold = self.threshold.float()
+        return torch.cat([torch.stack([threshold - threshold.detach(), threshold.detach()]), keep.sum(1).float()])
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keep: torch.Tensor,
+        scores: torch.Tensor,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer | None,
+        kv_budget: int | None,
+    ) -> torch.Tensor:
+        if cache is None:
+            return attend_new(q, k, v, keep, scores, kv_budget, seq_idx=tokens.seq_idx)
+        if kv_budget is not None:
+            cache.enforce_budget(kv_budget)
+        return cache.attend(q, k, v, keep, scores, kv_budget)
+
+    def _mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
+        """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""
+        if self.layer_type == "hybrid":
+            mixed = self.rnn_gate_proj(hidden_states).sigmoid()[..., None] * self.rnn_norm(o_rnn)
+            mixed = mixed + self.kv_gate_proj(hidden_states).sigmoid()[..., None] * self.kv_norm(o_kv)
+        else:
+            mixed = self.rnn_norm(o_rnn) if self.has_rnn else self.kv_norm(o_kv)
+        mixed = mixed.flatten(2)
+        if self.output_gate is not None:
+            mixed = mixed * OUTPUT_GATES[self.output_gate](self.z_proj(hidden_states))
+        return self.o_proj(mixed)
+
+
+__all__ = ["HAMMixer", "partial_rotary_order"]

@@ -1,0 +1,136 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The control loop that moves learned thresholds in training, until usage meets its target."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .configuration_ham import HAMConfig
+
+
+def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -> torch.Tensor:
+    """`actual - target` usage of what `scope` holds to the target, per head.
+
+    Args:
+        usage: `[L, Hk]` measured fraction kept.
+        target: fraction to keep, or one per layer.
+        scope: `"head"`, `"layer"` (the mean of a layer's heads) or `"model"` (the mean of all).
+    """
+    if scope == "layer":
+        usage = usage.mean(1, keepdim=True).expand_as(usage)
+    elif scope == "model":
+        usage = usage.mean().expand_as(usage)
+    return usage - (usage.new_tensor(target)[:, None] if isinstance(target, list) else target)
+
+
+def logit_unit(thresholds: torch.Tensor) -> torch.Tensor:
+    """How far a step may go at a threshold: as far as the sigmoid's slope, 1 at 0.5, and 0.1 near 0 and 1 and beyond.
+
+    Learned scores saturate: where most lie close to 1, a step that does well at 0.5 passes nearly all of them. Steps
+    of one length in logits pass about as many everywhere.
+    """
+    return (4 * thresholds * (1 - thresholds)).clamp(min=0.1)
+
+
+def threshold_gradients(
+    thresholds: torch.Tensor, usage: torch.Tensor, target: float | list[float] | None, scope: str
+) -> torch.Tensor:
+    """The gradient of each threshold `[L, Hk]`, with which any optimiser closes the loop: `target - usage`, in logits.
+
+    Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. Gradients of
+    several batches or ranks average to that of all of them.
+
+    Steps are of one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1
+    raised: no score lies there, so that nothing would be gained, and a mean over heads that calls for it would carry
+    the threshold far off.
+
+    Args:
+        thresholds: `[L, Hk]` float32 in force.
+        usage: `[L, Hk]` fraction of this batch that each head kept.
+        target: fraction to keep, or one per layer; `None` holds the thresholds: every gradient is 0.
+        scope: whose usage is to meet the target, see `usage_errors`.
+    """
+    if target is None:
+        return torch.zeros_like(usage)
+    gradients = -usage_errors(usage, target, scope) * logit_unit(thresholds)
+    beyond = ((thresholds <= 0) & (gradients > 0)) | ((thresholds > 1) & (gradients < 0))
+    return gradients.masked_fill(beyond, 0)
+
+
+class AddGradient(torch.autograd.Function):
+    """Hands `x` on and gives `lever` the gradient `gradient` once a loss, of whatever scale, reaches `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, lever: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, *ctx.saved_tensors, None
+
+
+def real_tokens(real: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """Real tokens of each row among the new ones, `[B]` float32; `real` `[B, T]` is `None` if all are."""
+    if real is None:
+        return torch.full((batch,), float(length), device=device)
+    return real.sum(1).to(device, torch.float32)
+
+
+def control_loop(
+    controls: Sequence[torch.Tensor], weights: torch.Tensor, config: HAMConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device.
+
+    Args:
+        controls: of every hybrid layer, see `HAMMixer.forward`.
+        weights: `[B]` of a kept token of each row in the usage, which is their sum.
+    """
+    stacked = torch.stack([x.to(weights.device) for x in controls])
+    levers, thresholds, kept = stacked[:, 0], stacked[:, 1].detach(), stacked[:, 2:].detach()
+    usage = (weights[:, None] * kept).sum(1)
+    return levers, threshold_gradients(thresholds, usage, config.target_kv_usage, config.threshold_scope)
+
+
+def labels_by_row(labels: torch.Tensor | None, loss_kwargs: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Labels of each row that the loss counts, `[B]` float32."""
+    shifted = loss_kwargs.get("shift_labels")
+    counted = labels[:, 1:] if shifted is None and labels is not None else shifted
+    return (counted != loss_kwargs.get("ignore_index", -100)).sum(1).to(device, torch.float32)
+
+
+def batch_share(
+    counted: torch.Tensor, seen: torch.Tensor, num_items: torch.Tensor | int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This call's part in the control loop: weights `[B]` of kept tokens in its usage, and the share of its gradient.
+
+    A call that is given `num_items_in_batch` may be a piece of a batch, of which it knows no more than how many labels
+    there are. So each row's usage has the weight of its labels there, as its loss has: then the pieces into which rows
+    are dealt add up to the whole. A call without it is a whole batch, in which every token has the same weight. Both
+    are the same where rows have labels in proportion to their tokens, as rows of one length do that are learned whole.
+
+    A call without a label has no share: its loss moves nothing.
+
+    Args:
+        counted: `[B]` float32 labels of each row that count.
+        seen: `[B]` float32 real tokens of each row.
+        num_items: labels of the whole batch.
+    """
+    total = counted.sum()
+    if num_items is None:
+        return (1 / seen.sum().clamp(min=1)).expand_as(seen), (total > 0).float()
+    weights = counted / (total.clamp(min=1) * seen.clamp(min=1))
+    # Without labels the number of items may be 0, too.
+    return weights, torch.where(total > 0, total / num_items, 0.0)
+
+
+__all__ = [
+    "batch_share",
+    "control_loop",
+    "labels_by_row",
+    "logit_unit",
+    "real_tokens",
+    "threshold_gradients",
+    "usage_errors",
+]
