@@ -1,7 +1,9 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """What the tests of the kernels share: where they run, bfloat16, poisoned and huge buffers, the bound on an error."""
 
-from collections.abc import Callable
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +14,40 @@ import torch
 def device() -> str:
     """The GPU if there is one; otherwise the CPU, under Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_without_idle_work() -> Iterator[None]:
+    """Spares Triton's interpreter half of its time, which changes nothing that it computes.
+
+    It replaces the functions of the language once a launch and module, not again at every call of a device function,
+    and leaves out the checks of overflow, whose outcome it looks at in debug mode only.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    plain_launch, plain_replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    builder, done = interpreter.interpreter_builder, set()
+
+    def launch(self, *args, **kwargs):
+        done.clear()
+        plain_launch(self, *args, **kwargs)
+
+    def replace(function):
+        module = id(function.__globals__)
+        if module in done:
+            return None
+        done.add(module)
+        return plain_replace(function)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+        monkeypatch.setattr(interpreter, "_patch_lang", replace)
+        if not builder.options.debug:
+            monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture
