@@ -7,7 +7,8 @@ PYTHON ?= python3
 TORCH ?=
 # More options for every call of pip.
 PIP_FLAGS ?=
-# Test processes; each is held to one thread, so that they do not fight over the cores.
+# Test processes; each is held to one thread, so that they do not fight over the cores. Each takes tests that follow
+# each other, so that what the tests of a file share is made once, and steals from another when it has no more.
 JOBS ?= 2
 # More arguments for pytest, the demo or the benchmark.
 ARGS ?=
@@ -24,7 +25,7 @@ OLDEST_TESTS := tests/test_transformers_contract.py tests/test_generation.py tes
 	tests/test_exactness.py $(wildcard tests/test_cache*.py) tests/test_remote_code.py tests/training
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
-PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-oldest lint format bench gpu-check clean
