@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.loopback_hub import LoopbackHub
 
 SCRIPT = Path(__file__).parents[2] / "conversion_scripts/convert_transformer_to_ham.py"
@@ -61,21 +63,27 @@ print(json.dumps(said))
 """
 
 
-def test_gated_missing_and_misnamed_repositories_are_told_apart(run_python, tmp_path):
-    """Each with what to do about it; the Hub does not tell a missing one from another's private one."""
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, run_python):
+    """The Hub, the environment of a process that uses it, and the commits of both versions."""
     with LoopbackHub().serving() as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
-        run_python(tmp_path, PUBLISH, **environment)
-        hub.repositories["someone/gated"] = replace(hub.repositories["someone/llama"], gated=True)
-        calls = [
-            ["someone/gated", "a"],
-            ["someone/none", "b"],
-            ["someone/llama", "c", "--revision", "v9"],
-            ["./someone", "d"],
-        ]
-        said = run_python(tmp_path, REFUSED, SCRIPT, json.dumps(calls), package=True, **environment)
-        without_token = {"HF_ENDPOINT": hub.url}
-        said += run_python(tmp_path, REFUSED, SCRIPT, json.dumps(calls[:2]), package=True, **without_token)
+        yield hub, environment, run_python(tmp_path_factory.mktemp("publisher"), PUBLISH, **environment)
+
+
+def test_gated_missing_and_misnamed_repositories_are_told_apart(published, run_python, tmp_path):
+    """Each with what to do about it; the Hub does not tell a missing one from another's private one."""
+    hub, environment, _ = published
+    hub.repositories["someone/gated"] = replace(hub.repositories["someone/llama"], gated=True)
+    calls = [
+        ["someone/gated", "a"],
+        ["someone/none", "b"],
+        ["someone/llama", "c", "--revision", "v9"],
+        ["./someone", "d"],
+    ]
+    said = run_python(tmp_path, REFUSED, SCRIPT, json.dumps(calls), package=True, **environment)
+    without_token = {"HF_ENDPOINT": hub.url}
+    said += run_python(tmp_path, REFUSED, SCRIPT, json.dumps(calls[:2]), package=True, **without_token)
     assert [code for code, _ in said] == [2] * 6
     gated, missing, revision, misnamed, gated_unknown, missing_unknown = (line for _, line in said)
     for line in (gated, gated_unknown):
@@ -89,16 +97,14 @@ def test_gated_missing_and_misnamed_repositories_are_told_apart(run_python, tmp_
     assert "must be a folder, or OWNER/NAME on the Hub, got './someone', which is neither" in misnamed
 
 
-def test_a_revision_of_a_source_on_the_hub(run_python, tmp_path):
-    with LoopbackHub().serving() as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
-        first, second = run_python(tmp_path, PUBLISH, **environment)
-        hub.requests.clear()
-        calls = [["someone/llama", "old", "--revision", "v1"], ["someone/llama", "new"], ["someone/none", "none"]]
-        codes = run_python(tmp_path, CONVERT, SCRIPT, json.dumps(calls), package=True, **environment)
-        assert codes == [0, 0, 2]
-        assert hub.requests
-        assert "consolidated" not in str(hub.requests)
+def test_a_revision_of_a_source_on_the_hub(published, run_python, tmp_path):
+    hub, environment, (first, second) = published
+    hub.requests.clear()
+    calls = [["someone/llama", "old", "--revision", "v1"], ["someone/llama", "new"], ["someone/none", "none"]]
+    codes = run_python(tmp_path, CONVERT, SCRIPT, json.dumps(calls), package=True, **environment)
+    assert codes == [0, 0, 2]
+    assert hub.requests
+    assert "consolidated" not in str(hub.requests)
     for folder, commit, license_name in (("old", first, "mit"), ("new", second, "apache-2.0")):
         source = json.loads((tmp_path / folder / "conversion.json").read_text())["source"]
         assert (source["name"], source["commit"]) == ("someone/llama", commit)
