@@ -39,7 +39,7 @@ recall:
   model: &model
     {vocab_size: 24, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
      rope_parameters: null, target_kv_usage: 0.25}
-  training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10}
+  training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10}
   usages: [0.1, 0.5]
   pairs: [2, 4, 8]
 gradients:
@@ -47,7 +47,7 @@ gradients:
   arms: [of-my-own, log-bias]
   tasks: {pattern: {filler: pattern, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
   model: *model
-  training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10, usage_from: 1.0}
+  training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10, usage_from: 1.0}
   usages: [0.1, 0.5]
   pairs: [2, 4]
 """
@@ -266,7 +266,7 @@ class TestMeasuring:
         evaluated = {seed for seed, pairs in drawn if pairs is not None}
         others = [seed for seed, pairs in drawn if pairs is None]
         assert len(evaluated) == 3
-        assert len(others) == len(set(others)) == 1 + 50 + recall_study.CALIBRATION_BATCHES
+        assert len(others) == len(set(others)) == 1 + 20 + recall_study.CALIBRATION_BATCHES
         assert not evaluated & set(others)
 
 
@@ -286,6 +286,7 @@ class TestRunning:
             return real(job, *arguments)
 
         monkeypatch.setattr(study, "run_job", counted)
+        monkeypatch.setattr(recall_study, "PROBE_EVERY", 20)  # all steps
         output = tmp_path / "out"
         assert run(study_file, output, "recall", "gradients") == 130
         assert len(list(output.glob("*.json"))) == 3
@@ -340,12 +341,12 @@ class TestRunning:
             ("cosine: {router: cosine}", "cosine: {ruter: cosine}", "`arms.cosine` has no key `ruter`"),
             ("hidden_size", "hiden_size", "`recall.model` has no key `hiden_size`: did you mean `hidden_size`?"),
             (
-                "training: {steps: 50, rows: 2, learning_rate: 0.003, warmup: 10}",
+                "training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10}",
                 "training:",
                 "must be a mapping, got None",
             ),
-            ("steps: 50", "stepps: 50", "`recall.training` has no key `stepps`: did you mean `steps`?"),
-            ("steps: 50", "steps: 0", "`steps` must be at least 1"),
+            ("steps: 20", "stepps: 50", "`recall.training` has no key `stepps`: did you mean `steps`?"),
+            ("steps: 20", "steps: 0", "`steps` must be at least 1"),
             ("seeds: 2", "seeds: 0", "`recall.seeds` must be a whole number of at least 1"),
             ("usages: [0.1, 0.5]", "usages: []", "`recall.usages` must be a list that is not empty"),
             ("filler: pattern", "fillers: pattern", "`recall.tasks.pattern` has no key `fillers`"),
@@ -376,7 +377,8 @@ def test_the_studies_of_the_package_are_sound(name):
     jobs = list(study.jobs_of(plan))
     assert len({job.name for job in jobs}) == len(jobs)
     assert plan["recall"]["seeds"] >= 5
-    for job in jobs:
+    # Seeds of an arm have the same settings.
+    for job in {(job.part, job.task, job.arm): job for job in jobs}.values():
         vocab_size = 5000 if job.part == "language" else RecallTask(**job.settings["task"]).vocab_size
         with torch.device("meta"):
             equal_to = HAMForCausalLM(HAMConfig(**job.settings["equal_to"] | {"vocab_size": vocab_size}))
