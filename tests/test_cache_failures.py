@@ -74,7 +74,12 @@ class Failure:
 
 
 def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    """Ctrl-C, also in a process that ignores it, as shells have those do that they start in the background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def out_of_memory():

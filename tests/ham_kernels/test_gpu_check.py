@@ -177,17 +177,17 @@ def test_the_comparison_of_models_finds_a_wrong_kernel(benchmarks, monkeypatch):
     assert all(r["meets"] for r in parity.run("cpu", length=48, new_tokens=3))
 
     # What the second model of each comparison runs on attends with a wrong scale.
-    from ham_hf import cache_ham
+    from ham_hf import attention_ham
 
-    right = cache_ham.sparse_prefix_attention
+    right = attention_ham.sparse_prefix_attention
     models = []
 
     def turns(model, *arguments, original=parity.turns):
         if model not in models:
             models.append(model)
         wrong = models.index(model) == 1
-        kernel = (lambda *x: right(*x, scale=0.1)) if wrong else right
-        monkeypatch.setattr(cache_ham, "sparse_prefix_attention", kernel)
+        kernel = (lambda *x, **options: right(*x, **options | {"scale": 0.1})) if wrong else right
+        monkeypatch.setattr(attention_ham, "sparse_prefix_attention", kernel)
         return original(model, *arguments)
 
     monkeypatch.setattr(parity, "turns", turns)
