@@ -1,6 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Holds the fused update of a decoding step to the same step composed of the model's own PyTorch operations."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,8 +168,8 @@ def make_many(device, **options):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_composed_step(dtype, score, device, assert_error_within):
-    # Enough streams for the largest errors of both to be alike, not a matter of luck.
-    arguments = make(device, batch=32, groups=2, dtype=dtype, score=score)
+    # The fewest streams whose scores are enough numbers.
+    arguments = make(device, batch=16, groups=2, dtype=dtype, score=score)
     arguments["scale_values"] = score in ("given", "learned_error")
     check([arguments], assert_error_within)
 
@@ -448,12 +450,13 @@ def decoded(model, ids, prompt, **options):
 )
 def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls, choose_kernels):
     model = HAMForCausalLM(tiny_config(**overrides)).eval().to(device)
-    ids = torch.randint(1, 97, (2, 27), device=device)
-    logits, cache = decoded(model, ids, 23, **options)
-    assert calls.count("decode_update") == calls.count("ragged_decode_attention") == 2 * 4
-    assert calls.count("decode_mix_append") == (0 if "kv_budget" in options else 2 * 4)
+    # Some streams fill a page with the first token, and read it with the second.
+    ids = torch.randint(1, 97, (2, 26), device=device)
+    logits, cache = decoded(model, ids, 24, **options)
+    assert calls.count("decode_update") == calls.count("ragged_decode_attention") == 2 * 2
+    assert calls.count("decode_mix_append") == (0 if "kv_budget" in options else 2 * 2)
     choose_kernels(lambda op, *tensors: None)
-    expected, expected_cache = decoded(model, ids, 23, **options)
+    expected, expected_cache = decoded(model, ids, 24, **options)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     for layer in range(2):
         found, wanted = cache.kept_positions(layer), expected_cache.kept_positions(layer)
@@ -481,9 +484,9 @@ def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
     """Value heads that share a key, and a norm over all heads: then only the other layer takes the kernels."""
     config = tiny_config(layer_types=["hybrid", "linear_attention"], **overrides)
     model = HAMForCausalLM(config).eval().to(device)
-    ids = torch.randint(1, 97, (2, 16), device=device)
+    ids = torch.randint(1, 97, (2, 14), device=device)
     logits, cache = decoded(model, ids, 12)
-    assert calls.count("decode_update") == calls.count("decode_mix_append") == updates * 4
+    assert calls.count("decode_update") == calls.count("decode_mix_append") == updates * 2
     choose_kernels(lambda op, *tensors: None)
     expected, expected_cache = decoded(model, ids, 12)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
@@ -539,8 +542,8 @@ def test_a_step_back_equals_never_having_gone(device, tiny_config, calls):
     """Drafts are taken back exactly, although steps before them updated the states in place."""
     model = HAMForCausalLM(tiny_config()).eval().to(device)
     ids = torch.randint(1, 97, (1, 20), device=device)
-    _, cache = decoded(model, ids[:, :14], 9)
-    _, expected = decoded(model, ids[:, :14], 9)
+    _, cache = decoded(model, ids[:, :14], 11)
+    expected = copy.deepcopy(cache)
     cache.activate_past_recording()
     with torch.inference_mode():
         for t in range(14, 17):
