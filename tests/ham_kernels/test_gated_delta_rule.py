@@ -131,12 +131,12 @@ def compare_step(inputs, assert_error_within):
     ("batch", "length", "chunk_size", "kv_heads", "group", "key_dim", "value_dim"),
     [
         (16, 1, 64, 2, 1, 32, 32),
-        (3, 63, 64, 3, 1, 32, 32),
-        (8, 64, 64, 1, 4, 32, 32),
-        (4, 65, 64, 2, 1, 48, 80),
-        (1, 130, 64, 8, 1, 32, 16),
-        (4, 50, 16, 1, 4, 24, 40),
-        (4, 33, 32, 2, 2, 80, 48),
+        (2, 63, 64, 3, 1, 32, 32),
+        (4, 64, 64, 1, 4, 32, 32),
+        (2, 65, 64, 2, 1, 48, 80),
+        (1, 130, 64, 4, 1, 32, 16),
+        (4, 33, 16, 1, 4, 24, 40),
+        (2, 33, 32, 2, 2, 80, 48),
     ],
 )
 def test_agrees_with_the_token_loop(
@@ -259,7 +259,7 @@ def error_of_scores(inputs, score, **options):
     return max((x.double() - exact).abs().max().item() for x in (scores, of_prediction))
 
 
-@pytest.mark.parametrize("length", [1, 45])
+@pytest.mark.parametrize("length", [1, 20])
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("value_dim", [32, 80])
 def test_scores_in_place_of_predictions(value_dim, score, length, device):
@@ -286,7 +286,7 @@ def test_what_is_not_a_number_scores_1(score, length, device):
 
 
 def test_scores_change_nothing_else(device):
-    inputs = random_inputs(2, 40, 1, 2, 32, 32, device=device)
+    inputs = random_inputs(2, 20, 1, 2, 32, 32, device=device)
     plain = call(gated_delta_rule_with_prediction, chunk_size=16)(*inputs)
     scored = call(gated_delta_rule_with_prediction, chunk_size=16)(*inputs, score="cosine")
     assert not scored[1].requires_grad
@@ -323,8 +323,8 @@ def without_and_with_prediction(inputs, **options):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
-    inputs = random_inputs(2, 40, 1, 2, 32, 48, device=device)
-    seq_idx = (torch.arange(40, device=device) >= 21).long().expand(2, -1) if packed else None
+    inputs = random_inputs(2, 24, 1, 2, 32, 48, device=device)
+    seq_idx = (torch.arange(24, device=device) >= 21).long().expand(2, -1) if packed else None
     without, with_it = without_and_with_prediction(inputs, chunk_size=16, seq_idx=seq_idx)
     assert len(without) == 8
     assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
@@ -332,13 +332,13 @@ def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
 
 def test_a_prediction_that_is_left_out_is_not_computed(products):
     """Of each chunk and half of the keys: keys times state and keys; of the whole, that times updates."""
-    inputs = [x.detach() for x in random_inputs(2, 40, 3, 1, 32, 32)]
+    inputs = [x.detach() for x in random_inputs(1, 40, 3, 1, 32, 32)]
     numbers = []
     for predict in (False, True):
         products.clear()
         call(gated_delta_rule_with_prediction, predict=predict, chunk_size=16)(*inputs)
         numbers.append(len(products))
-    chunks, heads, halves = 2 * 3, 3, 2
+    chunks, heads, halves = 3, 3, 2
     assert numbers[1] - numbers[0] == (2 * halves + 1) * chunks * heads
 
 
