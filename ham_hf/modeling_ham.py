@@ -239,11 +239,7 @@ class HAMModel(HAMPreTrainedModel):
             plan = self._tp_plan or {}
             self._tp_plan = {name: style for name, style in plan.items() if not name.endswith("z_proj")}
         if self.dtype in (torch.float16, torch.bfloat16):
-            # An FSDP group has one dtype, and a mixer's own parameters stay float32: its modules get their own groups.
-            children = (child for layer in self.layers for child in layer.mixer.named_children())
-            names = {name for name, module in children if any(True for _ in module.parameters())}
-            plan = {f"layers.*.mixer.{name}": "free_full_weight" for name in sorted(names)}
-            self._fsdp_plan = {**(self._fsdp_plan or {}), **plan}
+            self._fsdp_plan = self._fsdp_plan_by_dtype()
 
     @capture_outputs
     def forward(
@@ -352,6 +348,19 @@ class HAMModel(HAMPreTrainedModel):
             threshold_control=tuple(controls) or None,
             **{CACHE_NAME: cache},  # type: ignore[arg-type]
         )
+
+    def _fsdp_plan_by_dtype(self) -> dict[str, str]:
+        """Groups of FSDP2 that each have one dtype, as FSDP2 asks: a mixer's own parameters stay float32.
+
+        No group lies within another: Transformers before 5.23 shards the outer one first, and with it the inner.
+        """
+        plan = {name: style for name, style in (self._fsdp_plan or {}).items() if name != "layers.*"}
+        for layer in self.layers:
+            for prefix, owner in (("layers.*", layer), ("layers.*.mixer", layer.mixer)):
+                for name, module in owner.named_children():
+                    if module is not layer.mixer and any(True for _ in module.parameters()):
+                        plan[f"{prefix}.{name}"] = "free_full_weight"
+        return plan
 
     def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor], seen: torch.Tensor) -> torch.Tensor:
         """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits.

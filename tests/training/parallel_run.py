@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.distributed import DistributedConfig
-from two_processes import difference, make_model, optimizer_of, save_once, weights, whole
+from two_processes import VOCABULARY, difference, make_model, optimizer_of, save_once, weights, whole
 
 from ham_hf import HAMForCausalLM
 
@@ -143,14 +143,14 @@ def replicated(folder: Path) -> dict[str, Any]:
 
 
 def tensor_parallel(folder: Path) -> dict[str, Any]:
-    """The logits of a prompt, and of every token that is generated; 97 tokens are no multiple of two."""
+    """The logits of a prompt, and of every token that is generated, in float64 too; an odd vocabulary where it may be."""
     found: dict[str, Any] = {}
     prompt = batch(7)[:2]
     options = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     native = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
     for name, settings in CASES.items():
-        path = save_once(make_model(**settings), folder / f"source of {name}")
+        path = save_once(make_model(**VOCABULARY | settings), folder / f"source of {name}")
         alone = load(path).eval()
         model = load(path, distributed_config=DistributedConfig(tp_size=dist.get_world_size())).eval()
         texts = [each.generate(prompt, **options) for each in (alone, model)]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from ham_hf.configuration_ham import ROUTERS
 
@@ -15,6 +17,9 @@ ROWS_DIVIDED = 1e-5
 MATRICES_DIVIDED = 2e-4
 # bfloat16 has 8 bits: gradients summed over two halves of a batch differ by a rounding or two.
 BFLOAT16 = 2**-6
+# Ranks hold unequal shares only since Transformers 5.21.
+UNEVEN = pytest.mark.skipif(Version(transformers.__version__) < Version("5.21"), reason="needs Transformers 5.21")
+TENSOR_PARALLEL = ["cosine", "learned, tied", pytest.param("odd", marks=UNEVEN), "no output gate"]
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +91,28 @@ class TestFullySharded:
 
 
 class TestTensorParallel:
-    @pytest.mark.parametrize("case", ["cosine", "learned, tied", "odd", "no output gate"])
+    @pytest.mark.parametrize("case", TENSOR_PARALLEL)
     def test_one_batch_gives_the_loss_and_gradients_of_one_process(self, found, case):
         result = found["tensor_parallel"][case]
         assert result["loss"] < 1e-5
         assert result["gradients"] < MATRICES_DIVIDED
         assert result["thresholds"] < ROWS_DIVIDED
 
-    @pytest.mark.parametrize("case", ["cosine", "learned, tied", "odd", "no output gate"])
+    @pytest.mark.parametrize("case", TENSOR_PARALLEL)
     def test_what_every_rank_holds_whole_stays_equal(self, found, case):
         """A router, gates, norms and thresholds have no rule in the plan: ranks must not drift apart."""
         assert found["tensor_parallel"][case]["equal on all ranks"]
         assert found["tensor_parallel"][case]["steps"] < MATRICES_DIVIDED
 
-    @pytest.mark.parametrize("case", ["cosine", "learned, tied", "odd", "no output gate"])
+    @pytest.mark.parametrize("case", TENSOR_PARALLEL)
     def test_generates_and_saves_as_one_process_does(self, found, case):
         result = found["tensor_parallel"][case]
         assert result["text"]
         assert result["saved"]
 
-    @pytest.mark.parametrize("case", ["cosine", "learned, tied", "odd", "no output gate"])
+    @pytest.mark.parametrize("case", TENSOR_PARALLEL)
     def test_two_ranks_hold_little_more_than_half_each(self, found, case):
+        """Of what is shared: older releases of Transformers leave an embedding that is not tied whole."""
         result = found["tensor_parallel"][case]
         assert {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} <= set(result["sharded"])
         assert ("z_proj" in result["sharded"]) == (case != "no output gate")
@@ -120,5 +126,7 @@ class TestMessages:
     @pytest.mark.parametrize("way", ["DDP", "DDP tied", "FSDP2", "FSDP2 tied", "TP", "TP tied"])
     def test_what_is_sent_is_what_the_page_on_cost_says(self, found, way):
         """Within 1%: what two ranks cannot share evenly is padded."""
+        if way == "TP" and "embed_tokens" not in found["tensor_parallel"]["cosine"]["sharded"]:
+            pytest.skip("this release of Transformers leaves the embedding whole on every rank")
         for sent, expected in found["messages"][way].values():
             assert sent == pytest.approx(expected, rel=0.01)
