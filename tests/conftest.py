@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,42 @@ def code_files() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[..., Any]:
+def run_program(tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """A function that runs a program in a process of its own, which is forked by `warm_process.py`.
+
+    It runs in `folder` with the `environment`, and nobody who answers questions.
+    """
+    home = tmp_path_factory.mktemp("warm_process")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    with (
+        (home / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-P", Path(__file__).with_name("warm_process.py")],
+            cwd=home,
+            env=clean,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+
+        def run(
+            program: str, *arguments: str | Path, folder: Path, environment: dict[str, str], timeout: int = 300
+        ) -> subprocess.CompletedProcess[str]:
+            out, err = (Path(tempfile.mkstemp(dir=home)[1]) for _ in range(2))
+            job = {"program": program, "arguments": [*map(str, arguments)], "timeout": timeout}
+            job |= {"folder": str(folder), "environment": environment, "stdout": str(out), "stderr": str(err)}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            code = process.stdout.readline()
+            assert code, (home / "log").read_text()
+            return subprocess.CompletedProcess(program, int(code), out.read_text(), err.read_text())
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_python(run_program) -> Callable[..., Any]:
     """A function that runs a program in a process of its own and returns what it printed last, a line of JSON.
 
     It runs in `folder` with a Hugging Face home of its own, nobody who answers questions, and no `ham_hf` unless
@@ -93,15 +129,8 @@ def run_python() -> Callable[..., Any]:
         own = {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if package:
             own["PYTHONPATH"] = str(Path(ham_hf.__file__).parents[1])
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", ("" if package else HIDE_THE_PACKAGE) + program, *map(str, arguments)],
-            cwd=folder,
-            env=inherited | own | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        program = ("" if package else HIDE_THE_PACKAGE) + program
+        result = run_program(program, *arguments, folder=folder, environment=inherited | own | environment)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])
 

@@ -106,6 +106,12 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    """What the package gives."""
+    return observe(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))[0]
+
+
 def oldest_supported(package):
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     return next(re.search(r">=([\d.]+)", line)[1] for line in requirements if line.startswith(package))
@@ -124,9 +130,10 @@ def release(request):
     return {package: oldest_supported(package) for package in packages}, {"PYTHONPATH": OLDEST}
 
 
-def test_it_runs_without_the_package_and_is_saved_again(checkpoint, release, run_python, tmp_path, code_files):
+def test_it_runs_without_the_package_and_is_saved_again(
+    checkpoint, expected, release, run_python, tmp_path, code_files
+):
     """The second process loads what the first one saved; both see what the package gives, to the bit."""
-    expected, _ = observe(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))
     assert len(set(expected["texts"])) > 3, "the settings should not all give one text"
     versions, environment = release
     for source, copy in ((checkpoint, tmp_path / "copy"), (tmp_path / "copy", tmp_path / "copy of the copy")):
