@@ -3,8 +3,7 @@
 
 import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
@@ -23,7 +22,20 @@ SHAPE = {
 }
 
 
-def test_every_command_of_the_journey(tmp_path):
+# Runs a command as a shell would.
+PROGRAM = """
+import runpy, sys
+
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "ham-hf":
+    from ham_hf.cli import main
+    sys.exit(main())
+assert sys.argv.pop(0) == "python"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_every_command_of_the_journey(run_program, tmp_path):
     text = (ROOT / "README.md").read_text().split("<!-- journey:begin -->")[1].split("<!-- journey:end -->")[0]
     commands = re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).splitlines()
     program = re.search(r"```py\n(.*?)```", text, re.DOTALL).group(1)
@@ -43,11 +55,8 @@ def test_every_command_of_the_journey(tmp_path):
         }
 
         def run(command: str) -> str:
-            command = command.replace("OWNER", hub.user).replace("ham-hf ", f"{sys.executable} -m ham_hf.cli ", 1)
-            command = re.sub(r"^python ", f"{sys.executable} ", command)
-            done = subprocess.run(
-                command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-            )
+            words = shlex.split(command.replace("OWNER", hub.user))
+            done = run_program(PROGRAM, *words, folder=tmp_path, environment=environment, timeout=120)
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout
 
