@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Ten thousand damaged configurations, weights and saved caches: each is refused with a clean error, or works."""
+"""Thousands of damaged configurations, weights and saved caches: each is refused with a clean error, or works."""
 
 import contextlib
 import copy
@@ -21,7 +21,9 @@ from transformers import AutoConfig
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
 from ham_hf.cache_file_ham import checksum
 
-CONFIGURATIONS, CHECKPOINTS, CACHES = 7400, 600, 2000
+# Of each seed; the slow tests have the second one.
+CONFIGURATIONS, CHECKPOINTS, CACHES = 3700, 300, 1000
+both_seeds = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 # OSError is what Transformers makes of broken JSON. RuntimeError is clean only if it tells of shapes that differ.
 CLEAN = (ValueError, TypeError, OSError, StrictDataclassError, SafetensorError)
 SLOWEST = 10  # seconds for one case, of which the slowest took 0.7 on two busy cores
@@ -233,8 +235,9 @@ def use_configuration(config, folder, build):
         run(HAMForCausalLM(config))
 
 
-def test_configurations(tmp_path):
-    rng = random.Random(0)
+@both_seeds
+def test_configurations(tmp_path, seed):
+    rng = random.Random(seed)
     documents = [json.loads(HAMConfig(**(SHAPE | variant)).to_json_string()) for variant in VARIANTS]
     documents.append({**SHAPE, **OTHER_KEYS, "model_type": "ham"})
     keys = {
@@ -268,9 +271,10 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_checkpoints(checkpoint):
+@both_seeds
+def test_checkpoints(checkpoint, seed):
     """Three of four have damaged weights, the others a changed configuration beside good weights."""
-    rng = random.Random(1)
+    rng = random.Random(2 + seed)
     weights, configuration = checkpoint / "model.safetensors", checkpoint / "config.json"
     whole, document = weights.read_bytes(), json.loads(configuration.read_text())
     names = sorted((document.keys() | OTHER_KEYS.keys()) - {"dtype"})
@@ -303,8 +307,9 @@ def signed(data):
 
 
 @pytest.mark.parametrize("layer_types", [["hybrid", "linear_attention"], ["full_attention", "hybrid"]], ids=str)
-def test_saved_caches(tmp_path, layer_types):
-    rng = random.Random(2)
+@both_seeds
+def test_saved_caches(tmp_path, layer_types, seed):
+    rng = random.Random(4 + seed)
     torch.manual_seed(0)
     model = HAMForCausalLM(HAMConfig(**SHAPE, layer_types=layer_types)).eval()
     cache = HAMCache(model.config)
