@@ -219,10 +219,13 @@ assert type(AutoModelForCausalLM.from_config(config)) is ham_hf.HAMForCausalLM
 """
 
 
-@pytest.mark.parametrize("program", [AT_ONCE, LATER], ids=["for users", "for the command"])
-def test_importing_the_package_registers_it(program):
-    """For users at once; in a process of the command with the first class that is asked for."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+def test_importing_the_package_registers_it_for_users_at_once(run_program, tmp_path):
+    done = run_program(AT_ONCE, folder=tmp_path, environment=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_registers_it_with_the_first_class_that_is_asked_for():
+    done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 
 
