@@ -34,6 +34,7 @@ def evaluate(run_program, program, checkpoint, threshold, output, extra=""):
     arguments = f"pretrained={checkpoint},dtype=float32,threshold={threshold}{extra}"
     options = f"--tasks recall --include_path {TASKS} --device cpu --batch_size 3 --log_samples".split()
     environment = os.environ | {"HF_DATASETS_CACHE": str(output / "datasets"), "HF_HOME": str(output / "home")}
+    environment["PYTHONPATH"] = str(ROOT)
     options += ["--model", "hf", "--model_args", arguments, "--output_path", output]
     result = run_program(program, *options, folder=ROOT, environment=environment)
     assert result.returncode == 0, result.stderr[-3000:]
