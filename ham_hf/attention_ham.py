@@ -261,7 +261,7 @@ def _group_alike(counts: list[int]) -> list[list[int]]:
 
 
 def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor | None:
-    """What the kernels know of each slab `(keys, values, owner, rank, scores, positions)`; PyTorch: `None`.
+    """Table by which the kernels find each slab `(keys, values, owner, rank, scores, positions)`; PyTorch: `None`.
 
     `rank` `[P]` int32 numbers the pages of each stream, from 0. The table holds as long as the tensors stay in place.
     """
@@ -477,7 +477,7 @@ def attend_new(
 def eviction_times(
     keep: torch.Tensor, scores: torch.Tensor, budget: int, cached: KeptColumns | None = None
 ) -> torch.Tensor | None:
-    """From which query on each column is gone when a head holds at most `budget` tokens and the lowest score leaves.
+    """For each column, the first query that no longer sees it because the budget evicted it: the lowest score leaves.
 
     Args:
         keep: `[B, T, Hk]` bool, the new tokens that are admitted.

@@ -113,7 +113,7 @@ class HAMCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the cache has seen any tokens."""
+        """True once the cache has seen a token."""
         return self.layers[0].is_initialized
 
     @property

@@ -17,7 +17,7 @@ from .paged_store_ham import KeptTokens, PagedStore, map_tensors, ranks, writabl
 
 @dataclass
 class LayerStep:
-    """What one forward gives a layer's memories; absent parts are `None`.
+    """The new tokens of one forward, for a layer's memories; absent parts are `None`.
 
     Attributes:
         positions: `[B, T]` index among the real tokens of the row.
@@ -286,7 +286,7 @@ class HAMCacheLayer(CacheLayerMixin):
         self.store = self.store.rebuilt(tokens.select(survives))
 
     def open_pages(self) -> tuple[torch.Tensor, ...] | None:
-        """Where the kernel of a decoding step appends, `None` in a linear layer; `HAMCache.reserve` made room."""
+        """The tensors that the kernel of a decoding step appends to, `None` in a linear layer; `reserve` made room."""
         return None if self.store is None else self.store.open_pages()
 
     def addressed(self) -> list[torch.Tensor | None]:

@@ -27,7 +27,14 @@ def has_decoding_kernels(mixer: "HAMMixer") -> bool:
 def decoding_kernels(
     mixer: "HAMMixer", hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer, appends: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any] | None] | None:
-    """The kernels of a single token, where there are any: before attention and, if it `appends`, after it."""
+    """The kernels of a single token, before attention and, if it `appends`, behind it; `None` if PyTorch computes it.
+
+    Args:
+        hidden_states: `[B, T, D]`.
+        tokens: the layout of the new tokens.
+        cache: the layer's.
+        appends: False where the host appends: a full head drops tokens, an offloaded layer moves its pages.
+    """
     one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
     # They update the states in place, which a cache that is to be rolled back needs as they were.
     if not one_token or not has_decoding_kernels(mixer) or mixer.training or cache.record_past:
@@ -79,7 +86,7 @@ def decode_step(
     scores, o_kv = None, None
     if mixer.has_attention:
         q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
-        o_kv = mixer._attend(q, k, v, keep, scores, tokens, cache, kv_budget)
+        o_kv = mixer.attend(q, k, v, keep, scores, tokens, cache, kv_budget)
     if append is not None:
         mixed = _mix_and_append(mixer, append, x, out, o_kv, real, tokens, cache)
         return mixed.unsqueeze(1), None, scores, None
@@ -88,7 +95,7 @@ def decode_step(
         step.keys, step.values, step.scores, step.keep = k, v, scores, keep
     step.conv_state, step.recurrent_state = cache.conv_state, cache.recurrent_state
     cache.update(step, kv_budget)
-    return mixer._mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
+    return mixer.mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
 
 
 def _attention_arguments(
@@ -111,7 +118,7 @@ def _attention_arguments(
         else:
             arguments["score"] = "given"
     return arguments | {
-        "threshold": mixer._threshold(threshold, hidden_states.device),
+        "threshold": mixer.threshold_in_force(threshold, hidden_states.device),
         "norm_weights": (mixer.q_norm.scale, mixer.k_norm.scale) if config.qk_norm else None,
         "rope": position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
         "attention_conv": config.attention_conv,

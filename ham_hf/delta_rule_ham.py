@@ -202,7 +202,7 @@ def _join_chunks(x: torch.Tensor) -> torch.Tensor:
 
 
 def _unseen(chunk: int, documents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Which tokens of a chunk a token must not see, later and other documents': `[C, C]` or `[N, B, 1, C, C]`."""
+    """True where a token of a chunk must not see another: `[C, C]` or, with documents, `[N, B, 1, C, C]`."""
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
     return later if documents is None else later | (documents.unsqueeze(-1) != documents.unsqueeze(-2))
 

@@ -92,7 +92,7 @@ class HAMRMSNorm(nn.RMSNorm):
 
     @property
     def scale(self) -> torch.Tensor:
-        """What the normalised input is multiplied with, `[D]`; the sum is widened, as bfloat16 would round it."""
+        """The factors of the normalised input, `[D]`; their sum with 1 is widened, as bfloat16 would round it."""
         return 1 + widened(self.weight) if self.zero_centered else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ class HAMRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def partial_rotary_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
-    """Where each dimension of a head of `HAMRotaryEmbedding` stands in the usual layout, `[head_dim]` int64.
+    """The place in the usual layout of each dimension of a head of `HAMRotaryEmbedding`, `[head_dim]` int64.
 
     Usual is that the first `rotary_dim` dimensions rotate, in pairs `(i, i + rotary_dim / 2)`. Queries and keys in the
     order given here have the same products, so this converts a checkpoint: `weight.unflatten(0, (-1, head_dim))[:,
@@ -295,7 +295,7 @@ class HAMMixer(nn.Module):
             else:
                 if outputs_to_keep is not None and (layer_cache is None or layer_cache.store is None):
                     q = q[:, -outputs_to_keep:]
-                o_kv = self._attend(q, k, v, keep, routed, tokens, layer_cache, kv_budget)
+                o_kv = self.attend(q, k, v, keep, routed, tokens, layer_cache, kv_budget)
         if layer_cache is not None:
             layer_cache.update(step, kv_budget)
             if offloaded:
@@ -306,7 +306,7 @@ class HAMMixer(nn.Module):
         if outputs_to_keep is not None:
             hidden_states = hidden_states[:, -outputs_to_keep:]
             o_rnn, o_kv = (None if x is None else x[:, -outputs_to_keep:] for x in (o_rnn, o_kv))
-        return self._mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
+        return self.mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
@@ -373,26 +373,27 @@ class HAMMixer(nn.Module):
     def _route(
         self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores `[B, T, Hk]` float32 that rank tokens, and which are kept; without a router all are, at 1."""
+        """Float32 scores `[B, T, Hk]` that rank tokens, and which are kept; without a router all are, at 1."""
         if scores is None:
             scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         else:
             scores = scores.detach().float()
-            keep = scores >= self._threshold(threshold, scores.device)[:, None]
+            keep = scores >= self.threshold_in_force(threshold, scores.device)[:, None]
         if tokens.real is not None:
             keep = keep & tokens.real[..., None]
         return scores, keep
 
-    def _threshold(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def threshold_in_force(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """`threshold` `[B or 1, Hk or 1]` on `device`; the learned one, `[1, Hk]` float32, if it is `None`."""
         return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
 
     def _control(self, keep: torch.Tensor) -> torch.Tensor:
-        """What the control loop needs; formed here: a sharded parameter is whole only inside its module's forward."""
+        """Input of the control loop, formed here: a sharded parameter is whole only inside its module's forward."""
         threshold = self.threshold.float()
         return torch.cat([torch.stack([threshold - threshold.detach(), threshold.detach()]), keep.sum(1).float()])
 
-    def _attend(
+    def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -403,13 +404,23 @@ class HAMMixer(nn.Module):
         cache: HAMCacheLayer | None,
         kv_budget: int | None,
     ) -> torch.Tensor:
+        """Attention of the last `n` new tokens over what is kept before them, `[B, n, H, V]`.
+
+        Args:
+            q: `[B, n, H, K]`, as attention reads it; all new tokens' where the cache holds any.
+            k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
+            keep, scores: `[B, T, Hk]` bool and float32.
+            tokens: the layout of the new tokens.
+            cache: the layer's, or `None`.
+            kv_budget: tokens a head may hold, or `None`.
+        """
         if cache is None:
             return attend_new(q, k, v, keep, scores, kv_budget, seq_idx=tokens.seq_idx)
         if kv_budget is not None:
             cache.enforce_budget(kv_budget)
         return cache.attend(q, k, v, keep, scores, kv_budget)
 
-    def _mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
+    def mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
         """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""
         if self.layer_type == "hybrid":
             mixed = self.rnn_gate_proj(hidden_states).sigmoid()[..., None] * self.rnn_norm(o_rnn)

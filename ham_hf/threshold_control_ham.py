@@ -25,7 +25,7 @@ def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -
 
 
 def logit_unit(thresholds: torch.Tensor) -> torch.Tensor:
-    """How far a step may go at a threshold: as far as the sigmoid's slope, 1 at 0.5, and 0.1 near 0 and 1 and beyond.
+    """Length of a step at a threshold: the sigmoid's slope, 1 at 0.5, and 0.1 near 0 and 1 and beyond.
 
     Learned scores saturate: where most lie close to 1, a step that does well at 0.5 passes nearly all of them. Steps
     of one length in logits pass about as many everywhere.

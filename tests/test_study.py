@@ -129,7 +129,7 @@ class TestGradients:
             class Layout:
                 seq_idx = None
 
-            out = mixer._attend(q, k, scaled, keep, scores.detach(), Layout(), None, None)
+            out = mixer.attend(q, k, scaled, keep, scores.detach(), Layout(), None, None)
             return out, q, k, v, scores, keep
 
         return make

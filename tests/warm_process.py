@@ -20,8 +20,8 @@ SLOW = [
     "torch.distributed.fsdp",
     "scipy.optimize",
     "sklearn.metrics",
+    "torchao.quantization",
 ]
-SLOW += ["torchao.quantization"]
 NOT_YET = {"accelerate", "ham_hf", "ham_kernels", "huggingface_hub", "transformers"}
 
 

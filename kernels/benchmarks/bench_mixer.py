@@ -82,7 +82,7 @@ def one_after_the_other(mixer: HAMMixer, hidden: torch.Tensor, rnn: Rnn) -> torc
     q, k = mixer._attention_view(q, k, None)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         o_kv = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-    return mixer._mix(hidden, o_rnn, o_kv.transpose(1, 2))
+    return mixer.mix(hidden, o_rnn, o_kv.transpose(1, 2))
 
 
 def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def rms_norm(x, weight, eps):
 
 
 def composed(o_rnn, o_kv, gates, output_gate, norm_weights, eps=1e-6, gate_activation="silu"):
-    """What `HAMMixer._mix` computes before the projection."""
+    """Output of `HAMMixer.mix` before the projection."""
     mixed = rms_norm(o_rnn, norm_weights[0], eps)
     if o_kv is not None:
         mixed = gates[0].sigmoid()[..., None] * mixed

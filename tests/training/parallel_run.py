@@ -143,7 +143,7 @@ def replicated(folder: Path) -> dict[str, Any]:
 
 
 def tensor_parallel(folder: Path) -> dict[str, Any]:
-    """The logits of a prompt, and of every token that is generated, in float64 too; an odd vocabulary where it may be."""
+    """The logits of a prompt and of what is generated, with an odd vocabulary where Transformers shares one."""
     found: dict[str, Any] = {}
     prompt = batch(7)[:2]
     options = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "eos_token_id": None}

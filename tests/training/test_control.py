@@ -244,7 +244,7 @@ def train(model, schedule, steps, kind="adamw"):
     ],
 )
 def test_usage_meets_its_target_and_stays_there(kind, router, scope, target, tiny_config):
-    # Where the target is that of every head, one layer shows it as well as two.
+    # The targets of these are those of every head, which one layer shows as well as two.
     layers = 1 if kind == "sgd" else 2
     model = HAMForCausalLM(tiny_config(num_hidden_layers=layers, router=router, threshold_scope=scope))
     usage, _ = train(model, UsageSchedule(((0, target),)), 120, kind)

@@ -19,8 +19,9 @@ class LogBiasMixer(HAMMixer):
         scores = scores[..., None].to(v.dtype)
         return torch.cat([v * scores, scores], dim=-1)
 
-    def _attend(self, *arguments: Any) -> torch.Tensor:
-        out = super()._attend(*arguments)
+    def attend(self, *arguments: Any) -> torch.Tensor:
+        """Attention over scaled values, divided by attention over scores."""
+        out = super().attend(*arguments)
         return out[..., :-1] / out[..., -1:].clamp(min=1e-6)
 
 
