@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -17,6 +18,8 @@ from transformers.utils import logging
 
 # The minor releases of Transformers that the tests run on.
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 24)
+# The first minor release in which FSDP2 has groups by dtype also for a tied model in half precision.
+TIES_BY_DTYPE = (5, 23)
 HOW_TO_CONVERT = (
     "unpickling others could run code. Convert them once with `safetensors.torch.save_file(torch.load(path, "
     "weights_only=True), 'model.safetensors', metadata={'format': 'pt'})`"
@@ -83,10 +86,34 @@ def share_weights(folder: str | os.PathLike) -> None:
                 path.chmod(permissions)
 
 
+def transformers_release() -> tuple[int, int] | None:
+    """The minor release of Transformers, `None` if its version does not say."""
+    release = re.match(r"(\d+)\.(\d+)", transformers.__version__)
+    return None if release is None else (int(release[1]), int(release[2]))
+
+
+def check_sharding(model: PreTrainedModel) -> None:
+    """Refuses, with `ValueError`, a tied model in half precision that FSDP2 shards under Transformers before 5.23.
+
+    These releases leave its head to the group of the mixers' float32 parameters, and FSDP2 takes no group of two
+    dtypes, which it would say at the first forward only.
+    """
+    sharded = any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    release = transformers_release()
+    if not (sharded and half and model.config.tie_word_embeddings) or release is None or release >= TIES_BY_DTYPE:
+        return
+    raise ValueError(
+        f"`dtype` must be torch.float32 where FSDP2 shards a model with a tied head under Transformers "
+        f"{transformers.__version__}, got {model.dtype}: install Transformers 5.23 or newer, or load in float32 and "
+        "train under autocast."
+    )
+
+
 def warn_of_untested_transformers() -> None:
     """Warns once in a process of a Transformers that was never tested: code travels with checkpoints, and meets it."""
-    release = re.match(r"(\d+)\.(\d+)", transformers.__version__)
-    if release is None or OLDEST_TRANSFORMERS <= (int(release[1]), int(release[2])) <= NEWEST_TRANSFORMERS:
+    release = transformers_release()
+    if release is None or OLDEST_TRANSFORMERS <= release <= NEWEST_TRANSFORMERS:
         return
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
     # A logger warns once of what it has said itself, and the code of every checkpoint has modules of its own.
@@ -111,15 +138,18 @@ class HAMLoadingMixin:
         """As in Transformers, but nothing is unpickled: weights are read from safetensors files only.
 
         Raises:
-            ValueError: also for `use_safetensors=False` and `weights_only=False`, and for files that are too small for
-                what the configuration asks for, before memory is taken for it.
+            ValueError: also for `use_safetensors=False` and `weights_only=False`, for files that are too small for
+                what the configuration asks for, before memory is taken for it, and see `check_sharding`.
         """
         if use_safetensors is False or not weights_only:
             name, value = ("use_safetensors", use_safetensors) if weights_only else ("weights_only", weights_only)
             raise ValueError(f"`{name}` must not be {value!r}: HAM reads safetensors files only, as {HOW_TO_CONVERT}.")
-        return super().from_pretrained(  # type: ignore[misc]
+        loaded = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs
         )
+        # With `output_loading_info=True` a pair.
+        check_sharding(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @staticmethod
     def _load_pretrained_model(

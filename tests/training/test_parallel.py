@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from transformers.distributed import DistributedConfig
 
+from ham_hf.loading_ham import transformers_release
+
 pytestmark = pytest.mark.slow
 
 CASES = ["learned thresholds", "fixed threshold, tied"]
@@ -53,6 +55,9 @@ class TestFullySharded:
 
     def test_bfloat16_takes_steps(self, found, case):
         result = found["in_bfloat16"][case]
+        if "tied" in case and transformers_release() < (5, 23):
+            assert "install Transformers 5.23 or newer, or load in float32" in result["refused"]
+            return
         assert result["finite"]
         assert max(result["losses"]) < 10
         assert result["still"] == (["threshold"] if "fixed" in case else [])
@@ -64,8 +69,8 @@ class TestTensorParallel:
     def test_prompts_and_generation_are_those_of_one_process(self, found, case):
         result = found["tensor_parallel"][case]
         for one_process, two_processes in (result["logits"], result["steps"]):
-            # Both are rounded as often, only in another order; sums of shards are shorter.
-            assert 0 < two_processes < 1.5 * one_process
+            # Beside what one process rounds, each sum over shards is rounded once more: at most twice as often.
+            assert 0 < two_processes < 2 * one_process
         assert result["text"]
         assert result["kept"]
 

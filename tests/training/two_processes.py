@@ -26,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from ham_hf import HAMConfig, HAMForCausalLM
@@ -396,7 +397,7 @@ def counted(step: Callable[[], Any], expected: cost.Traffic) -> dict[str, list[f
     return {kind: [number, getattr(expected, kind)] for kind, number in sent.bytes.items()}
 
 
-def save_once(model: HAMForCausalLM, path: Path) -> Path:
+def save_once(model: PreTrainedModel, path: Path) -> Path:
     if dist.get_rank() == 0:
         model.save_pretrained(path)
     dist.barrier()
