@@ -465,12 +465,12 @@ def state_bwd_kernel(
         start = begin + i_t * BT
         head = start * HK + i_h
         real = row < end - start
-        b_g, b_rest = _load_sums(gc, head + row * HK, real)
-        b_out, across = _to_end(gc, b_g, b_rest, head + (tl.minimum(end - start, BT) - 1) * HK, real)
         mask_v = real[:, None] & in_v[None, :]
         p_k = k + head * K + row[:, None] * (HK * K) + o_k[None, :]
         b_k = tl.load(p_k, mask=real[:, None] & in_k[None, :], other=0.0)
         b_du = tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION)
+        b_g, b_rest = _load_sums(gc, head + row * HK, real)
+        b_out, across = _to_end(gc, b_g, b_rest, head + (tl.minimum(end - start, BT) - 1) * HK, real)
         b_du *= b_out[:, None]
         offsets = row[:, None] * (HK * V) + o_v[None, :]
         b_du += tl.load(du + head * V + offsets, mask=mask_v, other=0.0)
@@ -549,6 +549,7 @@ def key_bwd_kernel(
             b_do = tl.load(do + query * V + row[:, None] * (HK * GROUP * V) + o_v[None, :], mask=mask_v, other=0.0)
             b_u = tl.load(u + row[:, None] * (HK * V) + o_v[None, :], mask=mask_v, other=0.0)
             b_dA = tl.dot(b_u, tl.trans(b_do), b_dA, input_precision=PRECISION)
+        b_g, b_rest = _load_sums(gc, head + row * HK, real)
         b_dA *= _decay(-b_g, -b_rest, row[:, None] <= row[None, :]) * scale
         b_q = tl.load(q + query * K + row[:, None] * (HK * GROUP * K) + o_k[None, :], mask=mask_k, other=0.0)
         b_dk = tl.dot(b_dA.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
@@ -627,9 +628,8 @@ def wy_bwd_kernel(
     v += head * V
     dv += head * V
     du += head * V
-    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     b_beta = tl.load(beta + head + row * HK, mask=real, other=0.0)
-    b_in = tl.exp2(b_g)
+    b_in = tl.exp2(tl.load(gc + 2 * (head + row * HK), mask=real, other=-1e30))
     p_MT = inverse + head * BT + row[:, None] + row[None, :] * (HK * BT)
     b_MT = tl.load(p_MT, mask=real[None, :], other=0.0)
 
@@ -658,6 +658,7 @@ def wy_bwd_kernel(
     lower = row[:, None] > row[None, :]
     b_dM = tl.where(lower, b_dM, 0.0).to(b_MT.dtype)
     b_dM = tl.dot(b_dM, b_MT, input_precision=PRECISION).to(b_MT.dtype)
+    b_g, b_rest = _load_sums(gc, head + row * HK, real)
     b_dA = -tl.dot(b_MT, b_dM, input_precision=PRECISION) * _decay(b_g, b_rest, lower)
     # The transpose of beta_i dA_ij, for `k_j`, comes back from memory (see the head of this file).
     dA += head * BT
