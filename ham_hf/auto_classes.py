@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Registers HAM with Transformers' Auto classes when it is imported, and holds the public classes."""
+"""The public classes; importing it registers them with Transformers' Auto classes, and the card with `push_to_hub`."""
 
 from transformers import (
     AutoConfig,
@@ -12,6 +12,7 @@ from transformers import (
 
 from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
+from .hub.push import push_to_hub
 from .modeling_ham import (
     HAMForCausalLM,
     HAMForQuestionAnswering,
@@ -20,6 +21,9 @@ from .modeling_ham import (
     HAMModel,
     HAMPreTrainedModel,
 )
+
+# Set here, as this file does not travel: remote code pushes as Transformers does, without a card of ours.
+HAMPreTrainedModel.push_to_hub = push_to_hub  # type: ignore[assignment, method-assign]
 
 AutoConfig.register("ham", HAMConfig)
 AutoModel.register(HAMConfig, HAMModel)

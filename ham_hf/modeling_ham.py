@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -50,11 +49,6 @@ from .mixer_ham import FLOAT32_PARAMETERS, HAMMixer, HAMRMSNorm, HAMRotaryEmbedd
 from .ops_ham import exporting
 from .routing_ham import HAMRouter, check_kv_budget, check_kv_usage, check_threshold, usage_threshold
 from .threshold_control_ham import AddGradient, batch_share, control_loop, labels_by_row, real_tokens
-
-try:
-    from ham_hf.hub.push import push_model
-except ImportError:  # this file as remote code, where the package is not installed
-    push_model = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -199,14 +193,6 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
         decoder: Any = self.base_model
         decoder.vocab_size = self.config.vocab_size
         return embeddings
-
-    @wraps(PreTrainedModel.push_to_hub)
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped as its parent's is
-        """Pushes as Transformers does, with a HAM's card where the repository has none; without `ham_hf` its own."""
-        # Of a model with adapters only they are saved, which are no HAM checkpoint.
-        if push_model is None or getattr(self, "_hf_peft_config_loaded", False):
-            return super().push_to_hub(*args, **kwargs)
-        return push_model(self, *args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -73,12 +73,8 @@ def tiny_config() -> Callable[..., HAMConfig]:
 
 @pytest.fixture(scope="session")
 def code_files() -> set[str]:
-    """The files of `ham_hf` that travel with a model: `modeling_ham.py` and what it imports."""
-    names = (
-        "attention cache cache_file cache_guard cache_layer configuration decode_step delta_rule files generation "
-        "inputs loading mixer modeling numbers ops paged_store routing threshold_control"
-    )
-    return {f"{name}_ham.py" for name in names.split()}
+    """The files of `ham_hf` that travel with a checkpoint as remote code."""
+    return {path.name for path in Path(ham_hf.__file__).parent.glob("*_ham.py")}
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from ham_hf import HAMCache, HAMForCausalLM, cache_file_ham, paged_store_ham
 from ham_hf.cache_ham import GROWS, GROWS_WITH_OTHERS
 from ham_hf.cache_layer_ham import HAMCacheLayer, LayerStep
 from ham_hf.paged_store_ham import MIN_SLAB_PAGES, PAGE_SIZE, SLAB_GROWTH, KeptTokens, PagedStore
-from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction as naive_delta_rule
-from ham_hf.reference_ham import naive_short_convolution, naive_sparse_attention, naive_surviving_tokens
+from ham_hf.reference import naive_gated_delta_rule_with_prediction as naive_delta_rule
+from ham_hf.reference import naive_short_convolution, naive_sparse_attention, naive_surviving_tokens
 from ham_hf.routing_ham import cosine_score, random_score
 
 MIXED = ("hybrid", "full_attention", "hybrid", "linear_attention")

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, mixer_ham
 from ham_hf.configuration_ham import LAYER_TYPES, LEARNED_ROUTERS, ROUTERS
-from ham_hf.reference_ham import naive_sparse_attention, naive_surviving_tokens
+from ham_hf.reference import naive_sparse_attention, naive_surviving_tokens
 from ham_hf.routing_ham import random_score
 
 MIXED = ["hybrid", "linear_attention", "full_attention", "hybrid"]

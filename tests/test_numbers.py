@@ -13,7 +13,7 @@ from ham_hf.configuration_ham import ROUTERS
 from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.mixer_ham import FLOAT32_PARAMETERS
 from ham_hf.ops_ham import l2norm
-from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction
+from ham_hf.reference import naive_gated_delta_rule_with_prediction
 from ham_hf.routing_ham import check_threshold
 
 MIXED = ["hybrid", "linear_attention", "full_attention", "hybrid"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds every operation to its definition in `reference_ham`, to its gradients and its promised cost."""
+"""Holds every operation to its definition in `reference`, to its gradients and its promised cost."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ from ham_hf.cache_layer_ham import HAMCacheLayer, LayerStep
 from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.ops_ham import l2norm, rms_norm, rotated, short_convolution
 from ham_hf.paged_store_ham import PagedStore
-from ham_hf.reference_ham import (
+from ham_hf.reference import (
     naive_gated_delta_rule_with_prediction,
     naive_ragged_decode_attention,
     naive_short_convolution,

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
-from ham_hf import HAMForCausalLM, modeling_ham
+from ham_hf import HAMForCausalLM, HAMPreTrainedModel
 from ham_hf.hub.card import MARKER
 from ham_hf.hub.push import push_folder
 
@@ -170,7 +170,7 @@ def test_transformers_pushes_what_has_no_card_of_ours(hub, model, monkeypatch, r
     pushed = []
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, *args, **kwargs: pushed.append((args, kwargs)))
     if reason == "remote code":
-        monkeypatch.setattr(modeling_ham, "push_model", None)
+        monkeypatch.delattr(HAMPreTrainedModel, "push_to_hub")
     else:
         model._hf_peft_config_loaded = True
     model.push_to_hub("me/my-ham", private=True)

@@ -13,7 +13,7 @@ from ham_hf.evaluation.study import language, recall_study, report, study
 from ham_hf.evaluation.study.fitting import Training, block_means, build_model, config_of_size, fit
 from ham_hf.evaluation.study.gradients import GRADIENTS, use_gradient
 from ham_hf.evaluation.study.recall import IGNORED, RecallTask
-from ham_hf.reference_ham import naive_sparse_attention
+from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
 
 SMALL = {

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ham_hf import HAMForCausalLM
 from ham_hf.files import write_whole
+from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.corpus import SPLIT_FILES, read_documents
 
 USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)

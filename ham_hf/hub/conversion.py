@@ -30,9 +30,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ham_hf import HAMConfig, HAMForCausalLM, __version__
+from ham_hf import __version__
+from ham_hf.configuration_ham import HAMConfig
 from ham_hf.files import write_whole
 from ham_hf.generation_ham import ROUTING_ARGUMENTS
+from ham_hf.modeling_ham import HAMForCausalLM
 
 from .card import build_card, card_in, error_figure
 from .checkpoint import read_checkpoint

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ham_hf import HAMConfig
+from ham_hf.configuration_ham import HAMConfig
 from ham_hf.routing_ham import NUM_QUANTILES
 
 from .conversion import Requirement

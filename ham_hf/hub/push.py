@@ -2,21 +2,20 @@
 """Uploads a checkpoint with its card and its code to a repository on the Hub, in one commit."""
 
 import tempfile
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from ham_hf.hub.card import build_card, card_in, load_card
 from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
 from ham_hf.hub.sources import read_sources
-
-if TYPE_CHECKING:
-    from ham_hf import HAMPreTrainedModel
 
 # What is uploaded beside the weights; the state of a training run, and anything pickled, stays where it is.
 SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}
@@ -46,8 +45,17 @@ class Pushed(NamedTuple):
     left_out: list[str]
 
 
+@wraps(PreTrainedModel.push_to_hub)
+def push_to_hub(model: PreTrainedModel, *args: Any, **kwargs: Any) -> str:
+    """Pushes as Transformers does, with a HAM's card where the repository has none."""
+    # Of a model with adapters only they are saved, which are no HAM checkpoint.
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return PreTrainedModel.push_to_hub(model, *args, **kwargs)
+    return push_model(model, *args, **kwargs)
+
+
 def push_model(
-    model: "HAMPreTrainedModel",
+    model: PreTrainedModel,
     repo_id: str,
     *,
     commit_message: str | None = None,

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
 from ham_hf.cache_layer_ham import LayerStep
-from ham_hf.decoding import CapturedStep
+from ham_hf.cuda_graph import CapturedStep
 from ham_hf.inputs_ham import CACHE_NAME
 
 LAYERS, WIDTH, INNER, HEADS, DIM, VOCABULARY = 12, 768, 2048, 12, 64, 32000

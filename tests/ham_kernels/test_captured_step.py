@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMCache, HAMForCausalLM, decoding, paged_store_ham
-from ham_hf.decoding import CapturedStep
+from ham_hf import HAMCache, HAMForCausalLM, cuda_graph, paged_store_ham
+from ham_hf.cuda_graph import CapturedStep
 
 # The package names its op as the file is named.
 attention = importlib.import_module("ham_kernels.ragged_decode_attention")
@@ -337,7 +337,7 @@ def graphs(monkeypatch, device):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(decoding, "DEVICE", device)
+    monkeypatch.setattr(cuda_graph, "DEVICE", device)
 
     def make(model, cache, **options):
         caches.append(cache)
@@ -420,7 +420,7 @@ def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, mon
         choose_kernels(lambda op, *tensors: None, patch)
         refused("`model` must run on the kernels")
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "DEVICE", "cuda")
+        patch.setattr(cuda_graph, "DEVICE", "cuda")
         refused("`model` must be on one CUDA device, got cpu", model=make_model(tiny_config, "cpu"))
 
     step = make(model, cache)

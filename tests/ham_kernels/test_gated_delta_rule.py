@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from ham_hf.ops_ham import l2norm  # noqa: E402
-from ham_hf.reference_ham import naive_gated_delta_rule_with_prediction  # noqa: E402
+from ham_hf.reference import naive_gated_delta_rule_with_prediction  # noqa: E402
 from ham_hf.routing_ham import cosine_score, l2_score, residual_score  # noqa: E402
 from ham_kernels import gated_delta_rule as module  # noqa: E402
 from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction, split_documents, split_rows  # noqa: E402

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from ham_hf.attention_ham import ragged_decode_attention as torch_ragged_decode_attention
 from ham_hf.paged_store_ham import KeptTokens, PagedStore
-from ham_hf.reference_ham import naive_ragged_decode_attention
+from ham_hf.reference import naive_ragged_decode_attention
 from ham_kernels.ragged_decode_attention import (
     MAX_SPLIT_PAGES,
     NEAR_TOKENS,

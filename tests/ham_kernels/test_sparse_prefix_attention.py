@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from ham_hf.reference_ham import naive_sparse_attention  # noqa: E402
+from ham_hf.reference import naive_sparse_attention  # noqa: E402
 from ham_kernels.compact import compact_kept  # noqa: E402
 from ham_kernels.sparse_prefix_attention import sparse_prefix_attention  # noqa: E402
 from ham_kernels.tuning import INTERPRETED  # noqa: E402
