@@ -2,7 +2,7 @@
 """HAMCacheLayer, the memories of one layer: convolution state, recurrent state and the pages of kept tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from .ops_ham import convolution_state
 from .paged_store_ham import KeptTokens, PagedStore, map_tensors, ranks, writable
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerStep:
     """The new tokens of one forward, for a layer's memories; absent parts are `None`.
 
@@ -316,7 +316,7 @@ class HAMCacheLayer(CacheLayerMixin):
             "store": None if self.store is None else self.store.mark(),
         }
 
-    def accept(self, inputs: torch.Tensor, keys: torch.Tensor | None = None) -> None:
+    def accept(self, inputs: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> None:
         """Raises `ValueError` for a model that computes in another dtype than the one that filled this layer.
 
         Args:
@@ -372,14 +372,15 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def _replay(self, step: LayerStep) -> None:
         """Takes in inputs whose states after them are not known."""
+        conv_state = recurrent_state = None
         if step.conv_inputs is not None and self.conv_state is not None:
-            step.conv_state = convolution_state(step.conv_inputs, self.conv_state, step.real)
+            conv_state = convolution_state(step.conv_inputs, self.conv_state, step.real)
         if step.rnn is not None:
             k, v, g, beta = step.rnn
-            state = self.recurrent_state
-            step.recurrent_state = gated_delta_rule_with_prediction(
-                k, k, v, g, beta, initial_state=state, predict=False
-            )[2]
+            _, _, recurrent_state = gated_delta_rule_with_prediction(
+                k, k, v, g, beta, initial_state=self.recurrent_state, predict=False
+            )
+        step = replace(step, conv_state=conv_state, recurrent_state=recurrent_state)
         self._take(step, budget=None)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

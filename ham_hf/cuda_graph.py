@@ -133,8 +133,9 @@ class CapturedStep:
     ) -> torch.Tensor | None:
         """`[layers, B, Hk]` thresholds on the model's device; `None` for the learned ones."""
         batch, heads = self.cache.batch_size, self.model.config.num_key_value_heads
-        given = self.model.model.layer_thresholds(threshold, kv_usage, batch)
-        tensors = [x.to(self.model.device).expand(batch, heads) for x in given if x is not None]
+        rules = self.model.model.retention(batch, threshold, kv_usage)
+        given = [rule.threshold for rule in rules if rule.threshold is not None]
+        tensors = [x.to(self.model.device).expand(batch, heads) for x in given]
         return torch.stack(tensors) if tensors else None
 
 

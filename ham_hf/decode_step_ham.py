@@ -10,6 +10,7 @@ from .cache_layer_ham import HAMCacheLayer, LayerStep
 from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS
 from .inputs_ham import TokenLayout
 from .ops_ham import decode_kernel
+from .routing_ham import Retention
 
 if TYPE_CHECKING:
     from .mixer_ham import HAMMixer
@@ -60,8 +61,7 @@ def decode_step(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     tokens: TokenLayout,
     cache: HAMCacheLayer,
-    threshold: torch.Tensor | None,
-    kv_budget: int | None,
+    retention: Retention,
 ) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
     """`HAMMixer.forward` for a single token: a kernel before attention and, if there is one, a kernel behind it.
 
@@ -81,20 +81,20 @@ def decode_step(
         cache.recurrent_state,
         real=real,
         allow_neg_eigval=mixer.config.allow_neg_eigval,
-        **_attention_arguments(mixer, hidden_states, position_embeddings, tokens, threshold),
+        **_attention_arguments(mixer, hidden_states, position_embeddings, tokens, retention.threshold),
     )
     scores, o_kv = None, None
     if mixer.has_attention:
         q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
-        o_kv = mixer.attend(q, k, v, keep, scores, tokens, cache, kv_budget)
+        o_kv = mixer.attend(q, k, v, keep, scores, tokens, cache, retention.budget)
     if append is not None:
         mixed = _mix_and_append(mixer, append, x, out, o_kv, real, tokens, cache)
         return mixed.unsqueeze(1), None, scores, None
-    step = LayerStep(tokens.positions, tokens.real)
+    stored: dict[str, Any] = {}
     if mixer.has_attention:
-        step.keys, step.values, step.scores, step.keep = k, v, scores, keep
-    step.conv_state, step.recurrent_state = cache.conv_state, cache.recurrent_state
-    cache.update(step, kv_budget)
+        stored = {"keys": k, "values": v, "scores": scores, "keep": keep}
+    states: dict[str, Any] = {"conv_state": cache.conv_state, "recurrent_state": cache.recurrent_state}
+    cache.update(LayerStep(tokens.positions, tokens.real, **states, **stored), retention.budget)
     return mixer.mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
 
 

@@ -185,18 +185,16 @@ def _is_checkpointed(model: Any) -> bool:
     )
 
 
-def checked_flags(kwargs: dict[str, Any], hidden_states_to_keep: int, config: HAMConfig) -> bool:
+def checked_flags(kwargs: dict[str, Any], last_n: int, config: HAMConfig) -> bool:
     """Refuses unknown keyword arguments, and outputs that exclude each other; returns whether attention is wanted."""
     known = {"output_attentions", "output_hidden_states", "output_routing_scores", "output_threshold_control"}
     known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise TypeError(f"HAMModel.forward() got unexpected keyword arguments {unknown}.")
-    _check_last("hidden_states_to_keep", hidden_states_to_keep)
-    if hidden_states_to_keep and _is_set("output_hidden_states", kwargs.get("output_hidden_states"), config):
-        raise ValueError(
-            f"`hidden_states_to_keep` must be 0 where hidden states are returned, got {hidden_states_to_keep}."
-        )
+    _check_last("last_n", last_n)
+    if last_n and _is_set("output_hidden_states", kwargs.get("output_hidden_states"), config):
+        raise ValueError(f"`last_n` must be 0 where hidden states are returned, got {last_n}.")
     return _is_set("output_attentions", kwargs.get("output_attentions"), config)
 
 

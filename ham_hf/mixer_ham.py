@@ -2,7 +2,7 @@
 """HAMMixer, the token mixer of a layer, and its modules: convolution, norm and rotary embedding."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .decode_step_ham import decode_step, decoding_kernels
 from .delta_rule_ham import gated_delta_rule_with_prediction
 from .inputs_ham import TokenLayout
 from .ops_ham import exporting, l2norm, rms_norm, rotated, short_convolution
-from .routing_ham import NUM_QUANTILES, HAMRouter, error_score, widened
+from .routing_ham import NUM_QUANTILES, HAMRouter, Retention, error_score, widened
 
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -140,6 +140,49 @@ def partial_rotary_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
     return torch.cat([parts[0], parts[2], parts[1], parts[3]])
 
 
+class Recalled(NamedTuple):
+    """Output of the RNN for new tokens.
+
+    Attributes:
+        output: `[B, T, H, V]`.
+        errors: `[B, T, Hk]` score of its prediction, `None` if the layer's router reads none.
+        inputs: `(k, v, g, beta)` as `gated_delta_rule_with_prediction` takes them.
+        state: `[B, value heads, K, V]` float32 after the call.
+    """
+
+    output: torch.Tensor
+    errors: torch.Tensor | None
+    inputs: tuple[torch.Tensor, ...]
+    state: torch.Tensor
+
+    def stored(self) -> dict[str, Any]:
+        """The fields of a `LayerStep` that the RNN fills."""
+        return {"rnn": self.inputs, "recurrent_state": self.state}
+
+
+class Attended(NamedTuple):
+    """Output of attention for new tokens, and what a cache stores of them.
+
+    Attributes:
+        output: `[B, n, H, V]`, of the last `n` tokens or of all.
+        weights: `[B, H, T, S]` where they were formed.
+        keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
+        scores: `[B, T, Hk]` float32 by which a full head drops tokens.
+        keep: `[B, T, Hk]` bool.
+    """
+
+    output: torch.Tensor
+    weights: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    keep: torch.Tensor
+
+    def stored(self) -> dict[str, Any]:
+        """The fields of a `LayerStep` that attention fills."""
+        return {name: getattr(self, name) for name in ("keys", "values", "scores", "keep")}
+
+
 class HAMMixer(nn.Module):
     """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
 
@@ -219,11 +262,10 @@ class HAMMixer(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: TokenLayout,
+        retention: Retention,
         cache: HAMCache | None = None,
-        threshold: torch.Tensor | None = None,
-        kv_budget: int | None = None,
         output_attentions: bool = False,
-        outputs_to_keep: int | None = None,
+        last_n: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Mixes tokens.
 
@@ -231,11 +273,10 @@ class HAMMixer(nn.Module):
             hidden_states: `[B, T, D]` normalised input.
             position_embeddings: cosines and sines `[B or 1, T, K]` of RoPE, or `None`.
             tokens: which tokens are real, their positions and documents.
+            retention: the rule by which a hybrid layer keeps tokens.
             cache: the cache to read and fill.
-            threshold: `[B or 1, Hk or 1]`; the learned one if `None`.
-            kv_budget: kept tokens a head of a hybrid layer may hold, or `None`.
-            output_attentions: whether to form the attention weights, which takes memory quadratic in `T`.
-            outputs_to_keep: the number `n` of last tokens whose output is wanted; all if `None`.
+            output_attentions: forms the attention weights, which takes memory quadratic in `T`.
+            last_n: returns the output of the last so many tokens only; 0: of all.
 
         Returns:
             `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
@@ -246,67 +287,66 @@ class HAMMixer(nn.Module):
         offloaded = cache is not None and cache.offload_layers
         if layer_cache is not None and offloaded:
             layer_cache.prefetch()
-        if self.layer_type != "hybrid":
-            kv_budget = None
+        kernels = None
         if layer_cache is not None and not output_attentions:
             # A full head drops tokens, and an offloaded layer moves its pages: then the host appends.
-            kernels = decoding_kernels(self, hidden_states, tokens, layer_cache, kv_budget is None and not offloaded)
-            if kernels is not None:
-                if cache is not None and kernels[1] is not None:
-                    cache.reserve(self.layer_idx)
-                out = decode_step(
-                    self, kernels, hidden_states, position_embeddings, tokens, layer_cache, threshold, kv_budget
-                )
-                if offloaded:
-                    layer_cache.offload()
-                return out
-        step = LayerStep(positions=tokens.positions, real=tokens.real)
-        raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
-        if layer_cache is not None:
-            layer_cache.accept(raw)
-        convolved = raw
-        if self.has_conv:
-            step.conv_inputs = raw
-            state = None if layer_cache is None else layer_cache.conv_state
-            convolved, step.conv_state = self.conv(raw, state, tokens.real, tokens.seq_idx)
+            appends = retention.budget is None and not offloaded
+            kernels = decoding_kernels(self, hidden_states, tokens, layer_cache, appends)
+        if layer_cache is None or kernels is None:
+            out = self._mix_tokens(
+                hidden_states, position_embeddings, tokens, layer_cache, retention, output_attentions, last_n
+            )
+        else:
+            if cache is not None and kernels[1] is not None:
+                cache.reserve(self.layer_idx)
+            out = decode_step(self, kernels, hidden_states, position_embeddings, tokens, layer_cache, retention)
+        if layer_cache is not None and offloaded:
+            layer_cache.offload()
+        return out
 
-        o_rnn = o_kv = weights = scores = None
-        q, k, v = self._heads(convolved)
+    def _mix_tokens(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer | None,
+        retention: Retention,
+        output_attentions: bool,
+        last_n: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """`forward` for any number of tokens, with the cache of this layer."""
+        raw, convolved, conv_state = self._project(hidden_states, tokens, cache)
+        recalled = scores = attended = control = None
         if self.has_rnn:
-            o_rnn, errors = self._recall(hidden_states, q, k, v, tokens, layer_cache, step)
-        if self.layer_type == "hybrid":
-            scores = self.router(hidden_states, errors, tokens.positions)
+            recalled = self._recall(hidden_states, convolved, tokens, cache)
+        if recalled is not None and self.layer_type == "hybrid":
+            scores = self.router(hidden_states, recalled.errors, tokens.positions)
         if self.has_attention:
-            q, k, v = self._heads(convolved if self.config.attention_conv else raw)
-            if scores is not None and self.config.router in LEARNED_ROUTERS:
-                v = self._scale_values(v, scores)
-            # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
-            q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
-            if layer_cache is not None:
-                layer_cache.accept(raw, k)
-            routed, keep = self._route(scores, k, threshold, tokens)
-            step.keys, step.values, step.scores, step.keep = k, v, routed, keep
-            if output_attentions or exporting():
-                weights = attention_weights(q, k, keep, tokens, layer_cache)
-            # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read
-            # as they lie; and on how many tokens are kept the shapes of an exported program must not depend.
-            if weights is not None and (layer_cache is None or not layer_cache.seen_tokens):
-                o_kv = weighted_sum(weights, v)
-            else:
-                if outputs_to_keep is not None and (layer_cache is None or layer_cache.store is None):
-                    q = q[:, -outputs_to_keep:]
-                o_kv = self.attend(q, k, v, keep, routed, tokens, layer_cache, kv_budget)
-        if layer_cache is not None:
-            layer_cache.update(step, kv_budget)
-            if offloaded:
-                layer_cache.offload()
-        control = None
-        if self.training and self.layer_type == "hybrid" and threshold is None:
-            control = self._control(keep)
-        if outputs_to_keep is not None:
-            hidden_states = hidden_states[:, -outputs_to_keep:]
-            o_rnn, o_kv = (None if x is None else x[:, -outputs_to_keep:] for x in (o_rnn, o_kv))
-        return self.mix(hidden_states, o_rnn, o_kv), weights if output_attentions else None, scores, control
+            qkv = convolved if self.config.attention_conv else raw
+            attended = self._attend(
+                qkv, scores, position_embeddings, tokens, cache, retention, output_attentions, last_n
+            )
+        if cache is not None:
+            convolution: dict[str, Any] = {"conv_inputs": raw, "conv_state": conv_state} if self.has_conv else {}
+            memories = {**(recalled.stored() if recalled else {}), **(attended.stored() if attended else {})}
+            cache.update(LayerStep(tokens.positions, tokens.real, **convolution, **memories), retention.budget)
+        if attended is not None and self.training and self.layer_type == "hybrid" and retention.threshold is None:
+            control = self._control(attended.keep)
+        o_rnn, o_kv = (None if x is None else x.output[:, -last_n:] for x in (recalled, attended))
+        weights = attended.weights if attended is not None and output_attentions else None
+        return self.mix(hidden_states[:, -last_n:], o_rnn, o_kv), weights, scores, control
+
+    def _project(
+        self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values `[B, T, C]` before and behind the convolution, and the state it leaves."""
+        raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
+        if cache is not None:
+            cache.accept(inputs=raw)
+        if not self.has_conv:
+            return raw, raw, None
+        state = None if cache is None else cache.conv_state
+        return raw, *self.conv(raw, state, tokens.real, tokens.seq_idx)
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Splits `[B, T, C]` into `[B, T, heads, dim]` queries, keys and values."""
@@ -315,44 +355,74 @@ class HAMMixer(nn.Module):
         return q.unflatten(-1, (-1, key_dim)), k.unflatten(-1, (-1, key_dim)), v.unflatten(-1, (-1, value_dim))
 
     def _recall(
-        self,
-        hidden_states: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        tokens: TokenLayout,
-        cache: HAMCacheLayer | None,
-        step: LayerStep,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the RNN: its output `[B, T, H, V]`, and the score of its prediction if the layer's router reads one."""
-        beta = widened(self.b_proj(hidden_states)).sigmoid()
-        if self.config.allow_neg_eigval:
-            beta = 2 * beta
-        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(hidden_states)) + widened(self.dt_bias))
-        if tokens.real is not None:
-            beta, g = (x.masked_fill(~tokens.real[..., None], 0) for x in (beta, g))
+        self, hidden_states: torch.Tensor, convolved: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
+    ) -> Recalled:
+        """Runs the RNN over `[B, T, D]` input and its convolved queries, keys and values `[B, T, C]`."""
+        q, k, v = self._heads(convolved)
+        g, beta = self._rnn_gates(hidden_states, tokens.real)
         q, k = l2norm(q), l2norm(k)
         if self.shape.value_heads > self.shape.key_heads:
             q, k = (x.repeat_interleave(self.shape.value_heads // self.shape.key_heads, dim=2) for x in (q, k))
-        step.rnn = (k, v, g, beta)
-        state = None if cache is None else cache.recurrent_state
         score = self.router.error if self.layer_type == "hybrid" else None
         # A learned router's error is part of what it computes: then it has a gradient, which a score of the op lacks.
         in_graph = self.config.router in LEARNED_ROUTERS and torch.is_grad_enabled()
-        o_rnn, errors, step.recurrent_state = gated_delta_rule_with_prediction(
+        output, errors, state = gated_delta_rule_with_prediction(
             q,
             k,
             v,
             g,
             beta,
-            initial_state=state,
+            initial_state=None if cache is None else cache.recurrent_state,
             seq_idx=tokens.seq_idx,
             score=None if in_graph else score,
             predict=bool(score),
         )
         if in_graph and score is not None and errors is not None:
             errors = error_score(score, v, errors, beta, in_graph=True)
-        return o_rnn.to(hidden_states.dtype), errors
+        return Recalled(output.to(hidden_states.dtype), errors, (k, v, g, beta), state)
+
+    def _rnn_gates(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log decays `g` and write strengths `beta`, `[B, T, value heads]` in float32; 0 for padding."""
+        beta = widened(self.b_proj(hidden_states)).sigmoid()
+        if self.config.allow_neg_eigval:
+            beta = 2 * beta
+        g = -widened(self.A_log).exp() * F.softplus(widened(self.a_proj(hidden_states)) + widened(self.dt_bias))
+        if real is None:
+            return g, beta
+        return g.masked_fill(~real[..., None], 0), beta.masked_fill(~real[..., None], 0)
+
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        scores: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: TokenLayout,
+        cache: HAMCacheLayer | None,
+        retention: Retention,
+        output_attentions: bool,
+        last_n: int,
+    ) -> Attended:
+        """Routes the tokens of `[B, T, C]` queries, keys and values, and attends over those that are kept."""
+        q, k, v = self._heads(qkv)
+        if scores is not None and self.config.router in LEARNED_ROUTERS:
+            v = self._scale_values(v, scores)
+        # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
+        q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
+        if cache is not None:
+            cache.accept(keys=k)
+        ranks, keep = self._route(scores, k, retention.threshold, tokens.real)
+        weights = None
+        if output_attentions or exporting():
+            weights = attention_weights(q, k, keep, tokens, cache)
+        # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read as
+        # they lie; and on how many tokens are kept the shapes of an exported program must not depend.
+        if weights is not None and (cache is None or not cache.seen_tokens):
+            output = weighted_sum(weights, v)
+        else:
+            if cache is None or cache.store is None:
+                q = q[:, -last_n:]
+            output = self.attend(q, k, v, keep, ranks, tokens, cache, retention.budget)
+        return Attended(output, weights, k, v, ranks, keep)
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The values `[B, T, Hk, V]` as attention reads them: a learned score has its gradient from them."""
@@ -371,7 +441,7 @@ class HAMMixer(nn.Module):
         return rotated(q, cos, sin), rotated(k, cos, sin)
 
     def _route(
-        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
+        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 scores `[B, T, Hk]` that rank tokens, and which are kept; without a router all are, at 1."""
         if scores is None:
@@ -380,9 +450,7 @@ class HAMMixer(nn.Module):
         else:
             scores = scores.detach().float()
             keep = scores >= self.threshold_in_force(threshold, scores.device)[:, None]
-        if tokens.real is not None:
-            keep = keep & tokens.real[..., None]
-        return scores, keep
+        return scores, keep if real is None else keep & real[..., None]
 
     def threshold_in_force(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """`threshold` `[B or 1, Hk or 1]` on `device`; the learned one, `[1, Hk]` float32, if it is `None`."""

@@ -47,7 +47,7 @@ from .inputs_ham import (
 from .loading_ham import HAMLoadingMixin, warn_of_untested_transformers
 from .mixer_ham import FLOAT32_PARAMETERS, HAMMixer, HAMRMSNorm, HAMRotaryEmbedding, HAMShortConvolution
 from .ops_ham import exporting
-from .routing_ham import HAMRouter, check_kv_budget, check_kv_usage, check_threshold, usage_threshold
+from .routing_ham import HAMRouter, Retention
 from .threshold_control_ham import AddGradient, batch_share, control_loop, labels_by_row, real_tokens
 
 logger = logging.get_logger(__name__)
@@ -86,8 +86,7 @@ class HAMCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):  # typ
 class HAMDecoderLayer(GradientCheckpointingLayer):
     """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it.
 
-    With `outputs_to_keep` its output is that of the last so many tokens, and it does no more for the others than what
-    these and the cache need.
+    With `last_n`, returns only the last `n` positions; earlier ones are computed only as far as the cache needs.
     """
 
     def __init__(self, config: HAMConfig, layer_idx: int):
@@ -103,12 +102,11 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = HAMRMSNorm(*norm)
 
     def forward(
-        self, hidden_states: torch.Tensor, outputs_to_keep: int | None = None, **mixer_arguments: Any
+        self, hidden_states: torch.Tensor, last_n: int = 0, **mixer_arguments: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         mixer_input = hidden_states if self.post_norm else self.input_layernorm(hidden_states)
-        mixed, _, _, control = self.mixer(mixer_input, outputs_to_keep=outputs_to_keep, **mixer_arguments)
-        if outputs_to_keep is not None:
-            hidden_states = hidden_states[:, -outputs_to_keep:]
+        mixed, _, _, control = self.mixer(mixer_input, last_n=last_n, **mixer_arguments)
+        hidden_states = hidden_states[:, -last_n:]
         if self.post_norm:
             hidden_states = hidden_states + self.post_attention_layernorm(mixed)
             hidden_states = hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
@@ -239,7 +237,7 @@ class HAMModel(HAMPreTrainedModel):
         threshold: float | list[float] | torch.Tensor | None = None,
         kv_usage: float | None = None,
         kv_budget: int | None = None,
-        hidden_states_to_keep: int = 0,
+        last_n: int = 0,
         past_key_values: HAMCache | None = None,
         **kwargs: Any,
     ) -> HAMModelOutputWithPast:
@@ -259,8 +257,8 @@ class HAMModel(HAMPreTrainedModel):
                 thresholds with `requires_grad_(False)`, as they are while `config.threshold` is set.
             kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
             kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
-            hidden_states_to_keep: return the last hidden state of the last so many tokens only (0: all), which spares
-                the last layer most of its work on a prompt.
+            last_n: return only the last `n` positions (0: all), which spares the last layer most of its work on a
+                prompt.
             past_key_values: the name of `cache` before Transformers 5.24.
             kwargs: `output_attentions`, `output_hidden_states`, `output_routing_scores` (bool); for packed rows
                 `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, as Transformers' collators give them.
@@ -270,16 +268,15 @@ class HAMModel(HAMPreTrainedModel):
         """
         cache = given_cache(cache, past_key_values)
         check_checkpointing(self, cache)
-        output_attentions = checked_flags(kwargs, hidden_states_to_keep, self.config)
+        output_attentions = checked_flags(kwargs, last_n, self.config)
         batch, length = check_tokens(input_ids, inputs_embeds, self.config)
         check_inputs(batch, length, attention_mask, position_ids, cache, self.config)
-        thresholds = self.layer_thresholds(threshold, kv_usage, batch)
-        kv_budget = check_kv_budget(kv_budget)
+        retention = self.retention(batch, threshold, kv_usage, kv_budget)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         device = inputs_embeds.device
         # Here rather than in each layer, where a copy that waits would stall a GPU once a layer.
-        thresholds = [x if x is None else x.to(device, non_blocking=x.device.type == "cpu") for x in thresholds]
+        retention = [rule.to(device, non_blocking=device.type == "cuda") for rule in retention]
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, cache, seq_idx)
         if tokens.real is not None:
@@ -288,11 +285,6 @@ class HAMModel(HAMPreTrainedModel):
         if cache is None:
             use_cache = wants_cache(self, use_cache, tokens.seq_idx is not None, by_positions=seq_idx is None)
         cache = self._prepare_cache(cache, use_cache, tokens, kv_budget)
-        if exporting() and (cache is not None or kv_budget is not None):
-            raise ValueError(
-                "`use_cache` must be False, and `kv_budget` None, where a model is exported: what a cache keeps is "
-                "decided by the data."
-            )
         if output_attentions and kv_budget is not None:
             raise ValueError("`output_attentions` cannot be combined with `kv_budget`: give one of them.")
 
@@ -305,27 +297,21 @@ class HAMModel(HAMPreTrainedModel):
         # Drafts of an early exit have a cache of the first layers only.
         layers = self.layers if cache is None else self.layers[: len(cache.layers)]
         with nullcontext() if cache is None else cache.filling(self, tokens.real):
-            for layer, layer_threshold in zip(layers, thresholds[: len(layers)], strict=True):
-                trims = layer is layers[-1] and 0 < hidden_states_to_keep < length
+            for layer, rule in zip(layers, retention[: len(layers)], strict=True):
                 output = layer(
                     hidden_states,
-                    outputs_to_keep=hidden_states_to_keep if trims else None,
+                    last_n=last_n if layer is layers[-1] else 0,
                     position_embeddings=position_embeddings,
                     tokens=tokens,
                     cache=cache,
-                    threshold=layer_threshold,
-                    kv_budget=kv_budget,
+                    retention=rule,
                     output_attentions=output_attentions,
                 )
                 hidden_states = output[0] if isinstance(output, tuple) else output
                 controls.extend(output[1:] if isinstance(output, tuple) else ())
         hidden_states = self.norm(hidden_states)
         if cache is not None and hidden_states.requires_grad:
-            if cache.holds_cut_graph:
-                logger.warning_once(
-                    "Gradients stop at `cache`: a HAMCache holds no autograd graph of the calls that filled it."
-                )
-            cache.holds_cut_graph = True
+            _tell_of_cut_graph(cache)
         if controls and not kwargs.get("output_threshold_control"):
             seen = real_tokens(tokens.real, batch, length, hidden_states.device)
             hidden_states, controls = self._steer(hidden_states, controls, seen), []
@@ -361,27 +347,16 @@ class HAMModel(HAMPreTrainedModel):
         weights = (1 / seen.sum().clamp(min=1)).expand_as(seen)
         return AddGradient.apply(hidden_states, *control_loop(controls, weights, self.config))
 
-    def layer_thresholds(
-        self, threshold: float | list[float] | torch.Tensor | None, kv_usage: float | None, batch: int
-    ) -> list[torch.Tensor | None]:
-        """What each layer compares its scores with: `[B or 1, Hk or 1]`, or `None` for the learned threshold."""
-        config = self.config
-        kv_usage = check_kv_usage(kv_usage)
-        if threshold is not None and kv_usage is not None:
-            raise ValueError("Give at most one of `threshold` and `kv_usage`: both decide what is kept.")
-        if threshold is None and kv_usage is None:
-            threshold = config.threshold
-        tensor = check_threshold(threshold, config.num_hybrid_layers, batch, config.num_key_value_heads)
-        per_layer: list[torch.Tensor | None] = [None] * config.num_hidden_layers
-        hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
-        if kv_usage is not None and hybrid:
-            quantiles = [self.layers[i].mixer.score_quantiles for i in hybrid]
-            # All layers at once: a GPU is waited for to know whether they were calibrated.
-            tensor = usage_threshold(torch.stack([x.to(quantiles[0].device) for x in quantiles]), kv_usage)[:, None]
-        if tensor is not None:
-            for n, i in enumerate(hybrid):
-                per_layer[i] = tensor[min(n, len(tensor) - 1)]
-        return per_layer
+    def retention(
+        self,
+        batch: int,
+        threshold: float | list[float] | torch.Tensor | None = None,
+        kv_usage: float | None = None,
+        kv_budget: int | None = None,
+    ) -> list[Retention]:
+        """The rule by which each layer keeps tokens of `batch` rows; arguments and errors are those of `forward`."""
+        quantiles = [layer.mixer.score_quantiles for layer in self.layers if layer.mixer.layer_type == "hybrid"]
+        return Retention.resolve(self.config, quantiles, batch, threshold, kv_usage, kv_budget)
 
     def _prepare_cache(
         self, cache: HAMCache | None, use_cache: bool | None, tokens: TokenLayout, kv_budget: int | None
@@ -396,14 +371,28 @@ class HAMModel(HAMPreTrainedModel):
             if kv_budget is not None:
                 raise ValueError("`kv_budget` cannot be combined with packed rows: give one document per row, padded.")
             return None
-        if cache is None:
-            return HAMCache(self.config) if use_cache else None
-        if kv_budget is not None and cache.layers[0].record_past:
+        if cache is None and use_cache:
+            cache = HAMCache(self.config)
+        if exporting() and (cache is not None or kv_budget is not None):
+            raise ValueError(
+                "`use_cache` must be False, and `kv_budget` None, where a model is exported: what a cache keeps is "
+                "decided by the data."
+            )
+        if kv_budget is not None and cache is not None and cache.layers[0].record_past:
             raise ValueError(
                 "`kv_budget` cannot be combined with assisted generation or `activate_past_recording()`: a token that "
                 "left the cache cannot be brought back."
             )
         return cache
+
+
+def _tell_of_cut_graph(cache: HAMCache) -> None:
+    """Warns once of the second call with gradients that reads a cache: nothing flows back through it."""
+    if cache.holds_cut_graph:
+        logger.warning_once(
+            "Gradients stop at `cache`: a HAMCache holds no autograd graph of the calls that filled it."
+        )
+    cache.holds_cut_graph = True
 
 
 def _shifts_labels(model_class: type) -> None:
@@ -496,7 +485,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
             threshold=threshold,
             kv_usage=kv_usage,
             kv_budget=kv_budget,
-            hidden_states_to_keep=last_hidden_states(logits_to_keep, output_hidden_states, self.config),
+            last_n=last_hidden_states(logits_to_keep, output_hidden_states, self.config),
             output_threshold_control=self.training and has_loss,
             return_dict=True,
             **{name: value for name, value in optional.items() if value is not None},
@@ -505,16 +494,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if has_loss:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
-            if outputs.threshold_control:
-                batch, length = (loss_kwargs["shift_labels"] if labels is None else labels).shape
-                real = None if attention_mask is None else attention_mask[:, -length:]
-                seen = real_tokens(real, batch, length, loss.device)
-                counted = labels_by_row(labels, loss_kwargs, loss.device)
-                weights, share = batch_share(counted, seen, loss_kwargs.get("num_items_in_batch"))
-                levers, gradients = control_loop(outputs.threshold_control, weights, self.config)
-                # A zero, by which the thresholds have their gradients.
-                loss = loss + share * (levers * gradients).sum()
+            loss = self._loss(logits, labels, attention_mask, outputs.threshold_control, loss_kwargs)
         return HAMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -523,6 +503,26 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
             routing_scores=outputs.routing_scores,
             **{CACHE_NAME: outputs.cache},
         )
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        controls: Sequence[torch.Tensor] | None,
+        loss_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The loss of `logits`; with the `controls` of learned thresholds, plus a zero that gives them a gradient."""
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        if not controls:
+            return loss
+        batch, length = (loss_kwargs["shift_labels"] if labels is None else labels).shape
+        real = None if attention_mask is None else attention_mask[:, -length:]
+        seen = real_tokens(real, batch, length, loss.device)
+        counted = labels_by_row(labels, loss_kwargs, loss.device)
+        weights, share = batch_share(counted, seen, loss_kwargs.get("num_items_in_batch"))
+        levers, gradients = control_loop(controls, weights, self.config)
+        return loss + share * (levers * gradients).sum()
 
 
 _shifts_labels(HAMForCausalLM)

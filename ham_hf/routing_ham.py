@@ -1,7 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Which tokens are kept: routing scores, the thresholds a caller may ask for, the control loop that learns them."""
+"""Scores of tokens, HAMRouter, and Retention, the rule that says what a layer keeps."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -271,8 +272,61 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
     return torch.lerp(quantiles[..., low], quantiles[..., low + 1], level - low)
 
 
+class Retention(NamedTuple):
+    """The rule by which a layer keeps tokens in one call.
+
+    Attributes:
+        threshold: `[B or 1, Hk or 1]` float32, the least score of a kept token; `None` for the layer's learned one.
+        budget: the most tokens that a head may hold, of which the lowest score leaves; `None` for any number.
+    """
+
+    threshold: torch.Tensor | None = None
+    budget: int | None = None
+
+    @classmethod
+    def resolve(
+        cls,
+        config: HAMConfig,
+        quantiles: list[torch.Tensor],
+        batch: int,
+        threshold: float | list[float] | torch.Tensor | None = None,
+        kv_usage: float | None = None,
+        kv_budget: int | None = None,
+    ) -> list["Retention"]:
+        """The rule of each layer; one that does not route has an empty rule.
+
+        Args:
+            config: the model's, whose `threshold` holds where a call gives neither `threshold` nor `kv_usage`.
+            quantiles: `[Hk, Q]` calibrated score quantiles of each hybrid layer, read for `kv_usage`.
+            batch: number of rows.
+            threshold, kv_usage, kv_budget: as `HAMModel.forward` takes them.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit, and for `threshold` together with `kv_usage`.
+        """
+        kv_usage, kv_budget = check_kv_usage(kv_usage), check_kv_budget(kv_budget)
+        if threshold is not None and kv_usage is not None:
+            raise ValueError("Give at most one of `threshold` and `kv_usage`: both decide what is kept.")
+        if threshold is None and kv_usage is None:
+            threshold = config.threshold
+        thresholds = check_threshold(threshold, config.num_hybrid_layers, batch, config.num_key_value_heads)
+        if kv_usage is not None and quantiles:
+            # All layers at once: a GPU is waited for to know whether they were calibrated.
+            stacked = torch.stack([x.to(quantiles[0].device) for x in quantiles])
+            thresholds = usage_threshold(stacked, kv_usage)[:, None]
+        per_layer = iter([None] * len(quantiles) if thresholds is None else thresholds.expand(len(quantiles), -1, -1))
+        return [cls(next(per_layer), kv_budget) if x == "hybrid" else cls() for x in config.layer_types]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Retention":
+        """The same on another device, as accelerate's device maps ask of a layer's inputs."""
+        if self.threshold is None:
+            return self
+        return self._replace(threshold=self.threshold.to(device, non_blocking=non_blocking))
+
+
 __all__ = [
     "HAMRouter",
+    "Retention",
     "check_kv_budget",
     "check_kv_usage",
     "check_threshold",

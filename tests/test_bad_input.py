@@ -253,15 +253,15 @@ def test_inputs(model, cache, head, bad, error, message):
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (-1, ValueError, "`hidden_states_to_keep` must be 0 (all) or positive (the last so many), got -1"),
-        (1.0, TypeError, "`hidden_states_to_keep` must be an int, got 1.0"),
-        (True, TypeError, "`hidden_states_to_keep` must be an int, got True"),
-        (None, TypeError, "`hidden_states_to_keep` must be an int, got None"),
+        (-1, ValueError, "`last_n` must be 0 (all) or positive (the last so many), got -1"),
+        (1.0, TypeError, "`last_n` must be an int, got 1.0"),
+        (True, TypeError, "`last_n` must be an int, got True"),
+        (None, TypeError, "`last_n` must be an int, got None"),
     ],
 )
-def test_hidden_states_to_keep(model, cache, bad, error, message):
+def test_last_n(model, cache, bad, error, message):
     run = model.model
-    assert_refuses(lambda: run(ids(), cache=cache, hidden_states_to_keep=bad), error, message, cache)
+    assert_refuses(lambda: run(ids(), cache=cache, last_n=bad), error, message, cache)
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), EMBEDDINGS)

@@ -587,12 +587,12 @@ class TestLastLogits:
         out = model(input_ids, logits_to_keep=1, **arguments)
         assert out.logits.shape[1] == 1
         assert [x.shape[1] for x in out.hidden_states] == [12] * 3
-        with pytest.raises(ValueError, match="`hidden_states_to_keep` must be 0 where hidden states are returned"):
-            model.model(input_ids, hidden_states_to_keep=1, **arguments)
+        with pytest.raises(ValueError, match="`last_n` must be 0 where hidden states are returned"):
+            model.model(input_ids, last_n=1, **arguments)
 
     def test_of_the_model_without_a_head(self, model):
         input_ids = tokens(2, 12)
-        last = model.model(input_ids, hidden_states_to_keep=3).last_hidden_state
+        last = model.model(input_ids, last_n=3).last_hidden_state
         assert last.shape[1] == 3
         torch.testing.assert_close(last, model.model(input_ids).last_hidden_state[:, -3:])
 

@@ -251,7 +251,7 @@ class UsageMeter:
             if self._inside:
                 # Here a sharded threshold is whole.
                 self._thresholds[index] = mixer.threshold.detach().float().clone()
-                in_force = mixer.threshold_in_force(kwargs["threshold"], output[2].device)
+                in_force = mixer.threshold_in_force(kwargs["retention"].threshold, output[2].device)
                 self._count(index, output[2].detach(), in_force, kwargs["tokens"].real)
 
         return hook
