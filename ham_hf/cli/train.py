@@ -41,7 +41,7 @@ def execute(arguments: argparse.Namespace) -> None:
     import datasets
 
     from ham_hf.training.recipe import read_recipe
-    from ham_hf.training.trainer import train
+    from ham_hf.training.train import train
 
     datasets.disable_progress_bars()
     with failing_as(f"argument RECIPE: {arguments.recipe}", width=400):

@@ -46,7 +46,7 @@ from ham_hf.training.data import PackedRows
 from ham_hf.training.distillation import open_gates
 from ham_hf.training.ham_tiny import TokenSampler
 from ham_hf.training.recipe import DataRecipe, read_recipe
-from ham_hf.training.trainer import train
+from ham_hf.training.train import train
 
 PACKAGE = Path(ham_hf.__file__).parent
 CONVERT = PACKAGE.parent / "conversion_scripts" / "convert_transformer_to_ham.py"

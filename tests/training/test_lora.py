@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-import ham_hf.training.trainer as trainer_module
+import ham_hf.training.train as train_module
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.training.recipe import EMBEDDED_TOKENIZER, read_recipe
-from ham_hf.training.trainer import HAMTrainer, train
+from ham_hf.training.train import train
+from ham_hf.training.trainer import HAMTrainer
 
 peft = pytest.importorskip("peft")
 
@@ -167,7 +168,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(unbroken, recipe_of
     broken = recipe_of(f"broken{stop}")
     if stop == recipe.steps:  # trained, but the model is not written
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, "write_model", lambda *_: None)
+            patch.setattr(train_module, "write_model", lambda *_: None)
             train(broken)
     else:
         watched(broken, stop)

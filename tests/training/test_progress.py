@@ -11,7 +11,7 @@ from transformers import TrainerState
 
 from ham_hf.training.healing import before_healing
 from ham_hf.training.progress import Progress
-from ham_hf.training.trainer import loss_name
+from ham_hf.training.train import loss_name
 
 
 class Pipe(io.StringIO):

@@ -17,10 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+import ham_hf.training.train as train_module
 import ham_hf.training.trainer as trainer_module
 from ham_hf.cli import main
 from ham_hf.training.recipe import UsageRecipe, read_recipe
-from ham_hf.training.trainer import HAMTrainer, StopOnSignal, train
+from ham_hf.training.setup import build_data
+from ham_hf.training.stop_on_signal import StopOnSignal
+from ham_hf.training.train import train
+from ham_hf.training.trainer import HAMTrainer
 
 RECIPE = """\
 output: {folder}/{name}
@@ -150,7 +154,7 @@ def test_the_log_tells_how_scores_are_spread_at_the_learned_thresholds(unbroken)
         counts = [x[f"eval_scores/layer_{n}"] for n in range(2)]
         assert all(len(layer) == 50 and sum(layer) == 3 * recipe.context for layer in counts)
     model = AutoModelForCausalLM.from_pretrained(recipe.output + "/model")
-    rows = trainer_module.build_data(recipe, AutoTokenizer.from_pretrained(recipe.output + "/model"), 4)[1]
+    rows = build_data(recipe, AutoTokenizer.from_pretrained(recipe.output + "/model"), 4)[1]
     batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids")}
     scores = model(**batch, output_routing_scores=True).routing_scores
     for n, layer in enumerate(scores):
@@ -163,7 +167,7 @@ def test_the_loss_of_an_evaluation_is_that_of_its_tokens(unbroken):
     recipe = unbroken
     model = AutoModelForCausalLM.from_pretrained(recipe.output + "/model")
     tokenizer = AutoTokenizer.from_pretrained(recipe.output + "/model")
-    rows, held_out, _ = trainer_module.build_data(recipe, tokenizer, 4)
+    rows, held_out, _ = build_data(recipe, tokenizer, 4)
     assert rows.held_out == len(held_out) == 3
     batch = {name: torch.stack([row[name] for row in held_out]) for name in held_out[0]}
     with torch.no_grad():
@@ -216,7 +220,7 @@ def test_an_interrupted_training_goes_on_to_the_same_losses(unbroken, recipe_of,
 def test_a_model_that_is_written_later_is_the_same(unbroken, recipe_of, monkeypatch):
     later = recipe_of("later")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "write_model", lambda *_: None)
+        patch.setattr(train_module, "write_model", lambda *_: None)
         train(later)
     assert not (Path(later.output) / "model").exists()
     train(later)
@@ -258,7 +262,8 @@ def test_a_save_that_is_interrupted_leaves_whole_checkpoints(unbroken, recipe_of
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", broken_save)
-        patch.setattr(trainer_module, "write_whole", broken_write)
+        for module in (train_module, trainer_module):
+            patch.setattr(module, "write_whole", broken_write)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     last = "checkpoint-7" if file == "recipe.md" else "checkpoint-3"
@@ -389,15 +394,15 @@ def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(recipe_
 
 
 def test_rows_are_evaluated_once_by_several_processes():
-    assert trainer_module.evaluation_batch(20, 2, 8) == 5
-    assert trainer_module.evaluation_batch(16, 2, 8) == 8
-    assert trainer_module.evaluation_batch(14, 2, 4) == 1
+    assert train_module.evaluation_batch(20, 2, 8) == 5
+    assert train_module.evaluation_batch(16, 2, 8) == 8
+    assert train_module.evaluation_batch(14, 2, 4) == 1
     with pytest.raises(ValueError, match="`evaluation: rows` must be a multiple of the 2 processes, got 3"):
-        trainer_module.evaluation_batch(3, 2, 8)
+        train_module.evaluation_batch(3, 2, 8)
 
 
 def test_a_process_with_several_gpus_is_refused(recipe_of, monkeypatch):
-    monkeypatch.setattr(trainer_module.TrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(train_module.TrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match="One process must have one GPU, and sees 2: start one for each"):
         train(recipe_of("run"))
 

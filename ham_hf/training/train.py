@@ -1,0 +1,223 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Trains what a recipe describes, from the last checkpoint if there is one, and writes the model."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..evaluation import calibrate
+from ..files import write_whole
+from ..files_ham import UNFINISHED
+from ..modeling_ham import HAMForCausalLM
+from .control import ThresholdCallback, UsageSchedule
+from .lora import load_checkpoint
+from .progress import LogFile, Progress
+from .recipe import TRAINER_DEFAULTS, TrainRecipe
+from .setup import build_data, build_model, load_tokenizer, schedule_for
+from .stop_on_signal import StopOnSignal
+from .trainer import DATA_STATE, PARTIAL, HAMTrainer, rows_per_step
+
+FINAL = "model"
+# What may change between two parts of a training without changing its losses.
+FREE_TRAINER_KEYS = {"disable_tqdm", "report_to", "run_name", "save_total_limit", "save_steps"}
+
+
+def train(recipe: TrainRecipe) -> Path | None:
+    """Trains what a recipe describes, from the last checkpoint in its `output` if there is one.
+
+    Returns:
+        The folder of the trained model, with tokenizer, score quantiles, recipe.json, recipe.md and log.jsonl; `None`
+        if a signal stopped the training before its end, which is saved.
+
+    Raises:
+        FloatingPointError: if a loss, a gradient or a weight is not finite.
+        TypeError, ValueError, OSError: for what the recipe names and cannot be used, before anything is trained.
+    """
+    output = Path(recipe.output)
+    arguments = training_arguments(recipe)
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    check_output(recipe, output, begun=last is not None or (output / FINAL).exists())
+    if (output / FINAL).is_dir():
+        return output / FINAL
+    if recipe.distillation is not None and last is None:
+        arguments.eval_on_start = True  # a converted model is measured before it heals, and its teacher
+    set_seed(recipe.seed)
+    with arguments.main_process_first():
+        tokenizer = load_tokenizer(recipe)
+        model = build_model(recipe, tokenizer)
+        rows, held_out, calibration = build_data(recipe, tokenizer, rows_per_step(arguments))
+    schedule = schedule_for(recipe, model.config)
+    stop = StopOnSignal()
+    trainer = HAMTrainer(
+        recipe,
+        calibration,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    report_through_us(trainer, schedule)
+    if recipe.lora is not None and trainer.is_fsdp_enabled:
+        raise ValueError("`lora` must be left out under FSDP: it is for one process and for DDP.")
+    if arguments.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
+        shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    if last is not None:
+        rows.load_state_dict(json.loads((Path(last) / DATA_STATE).read_text()))
+        trainer.first_step = int(last.rpartition("-")[2])
+        trainer.resumed_from = last
+        if recipe.lora is not None:
+            load_checkpoint(trainer.model, Path(last))
+    if trainer.first_step == recipe.steps:
+        # Only the model was not written yet; to Trainer this would be a reason for one more step.
+        if recipe.lora is None:
+            trainer.model.load_state_dict(HAMForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict())
+    else:
+        with stop:
+            trainer.train(resume_from_checkpoint=last)
+        if trainer.state.global_step < recipe.steps:
+            return None
+    if schedule is not None:
+        # A callback has set it, but not where only the model was to be written, and to None while thresholds froze.
+        trainer.ham.config.target_kv_usage = schedule.points[-1][1]
+    write_model(trainer, output)
+    return output / FINAL
+
+
+def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
+    """Trainer's arguments: those of the recipe, our defaults, and what a training cannot do without.
+
+    Raises:
+        ValueError: if Trainer does not take them.
+    """
+    settled = {
+        "output_dir": recipe.output,
+        "max_steps": recipe.steps,
+        "seed": recipe.seed,
+        "eval_strategy": "steps",
+        "eval_steps": recipe.evaluation.every,
+        "save_strategy": "steps",
+        "remove_unused_columns": False,
+        "ignore_data_skip": True,  # `PackedRows` goes on by itself, without reading again what was read
+        "logging_nan_inf_filter": False,
+    }
+    try:
+        arguments = TrainingArguments(**(TRAINER_DEFAULTS | recipe.trainer | settled))  # type: ignore[arg-type]
+        found = arguments.world_size
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"`trainer` has a value that Trainer does not take: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != started:
+        # Each would train by itself, and write into the folder of the others.
+        raise ValueError(
+            f"`trainer: use_cpu` must be true for several processes on a CPU, got {arguments.use_cpu}: of {started} "
+            f"processes that were started each sees {found}."
+        )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process must have one GPU, and sees {arguments.n_gpu}: start one for each with `accelerate launch`, "
+            "or leave one visible with CUDA_VISIBLE_DEVICES."
+        )
+    if found > 1:
+        most = arguments.per_device_eval_batch_size
+        arguments.per_device_eval_batch_size = evaluation_batch(recipe.evaluation.rows, found, most)
+    return arguments
+
+
+def evaluation_batch(rows: int, processes: int, most: int) -> int:
+    """The largest batch of at most so many rows that divides each process' share.
+
+    Short batches of some ranks would be filled up with rows that others have, which the meter would count again.
+    """
+    share, left = divmod(rows, processes)
+    if left:
+        raise ValueError(f"`evaluation: rows` must be a multiple of the {processes} processes, got {rows}.")
+    return max(n for n in range(1, most + 1) if share % n == 0)
+
+
+def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
+    """Refuses, with `ValueError`, a folder with other things in it, and one another training that has `begun`."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output` must be a folder, got the file {output}.")
+    ours = (output / "recipe.json").is_file()
+    others = [] if not output.is_dir() else [x.name for x in output.iterdir() if not _is_unfinished(x.name)]
+    if output.is_dir() and not ours and (begun or others):
+        raise ValueError(f"`output` must be a new or empty folder, or that of an earlier training, got {output}.")
+    if not begun:
+        return
+    before = _flat(json.loads((output / "recipe.json").read_text()))
+    now = _flat(json.loads(json.dumps(recipe.to_dict())))
+    free = {f"trainer: {key}" for key in FREE_TRAINER_KEYS} | {"output"}
+    for key in sorted(before.keys() | now.keys()):
+        if key not in free and before.get(key) != now.get(key):
+            raise ValueError(
+                f"`output` {output} holds a training with another recipe: `{key}` was {before.get(key)!r} and is now "
+                f"{now.get(key)!r}. Put it back to resume, or take another `output`."
+            )
+
+
+def _is_unfinished(name: str) -> bool:
+    """True for what a training leaves that was killed before its first checkpoint."""
+    return name == PARTIAL or (name.startswith(".recipe.json.") and name.endswith(UNFINISHED))
+
+
+def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        path = f"{where}: {key}" if where else key
+        result |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return result
+
+
+def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> None:
+    """Steers the thresholds, and has figures shown and written by our callbacks in place of Trainer's."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if schedule is not None:
+        # First of all, so that those who report to other tools see its figures.
+        trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
+    recipe = trainer.recipe
+    trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
+    tokens, bar = rows_per_step(trainer.args) * recipe.context, not recipe.trainer.get("disable_tqdm")
+    trainer.add_callback(Progress(tokens, bar, loss_name(recipe)))
+
+
+def loss_name(recipe: TrainRecipe) -> str:
+    """The name of the figure that training logs as `loss`: with a teacher it is not the loss on next tokens."""
+    weight = 0.0 if recipe.distillation is None else recipe.distillation.weight
+    return {0.0: "loss", 1.0: "divergence"}.get(weight, "loss mixed with divergence")
+
+
+def write_model(trainer: HAMTrainer, output: Path) -> None:
+    """Writes the calibrated model or its adapters, with all that tells how it was made, whole or not at all."""
+    if trainer.recipe.lora is not None and trainer.recipe.lora.merge:
+        trainer.model = trainer.model.merge_and_unload()
+    if trainer.ham.config.num_hybrid_layers:
+        calibrate(trainer.ham, trainer.calibration)
+    trainer.ham.config.use_cache = trainer.use_cache
+    partial = output / PARTIAL / FINAL
+    trainer.save_model(str(partial))
+    if not trainer.args.should_save:
+        return
+    (partial / "training_args.bin").unlink(missing_ok=True)
+    shutil.copyfile(output / "recipe.json", partial / "recipe.json")
+    shutil.copyfile(output / "log.jsonl", partial / "log.jsonl")
+    steps, tokens = trainer.recipe.steps, rows_per_step(trainer.args) * trainer.recipe.context
+    told = yaml.safe_dump({**trainer.recipe.to_dict(), "output": None}, sort_keys=False)
+    write_whole(
+        partial / "recipe.md",
+        f"{steps:,} steps of {tokens:,} tokens with `ham-hf train` and this recipe:\n\n```yaml\n{told}```\n",
+    )
+    os.replace(partial, output / FINAL)
+    shutil.rmtree(output / PARTIAL)
