@@ -26,7 +26,7 @@ from ham_hf.hub.sources import read_sources
 
 ROOT = Path(__file__).parents[1]
 HAM_TINY = ROOT / "ham_hf/checkpoints/ham-tiny"
-HAM_TINY_SOURCES = ROOT / "model_cards/ham-tiny"
+HAM_TINY_SOURCES = ROOT / "model_cards/ham_tiny"
 CONVERSION = {
     "source": {"name": "owner/llama", "commit": None, "model_type": "llama", "architecture": "LlamaForCausalLM"},
     "script": "convert_llama_to_ham.py",

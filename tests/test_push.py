@@ -234,7 +234,7 @@ def test_a_card_in_a_folder_is_sent_byte_for_byte(hub, folder, text):
 
 
 def test_results_in_a_folder_are_in_its_card(hub, folder):
-    shutil.copy(HAM_TINY.parents[2] / "model_cards/ham-tiny/usage.json", folder)
+    shutil.copy(HAM_TINY.parents[2] / "model_cards/ham_tiny/usage.json", folder)
     push_folder(folder, "me/my-ham")
     commit = hub.sent()
     results = json.loads((folder / "usage.json").read_text())["results"]

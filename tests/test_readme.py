@@ -14,7 +14,7 @@ from ham_hf.training.healing import Settings, to_markdown
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "model_cards/ham-tiny/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "model_cards/ham_tiny/README.md"])
 def test_python_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
@@ -25,11 +25,11 @@ def test_python_examples_run(name, tmp_path, monkeypatch):
         exec(block.replace("OWNER/ham-tiny", str(ROOT / "ham_hf/checkpoints/ham-tiny")), namespace)
 
 
-@pytest.mark.parametrize("name", ["README.md", "model_cards/ham-tiny/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "model_cards/ham_tiny/README.md"])
 def test_usage_table_is_the_measured_one(name):
     """Every loss in the table is one that the script wrote."""
     table = (ROOT / name).read_text().split("<!-- usage:begin -->")[1].split("<!-- usage:end -->")[0]
-    results = json.loads((ROOT / "model_cards/ham-tiny/usage.json").read_text())["results"]
+    results = json.loads((ROOT / "model_cards/ham_tiny/usage.json").read_text())["results"]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[3].strip() for row in rows] == [f"{x['loss']:.4f}" for x in results]
 
@@ -58,7 +58,7 @@ def test_the_study_is_what_its_results_say(tmp_path):
 
 def test_loss_improves_as_more_is_kept():
     """Held-out loss falls all the way; so does that on a passage seen before, up to three quarters kept."""
-    results = json.loads((ROOT / "model_cards/ham-tiny/usage.json").read_text())["results"]
+    results = json.loads((ROOT / "model_cards/ham_tiny/usage.json").read_text())["results"]
     asked = sorted((x for x in results if x["kv_usage"] is not None), key=lambda x: x["kv_usage"])
     losses, recall = [x["loss"] for x in asked], [x["recall_loss"] for x in asked]
     assert losses == sorted(losses, reverse=True), losses

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import ham_hf
 import ham_kernels
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM, HAMForSequenceClassification, HAMModel
-from ham_hf.training import ham_tiny
+from model_cards.ham_tiny import train as ham_tiny
 
 ROOTS = [Path(ham_hf.__file__).parent, Path(ham_kernels.__file__).parent]
 CHECKPOINT = ROOTS[0] / "checkpoints" / "ham-tiny"

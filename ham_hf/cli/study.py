@@ -21,7 +21,7 @@ examples:
 
 STUDY is cpu, gpu or a YAML file like theirs. Every model's result is stored in OUTPUT when it is done, so the same
 command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
-python -m ham_hf.training.corpus and python -m ham_hf.training.tokenizer.
+python -m model_cards.ham_tiny.corpus and python -m model_cards.ham_tiny.tokenizer.
 """
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
-from ham_hf.training.corpus import SPLIT_FILES, read_documents
+from ham_hf.training.documents import SPLIT_FILES, read_documents
 
 USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 # The part of a window that comes again at its end when recall is measured.
@@ -118,7 +118,7 @@ def main() -> None:
     """Measures a checkpoint and writes `usage.json`, `usage.md` and `usage.png`."""
     parser = argparse.ArgumentParser(description="Held-out loss and cache bytes against the fraction of tokens kept.")
     parser.add_argument("--model", type=Path, required=True, help="folder of a calibrated HAM checkpoint")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
     parser.add_argument("--output", type=Path, required=True, help="where the table and the plot go")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window (default %(default)s)")
     parser.add_argument("--per-document", type=int, default=12, help="windows of a document (default %(default)s)")

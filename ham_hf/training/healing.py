@@ -41,11 +41,11 @@ from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import calibrate
 from ham_hf.evaluation.usage import held_out_windows
 from ham_hf.files import write_whole
-from ham_hf.training.corpus import SPLIT_FILES
 from ham_hf.training.data import PackedRows
 from ham_hf.training.distillation import open_gates
-from ham_hf.training.ham_tiny import TokenSampler
+from ham_hf.training.documents import SPLIT_FILES
 from ham_hf.training.recipe import DataRecipe, read_recipe
+from ham_hf.training.sampling import TokenSampler
 from ham_hf.training.train import train
 
 PACKAGE = Path(ham_hf.__file__).parent
@@ -383,7 +383,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Runs what is left to do, and writes `results.json`, `results.md` and `healing.png` to `--results`."""
     parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to go on.")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
     parser.add_argument("--output", type=Path, required=True, help="where models and the stages' figures go")
     parser.add_argument(
         "--tokenizer", type=Path, default=PACKAGE / "checkpoints" / "ham-tiny", help="default: that of ham-tiny"

@@ -20,8 +20,8 @@ from ham_hf.training import distillation
 from ham_hf.training.data import PackedRows
 from ham_hf.training.distillation import Teacher, distillation_loss, open_gates
 from ham_hf.training.recipe import DataRecipe, read_recipe
-from ham_hf.training.tokenizer import train_tokenizer
 from ham_hf.training.train import train
+from model_cards.ham_tiny.tokenizer import train_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "conversion_scripts" / "convert_transformer_to_ham.py"
 VOCABULARY = 300

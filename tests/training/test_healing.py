@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from ham_hf.training import healing
-from ham_hf.training.corpus import SPLIT_FILES, Document, write_documents
-from ham_hf.training.tokenizer import train_tokenizer
+from ham_hf.training.documents import SPLIT_FILES, Document, write_documents
+from model_cards.ham_tiny.tokenizer import train_tokenizer
 
 WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
 

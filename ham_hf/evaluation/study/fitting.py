@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ...configuration_ham import HAMConfig
 from ...modeling_ham import HAMForCausalLM
 from ...training.control import Target, UsageSchedule, clipped_parameters, parameter_groups
-from ...training.ham_tiny import initialize_recall
+from ...training.initialization import initialize_recall
 from ...training.recipe import at_least
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from ...modeling_ham import HAMForCausalLM
-from ...training.ham_tiny import TokenSampler
 from ...training.recipe import at_least
+from ...training.sampling import TokenSampler
 from ..calibration import calibrate
 from ..usage import held_out_windows
 from .fitting import block_means, fit
@@ -57,7 +57,7 @@ class Texts:
     """The text of a corpus in tokens.
 
     Args:
-        corpus: folder written by `ham_hf.training.corpus`.
+        corpus: folder written by `model_cards.ham_tiny.corpus`.
         tokenizer: folder of a tokenizer.
     """
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Trains ham-tiny, the embedded checkpoint, on public-domain English; can be interrupted and resumed.
 
-Usage: ``python -m ham_hf.training.ham_tiny --corpus DIR --tokenizer DIR --output DIR``
+Usage: ``python -m model_cards.ham_tiny.train --corpus DIR --tokenizer DIR --output DIR``
 
 Every second step keeps what the learned thresholds keep, which the control loop drives to half of the tokens; the
 others keep a fraction drawn anew through the score quantiles measured so far, so that one checkpoint serves every
@@ -26,7 +26,8 @@ from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.evaluation import calibrate
 from ham_hf.files import write_whole
 from ham_hf.files_ham import whole_file
-from ham_hf.training.corpus import SPLIT_FILES, read_documents
+from ham_hf.training.initialization import initialize_recall
+from ham_hf.training.sampling import TokenSampler
 
 CALIBRATE_EVERY = 50
 EVALUATE_EVERY = 250
@@ -136,84 +137,6 @@ def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-
-
-class TokenSampler:
-    """Windows of training text: a pure function of the step, so that a resumed run sees what an unbroken one would."""
-
-    def __init__(self, corpus: Path, split: str, tokenizer: PreTrainedTokenizerBase, book_weight: float = 1.0):
-        documents = read_documents(corpus / SPLIT_FILES[split])
-        encode = tokenizer.backend_tokenizer.encode
-        ends = [tokenizer.eos_token_id]
-        self.documents = [np.array(ends + encode(d.text).ids + ends, dtype=np.int64) for d in documents]
-        weights = [
-            len(x) * (1.0 if "sotu" in d.source else book_weight)
-            for x, d in zip(self.documents, documents, strict=True)
-        ]
-        self.probabilities = np.array(weights) / sum(weights)
-        self.vocab_size = len(tokenizer)
-
-    def batch(
-        self, seed: int, rows: int, length: int, repeats: tuple[float, float] = (0.0, 0.0), names: float = 0.0
-    ) -> torch.Tensor:
-        """`[rows, length]` token ids, each row a window of one document, unless it repeats its beginning to its end.
-
-        Args:
-            seed: what everything is drawn from.
-            rows: how many windows.
-            length: tokens in each.
-            repeats: fractions of rows that repeat 4 to `length / 2` tokens of text, and as many random tokens.
-            names: fraction of rows that are told 1 to 4 names, of 2 to 6 random tokens each, at 4 to 16 places.
-        """
-        random = np.random.default_rng(seed)
-        windows = []
-        for document in random.choice(len(self.documents), size=rows, p=self.probabilities):
-            tokens = self.documents[document]
-            start = random.integers(0, max(1, len(tokens) - length + 1))
-            windows.append(np.resize(tokens[start : start + length], length))
-        batch = np.stack(windows)
-        for row in batch:
-            kind = random.uniform()
-            if kind < sum(repeats):
-                period = int(np.exp(random.uniform(np.log(4), np.log(length // 2 + 1))))
-                if kind >= repeats[0]:
-                    row[:period] = random.integers(self.vocab_size, size=period)
-                row[:] = np.resize(row[:period], length)
-        for row in batch:
-            if random.uniform() < names:
-                lengths = random.integers(2, 7, size=random.integers(1, 5))
-                known = [random.integers(self.vocab_size, size=n) for n in lengths]
-                told = [known[i] for i in random.integers(len(known), size=random.integers(4, 17))]
-                places = np.repeat(random.integers(length, size=len(told)), [len(name) for name in told])
-                row[:] = np.insert(row, places, np.concatenate(told))[:length]
-        return torch.from_numpy(batch)
-
-
-@torch.no_grad()
-def initialize_recall(model: HAMForCausalLM) -> None:
-    """Makes every layer start as a copying layer, which predicts what followed the current token's last occurrence.
-
-    A mimetic initialisation (arXiv 2410.11135): queries and keys share their projection, so that equal tokens match;
-    the convolution hands queries and values the current token and keys the one before it; the output projection is
-    the transpose of the values' projection, so that a value comes out as the token it was made of.
-    """
-    config = model.config
-    groups = config.num_attention_heads // config.num_key_value_heads
-    for layer in model.model.layers:
-        mixer = layer.mixer
-        keys = mixer.k_proj.weight.unflatten(0, (-1, config.head_dim)) * 3
-        mixer.k_proj.weight.copy_(keys.flatten(0, 1))
-        mixer.q_proj.weight.copy_(keys.repeat_interleave(groups, 0).flatten(0, 1))
-        values = mixer.v_proj.weight.unflatten(0, (-1, config.value_head_dim))
-        mixer.o_proj.weight.copy_(values.repeat_interleave(groups, 0).flatten(0, 1).T)
-        queries, keys, values = mixer.conv.weight.mul_(0.2).split(mixer.sizes)
-        queries[:, -1] += 1
-        keys[:, -2] += 1
-        values[:, -1] += 1
-        # Sharp enough to single out one token among hundreds.
-        if mixer.has_attention:
-            mixer.q_norm.weight.fill_(2)
-            mixer.k_norm.weight.fill_(2)
 
 
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -393,8 +316,8 @@ def earlier_recipes(start: Path | None) -> list[dict]:
 def main() -> None:
     """Trains and writes the checkpoint, its tokenizer, log and recipe to `--output`."""
     parser = argparse.ArgumentParser(description="Trains ham-tiny; run again to resume.")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by ham_hf.training.tokenizer")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by corpus.py beside this")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by tokenizer.py beside this")
     parser.add_argument("--output", type=Path, required=True, help="where state, log and the checkpoint go")
     parser.add_argument("--start", type=Path, help="finished checkpoint to go on from, with a recipe of its own")
     parser.add_argument("--recipe", choices=RECIPES, help="default: continued with --start, otherwise first")

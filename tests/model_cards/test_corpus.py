@@ -7,15 +7,16 @@ import zlib
 import pytest
 from transformers import AutoTokenizer
 
-from ham_hf.training import corpus
-from ham_hf.training.corpus import Document, Source
-from ham_hf.training.tokenizer import END_OF_TEXT, PADDING, train_tokenizer
+from ham_hf.training.documents import Document, read_documents, write_documents
+from model_cards.ham_tiny import corpus, sources
+from model_cards.ham_tiny.sources import Source
+from model_cards.ham_tiny.tokenizer import END_OF_TEXT, PADDING, train_tokenizer
 
 STORY = "\n\n".join(f"The {word} ship sailed past the {word} harbour." for word in ("old", "red", "tall", "swift")) * 4
 
 
 def make_source(held_out: frozenset[str] | None = None) -> Source:
-    return Source("books", "1.0", "npm", "0" * 64, ("*.txt",), "CC0", corpus.read_titled_book, held_out)
+    return Source("books", "1.0", "npm", "0" * 64, ("*.txt",), "CC0", sources.read_titled_book, held_out)
 
 
 def serialize_r_strings(lines: list[str]) -> bytes:
@@ -50,25 +51,25 @@ class TestCleaning:
 
 class TestReading:
     def test_titled_book(self):
-        assert list(corpus.read_titled_book("a.txt", b"[A Book]\nText\n")) == [("A Book", "Text\n")]
+        assert list(sources.read_titled_book("a.txt", b"[A Book]\nText\n")) == [("A Book", "Text\n")]
 
     def test_untitled_book_is_an_error(self):
         with pytest.raises(ValueError, match=r"a\.txt"):
-            list(corpus.read_titled_book("a.txt", b"Text\n"))
+            list(sources.read_titled_book("a.txt", b"Text\n"))
 
     def test_speech(self):
-        [(title, text)] = corpus.read_speech("data/1861_ann_b_smith_r.txt", "caf\u00e9".encode("latin-1"))
+        [(title, text)] = sources.read_speech("data/1861_ann_b_smith_r.txt", "caf\u00e9".encode("latin-1"))
         assert (title, text) == ("1861 Ann B Smith", "caf\u00e9")
 
     def test_r_books_skip_other_objects(self):
         other_object = b"X\n" + struct.pack(">iiii", 3, 0, 0, 5) + b"UTF-8" + struct.pack(">i", 13)
         chunks = [serialize_r_strings(["A BOOK", "", "By Jane Austen", "Text."]), other_object]
         content = b"".join(struct.pack(">i", len(chunk)) + zlib.compress(chunk) for chunk in chunks)
-        assert list(corpus.read_r_books("x.rdb", content)) == [("A Book", "\nText.")]
+        assert list(sources.read_r_books("x.rdb", content)) == [("A Book", "\nText.")]
 
     def test_r_database_that_is_not_compressed_is_an_error(self):
         with pytest.raises(ValueError, match=r"x\.rdb"):
-            list(corpus.read_r_books("x.rdb", b"not compressed"))
+            list(sources.read_r_books("x.rdb", b"not compressed"))
 
 
 class TestSplitting:
@@ -93,20 +94,20 @@ class TestSplitting:
 
     def test_documents_survive_the_file(self, tmp_path):
         documents = [Document("a", "t", "line\n\n\u2603 \U0001f600")]
-        corpus.write_documents(tmp_path / "train.jsonl", documents)
-        assert corpus.read_documents(tmp_path / "train.jsonl") == documents
+        write_documents(tmp_path / "train.jsonl", documents)
+        assert read_documents(tmp_path / "train.jsonl") == documents
         assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
     def test_missing_file_names_the_remedy(self, tmp_path):
-        with pytest.raises(ValueError, match=r"ham_hf\.training\.corpus"):
-            corpus.read_documents(tmp_path / "train.jsonl")
+        with pytest.raises(ValueError, match=r"model_cards\.ham_tiny\.corpus"):
+            read_documents(tmp_path / "train.jsonl")
 
 
 class TestDownloading:
     def test_a_changed_package_is_an_error(self, tmp_path):
         (tmp_path / "books-1.0.archive").write_bytes(b"something else")
         with pytest.raises(RuntimeError, match=r"books 1\.0 has digest"):
-            corpus.download(make_source(), tmp_path)
+            sources.download(make_source(), tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Trains the byte-level BPE tokenizer of the embedded checkpoint on the training split of the corpus.
 
-Usage: ``python -m ham_hf.training.tokenizer --corpus DIR --output DIR``
+Usage: ``python -m model_cards.ham_tiny.tokenizer --corpus DIR --output DIR``
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ham_hf.training.corpus import SPLIT_FILES, Document, read_documents
+from ham_hf.training.documents import SPLIT_FILES, Document, read_documents
 
 VOCABULARY_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
@@ -72,7 +72,7 @@ def print_statistics(tokenizer: PreTrainedTokenizerFast, corpus: Path) -> None:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Train the tokenizer of the embedded checkpoint.")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by ham_hf.training.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by corpus.py beside this")
     parser.add_argument("--output", type=Path, required=True, help="folder to save the tokenizer in")
     parser.add_argument("--vocabulary-size", type=int, default=VOCABULARY_SIZE)
     arguments = parser.parse_args()
