@@ -22,7 +22,8 @@ DEV := $(VENV)/.installed-dev
 # The oldest Transformers that is supported; tests put this folder before the environment's own.
 OLDEST := $(VENV)/oldest
 OLDEST_TESTS := tests/test_transformers_contract.py tests/test_generation.py tests/test_common_suite.py \
-	tests/test_exactness.py $(wildcard tests/test_cache*.py) tests/test_remote_code.py tests/training
+	tests/test_exactness.py $(wildcard tests/test_cache*.py) tests/test_remote_code.py tests/training \
+	tests/model_cards/test_cost.py tests/model_cards/test_healing.py
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
 PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS) --dist worksteal
@@ -56,7 +57,7 @@ format: $(DEV) ## mend what ruff can mend, and format
 	@$(BIN)/ruff format .
 
 bench: $(BASE) ## measure speed and memory on this machine
-	@$(BIN)/python -m ham_hf.evaluation.bench $(ARGS)
+	@$(BIN)/python -m model_cards.benchmarks.bench $(ARGS)
 
 # A machine with a GPU may have PyTorch and no network, so this takes the Python that is there.
 gpu-check: ## test and measure the kernels on this machine's NVIDIA GPU; installs nothing

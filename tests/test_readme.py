@@ -9,7 +9,8 @@ import pytest
 
 from ham_hf.evaluation.study.report import write_report
 from ham_hf.evaluation.study.study import check_results, jobs_of, read_results, read_study
-from ham_hf.training.healing import Settings, to_markdown
+from model_cards.healing.report import to_markdown
+from model_cards.healing.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 

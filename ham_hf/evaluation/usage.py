@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ham_hf.evaluation.markdown import table
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.documents import SPLIT_FILES, read_documents
@@ -71,24 +72,36 @@ def measure_usage(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: 
 def to_markdown(results: list[dict], context: int) -> str:
     """A row per usage; the difference is paired window by window with everything kept, with its standard error."""
     everything = next(x for x in results if x["kv_usage"] == 1.0)["losses"]
-    lines = [
-        "| asked for | kept | loss (nats/token) | above everything kept | second time | cache KiB | full cache KiB |",
-        "|---|---|---|---|---|---|---|",
+    columns = [
+        "asked for",
+        "kept",
+        "loss (nats/token)",
+        "above everything kept",
+        "second time",
+        "cache KiB",
+        "full cache KiB",
     ]
+    rows = []
     for x in results:
         differences = [a - b for a, b in zip(x["losses"], everything, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        name = "learned" if x["kv_usage"] is None else f"{x['kv_usage']:.0%}"
-        lines.append(
-            f"| {name} | {x['usage']:.1%} | {x['loss']:.4f} | {statistics.mean(differences):+.4f} ± {error:.4f} | "
-            f"{x['recall_loss']:.3f} | {x['kv_bytes'] / 1024:.0f} | {x['full_kv_bytes'] / 1024:.0f} |"
+        rows.append(
+            [
+                "learned" if x["kv_usage"] is None else f"{x['kv_usage']:.0%}",
+                f"{x['usage']:.1%}",
+                f"{x['loss']:.4f}",
+                f"{statistics.mean(differences):+.4f} ± {error:.4f}",
+                f"{x['recall_loss']:.3f}",
+                f"{x['kv_bytes'] / 1024:.0f}",
+                f"{x['full_kv_bytes'] / 1024:.0f}",
+            ]
         )
     state_kib = results[0]["state_bytes"] / 1024
     tail = (
         f"{len(everything)} windows of {context} tokens; the states of fixed size add {state_kib:.0f} KiB. "
         f"Second time: over the last {int(context * REPEATED)} tokens of a window, when they repeat its first ones."
     )
-    return "\n".join([*lines, "", tail]) + "\n"
+    return f"{table(columns, rows)}\n\n{tail}\n"
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -127,12 +140,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = held_out_windows(arguments.corpus, tokenizer, arguments.context, arguments.per_document)
     results = [measure_usage(model, windows, usage) for usage in (*USAGES, None)]
-    table = to_markdown(results, arguments.context)
-    print(table)
+    report = to_markdown(results, arguments.context)
+    print(report)
     arguments.output.mkdir(parents=True, exist_ok=True)
     payload = json.dumps({"context": arguments.context, "results": results}, indent=1) + "\n"
     write_whole(arguments.output / "usage.json", payload)
-    write_whole(arguments.output / "usage.md", table)
+    write_whole(arguments.output / "usage.md", report)
     plot(results, arguments.output / "usage.png")
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from ham_hf.training.healing import before_healing
 from ham_hf.training.progress import Progress
 from ham_hf.training.train import loss_name
+from model_cards.healing.report import before_healing
 
 
 class Pipe(io.StringIO):

@@ -31,8 +31,8 @@ from transformers.distributed import DistributedConfig
 
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.configuration_ham import ROUTERS
-from ham_hf.training import cost
 from ham_hf.training.control import UsageMeter
+from model_cards.benchmarks import cost
 
 LENGTHS = (40, 14, 30, 24)
 # What keeps some tokens and drops others, where 0.5 does not.
@@ -354,7 +354,7 @@ class Messages(TorchDispatchMode):
 
 
 def messages(folder: Path) -> dict[str, Any]:
-    """What a step really sends, and what `ham_hf.training.cost` says of it."""
+    """What a step really sends, and what `model_cards.benchmarks.cost` says of it."""
     found: dict[str, Any] = {}
     for tied in (False, True):
         settings = {"layer_types": None, "num_hidden_layers": 3, "tie_word_embeddings": tied}

@@ -3,7 +3,7 @@
 
 Tests hold the counts to real small models; the rates of the hardware are assumptions, named in `Hardware`.
 
-Usage: ``python -m ham_hf.training.cost --output ham_hf/training/COST.md``
+Usage: ``python -m model_cards.benchmarks.cost --output model_cards/benchmarks/COST.md``
 """
 
 import argparse
@@ -18,6 +18,7 @@ from torch import nn
 
 from ham_hf.attention_ham import QUERY_BLOCK
 from ham_hf.configuration_ham import LEARNED_ROUTERS, HAMConfig
+from ham_hf.evaluation.markdown import table
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
 
@@ -315,12 +316,6 @@ def tensor_parallel_speedup(model: Model, ranks: int, hardware: Hardware) -> flo
     return compute_seconds(model, hardware) / ((repeated + divided / ranks) / hardware.operations + waits)
 
 
-def table(header: str, rows: list[list[str]]) -> str:
-    """A Markdown table; `header` has its columns between bars."""
-    lines = [header, " | ".join(["---"] * (header.count("|") + 1)), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def parameter_table() -> str:
     """What each model is made of."""
     rows = []
@@ -330,9 +325,8 @@ def parameter_table() -> str:
         heads = f"{config.num_attention_heads} / {config.num_key_value_heads} of {config.head_dim}"
         numbers = [counted.total, counted.layers, counted.embedding + counted.head]
         rows.append([model.name, shape, heads, *(f"{n / 1e6:,.0f}M" for n in numbers)])
-    return table(
-        "model | layers x width | heads / key-value heads | parameters | in layers | embedding and head", rows
-    )
+    columns = "model | layers x width | heads / key-value heads | parameters | in layers | embedding and head"
+    return table(columns.split(" | "), rows)
 
 
 def operation_table() -> str:
@@ -344,9 +338,8 @@ def operation_table() -> str:
             parts = [done.matrices, done.rnn + done.solve + done.prediction, done.attention, done.head]
             numbers = [*parts, done.forward, done.backward]
             rows.append([model.name, f"{model.context}", f"{usage:.0%}", *(f"{n / 1e9:.2f}" for n in numbers)])
-    return table(
-        "model | context | kept | projections, MLP | RNN | attention | head | forward | backward (GFLOP a token)", rows
-    )
+    columns = "model | context | kept | projections, MLP | RNN | attention | head | forward | backward (GFLOP a token)"
+    return table(columns.split(" | "), rows)
 
 
 def activation_table() -> str:
@@ -359,11 +352,11 @@ def activation_table() -> str:
                 number = activation_bytes(model.config, model.usage, checkpointing, kernels)
                 cells += [f"{number / 1e3:,.0f} KB", f"{number * model.context / 1e9:.1f} GB"]
         rows.append(cells)
-    return table(
+    columns = (
         "model | context | PyTorch: a token | a row | checkpointed: a token | a row | kernels: a token | a row | "
-        "checkpointed: a token | a row",
-        rows,
+        "checkpointed: a token | a row"
     )
+    return table(columns.split(" | "), rows)
 
 
 def memory_table(hardware: Hardware) -> str:
@@ -377,7 +370,8 @@ def memory_table(hardware: Hardware) -> str:
             way = "DDP, any number" if gpus == 1 else f"FSDP2, {gpus}"
             fits = [f"{max(room, 0) / x:,.0f}" if room > 0 else "does not fit" for x in each]
             rows.append([model.name, way, f"{held / 1e9:.1f} GB", *fits])
-    return table("model | way, GPUs | weights and optimizer on each | tokens beside them | checkpointed", rows)
+    columns = "model | way, GPUs | weights and optimizer on each | tokens beside them | checkpointed"
+    return table(columns.split(" | "), rows)
 
 
 def message_table() -> str:
@@ -389,7 +383,8 @@ def message_table() -> str:
         rows.append(
             [model.name, f"{ddp / 1e9:.2f} GB", f"{fsdp / 1e9:.2f} GB", *(f"{x / 1e6:.2f} MB" for x in tensor)]
         )
-    return table("model | DDP, 8 GPUs, a step | FSDP2, 8 GPUs, a step | TP 2, a token | TP 8, a token", rows)
+    columns = "model | DDP, 8 GPUs, a step | FSDP2, 8 GPUs, a step | TP 2, a token | TP 8, a token"
+    return table(columns.split(" | "), rows)
 
 
 def time_table(hardware: Hardware) -> str:
@@ -407,7 +402,8 @@ def time_table(hardware: Hardware) -> str:
             if not fits_alone(model, hardware):
                 shares[0] = "does not fit"
             rows.append([model.name, f"{gpus}", f"{model.batch // gpus:,}", f"{compute:.3f} s", *shares])
-    return table("model | GPUs | tokens on each | computing | DDP's messages | FSDP2's | HSDP's", rows)
+    columns = "model | GPUs | tokens on each | computing | DDP's messages | FSDP2's | HSDP's"
+    return table(columns.split(" | "), rows)
 
 
 def limit_table(hardware: Hardware) -> str:
@@ -420,11 +416,11 @@ def limit_table(hardware: Hardware) -> str:
             fits = way != "DDP" or fits_alone(model, hardware)
             cells += [f"{tokens:,.0f}", f"{model.batch / tokens:,.0f}"] if fits else ["does not fit", ""]
         rows.append([*cells, *(f"{tensor_parallel_speedup(model, ranks, hardware):.1f}" for ranks in (2, 4, 8))])
-    return table(
+    columns = (
         "model | rows in a batch | DDP: fewest tokens | most GPUs | FSDP2: fewest tokens | most GPUs | "
-        "HSDP: fewest tokens | most GPUs | TP 2: times as fast | TP 4 | TP 8",
-        rows,
+        "HSDP: fewest tokens | most GPUs | TP 2: times as fast | TP 4 | TP 8"
     )
+    return table(columns.split(" | "), rows)
 
 
 def page(hardware: Hardware) -> str:
@@ -447,10 +443,11 @@ def page(hardware: Hardware) -> str:
 PAGE = """<!-- Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0. -->
 # What training a HAM costs
 
-Written by `python -m ham_hf.training.cost --output ham_hf/training/COST.md`. **This is arithmetic, nothing here was
-measured on a GPU.** What the counts rest on is tested on small models on a CPU: parameters exactly; operations
-within 1% of PyTorch's `FlopCounterMode`; what PyTorch keeps for the backward pass within 5%; the bytes of DDP, FSDP2
-and tensor parallelism within 1% of what two processes sent (`tests/training/test_cost.py`, `test_scale_out.py`).
+Written by `python -m model_cards.benchmarks.cost --output model_cards/benchmarks/COST.md`. **This is arithmetic,
+nothing here was measured on a GPU.** What the counts rest on is tested on small models on a CPU: parameters exactly;
+operations within 1% of PyTorch's `FlopCounterMode`; what PyTorch keeps for the backward pass within 5%; the bytes of
+DDP, FSDP2 and tensor parallelism within 1% of what two processes sent (`tests/model_cards/test_cost.py`,
+`tests/training/test_scale_out.py`).
 
 Assumed of a GPU: {memory} GB; {operations} TFLOP/s in bfloat16, of which projections, MLP and head reach {matrices},
 RNN and attention {sequence}, what kernels compute twice included; {within} GB/s to the {gpus} GPUs of a machine and

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Puts measured tables into documents, between markers, so that no figure is copied by hand.
 
-Usage: ``python -m ham_hf.evaluation.tables README.md usage=model_cards/ham_tiny/usage.md``
+Usage: ``python -m model_cards.benchmarks.tables README.md usage=model_cards/ham_tiny/usage.md``
 """
 
 import argparse

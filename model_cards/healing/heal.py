@@ -1,21 +1,19 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Shows that a converted Transformer heals: trains one, converts it, lowers its usage, and measures what that costs.
 
-Usage: ``python -m ham_hf.training.healing --corpus DIR --output DIR``
+Usage: ``python -m model_cards.healing.heal --corpus DIR --output DIR``
 
-Run from a clone, which holds the conversion script. Healing follows recipes of `ham-hf train`, which are written to
-the output. Every stage writes its result whole; run again to go on after the last one that is done, or, while healing,
-after the last checkpoint.
+Healing follows recipes of `ham-hf train`, which are written to the output. Every stage writes its result whole; run
+again to go on after the last one that is done, or, while healing, after the last checkpoint.
 """
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,6 @@ from transformers import (
 )
 from transformers.trainer_utils import sort_checkpoints
 
-import ham_hf
 from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import calibrate
 from ham_hf.evaluation.usage import held_out_windows
@@ -48,54 +45,14 @@ from ham_hf.training.recipe import DataRecipe, read_recipe
 from ham_hf.training.sampling import TokenSampler
 from ham_hf.training.train import train
 
-PACKAGE = Path(ham_hf.__file__).parent
-CONVERT = PACKAGE.parent / "conversion_scripts" / "convert_transformer_to_ham.py"
+from .report import before_healing, plot, to_markdown
+from .settings import RUNS, Settings
+
+ROOT = Path(__file__).parents[2]
+CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
+HAM_TINY = ROOT / "ham_hf" / "checkpoints" / "ham-tiny"
 # Windows of the source's training are numbered from here for every seed, those of calibration from there.
 SEEDS_APART, CALIBRATION = 1_000_003, 10**9
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result, written beside it."""
-
-    seed: int = 0
-    context: int = 512
-    rows: int = 4
-    source_steps: int = 1500
-    source_lr: float = 3e-3
-    steps: int = 200
-    lr: float = 1e-3
-    open_gates: float = -2.0
-    measure_every: int = 20
-    windows_per_document: int = 12
-
-    @property
-    def schedule(self) -> list[list[float]]:
-        """Steps and usage: down to a half, held, down to a quarter, held."""
-        return [[self.steps * n // 5, usage] for n, usage in enumerate((1.0, 0.5, 0.5, 0.25))]
-
-    @property
-    def half_until(self) -> int:
-        """The last step of the half."""
-        return self.steps * 2 // 5
-
-
-@dataclass(frozen=True)
-class Run:
-    """One way to heal."""
-
-    label: str
-    weight: float = 1.0
-    opened: bool = True
-    router: str = "cosine"
-
-
-RUNS = {
-    "healed": Run("healed: distilled, gates opened"),
-    "next_tokens": Run("healed without a teacher", weight=0.0),
-    "shut": Run("healed with the gates left shut", opened=False),
-    "random": Run("healed, random router (control)", router="random"),
-}
 
 
 class Windows(Dataset):
@@ -309,85 +266,12 @@ class Study:
         return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
 
 
-def before_healing(figures: dict[str, Any]) -> str:
-    """The held-out losses that healing begins from, on one line."""
-    names = {"source": "source", "100%": "converted", "50%": "at 50%", "25%": "at 25%", "opened": "gates opened"}
-    losses = ", ".join(f"{name} {figures[key]['loss']:.4f}" for key, name in names.items())
-    return f"Held-out loss before healing (nats/token): {losses}"
-
-
-def done(results: dict[str, Any]) -> list[tuple[str, Run]]:
-    """The ways to heal that there are results of."""
-    return [(name, run) for name, run in RUNS.items() if name in results]
-
-
-def to_markdown(results: dict[str, Any], settings: Settings) -> str:
-    """A row per model; the difference is paired window by window with the source, with its standard error."""
-    source = results["unhealed"]["source"]
-    lines = ["| model | kept | held-out loss (nats/token) | above the source |", "|---|---|---|---|"]
-
-    def row(name: str, figures: dict[str, Any]) -> None:
-        differences = [a - b for a, b in zip(figures["losses"], source["losses"], strict=True)]
-        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        percent = [100 * x / source["loss"] for x in (statistics.mean(differences), error)]
-        lines.append(
-            f"| {name} | {figures['kept']:.1%} | {figures['loss']:.4f} | {percent[0]:+.2f}% ± {percent[1]:.2f}% |"
-        )
-
-    row("source", source)
-    row("source, trained on for as many tokens", results["trained_on"])
-    for usage in ("100%", "50%", "25%", "0%"):
-        row(f"converted, not healed, {usage}", results["unhealed"][usage])
-    row("converted, gates opened, 100%", results["unhealed"]["opened"])
-    for name, run in done(results):
-        curve = results[name]["curve"]
-        row(f"{run.label}; on the way, at 50%", next(x for x in curve if x["step"] == settings.half_until))
-        row(f"{run.label}; in the end, at 25%", curve[-1])
-        row(f"{run.label}; in the end, asked for 50%", results[name]["asked"]["50%"])
-    tokens = settings.rows * settings.context
-    tail = (
-        f"{results['windows']} windows of {settings.context} tokens; ± are standard errors over windows, of one seed. "
-        f"The source was trained for {settings.source_steps} steps of {tokens} tokens, healing takes "
-        f"{settings.steps}, and is at 50% after the first {settings.half_until}. On the way, and in the end at 25%, "
-        "the learned thresholds decide what is kept; where a usage was asked for, score quantiles do."
-    )
-    return "\n".join([*lines, "", tail]) + "\n"
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Held-out loss and usage over the schedule, one line for each way to heal."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    source = results["unhealed"]["source"]["loss"]
-    for name, run in done(results):
-        curve = results[name]["curve"]
-        steps = [0, *(x["step"] for x in curve)]
-        first = results["unhealed"]["opened" if run.opened else "100%"]
-        top.plot(steps, [first["loss"], *(x["loss"] for x in curve)], ".-", label=run.label)
-        bottom.plot(steps, [100 * first["kept"], *(100 * x["kept"] for x in curve)], ".-")
-    for factor, name, style in ((1, "source", "-"), (1.02, "source + 2%", "--"), (1.05, "source + 5%", ":")):
-        top.axhline(source * factor, color="grey", linestyle=style, label=name)
-    top.axhline(results["trained_on"]["loss"], color="black", linestyle="-.", label="source, trained on")
-    top.set(ylabel="held-out loss (nats/token)", title="Healing a converted Llama")
-    bottom.set(xlabel="step", ylabel="tokens kept (%)", ylim=(0, 105))
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    for axis in (top, bottom):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Runs what is left to do, and writes `results.json`, `results.md` and `healing.png` to `--results`."""
     parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to go on.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
     parser.add_argument("--output", type=Path, required=True, help="where models and the stages' figures go")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=PACKAGE / "checkpoints" / "ham-tiny", help="default: that of ham-tiny"
-    )
+    parser.add_argument("--tokenizer", type=Path, default=HAM_TINY, help="default: that of ham-tiny")
     parser.add_argument("--results", type=Path, help="where table and plot go (default: --output)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default %(default)s)")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")

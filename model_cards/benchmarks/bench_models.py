@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .. import HAMConfig, HAMForCausalLM
-from ..routing_ham import usage_threshold
-from .calibration import calibrate
+from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf.evaluation import calibrate
+from ham_hf.routing_ham import usage_threshold
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 512,

@@ -4,7 +4,7 @@
 Each comparison has a process of its own: memory that an earlier one freed would be reused without the page faults that
 new memory costs, and so change the times of what follows.
 
-Usage: ``python -m ham_hf.evaluation.bench`` (or ``make bench``); ``--output DIR`` also writes the tables.
+Usage: ``python -m model_cards.benchmarks.bench`` (or ``make bench``); ``--output DIR`` also writes the tables.
 """
 
 import argparse
@@ -24,9 +24,11 @@ import transformers
 from transformers import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
-from .. import HAMCache, HAMForCausalLM
-from ..files import write_whole
-from ..inputs_ham import CACHE_NAME
+from ham_hf import HAMCache, HAMForCausalLM
+from ham_hf.evaluation.markdown import row, table
+from ham_hf.files import write_whole
+from ham_hf.inputs_ham import CACHE_NAME
+
 from .bench_models import SHAPE, build_ham, build_llama, build_qwen3_next, learn_thresholds, random_tokens
 
 
@@ -182,33 +184,30 @@ def environment() -> dict[str, str | int]:
     return made_with
 
 
-def to_line(result: dict) -> str:
-    """A speed as a line of the table."""
-    ratios = " | ".join(f"{result[name]:.2f}" for name in ("speedup", "speedup_min", "speedup_max"))
-    return f"| {result['what']} | {result['kv_heads']} | {result['rows']} | {ratios} |"
+def speed_cells(result: dict) -> list[str]:
+    """A speed as the cells of a row."""
+    ratios = (f"{result[name]:.2f}" for name in ("speedup", "speedup_min", "speedup_max"))
+    return [result["what"], f"{result['kv_heads']}", f"{result['rows']}", *ratios]
+
+
+def memory_cells(result: dict) -> list[str]:
+    """Peaks of memory as the cells of a row."""
+    ham, other = result["ham_peak_bytes"], result["other_peak_bytes"]
+    return [result["what"], f"{result['kv_heads']}", f"{ham >> 20}", f"{other >> 20}", f"{ham / other:.2f}"]
 
 
 def to_markdown(results: list[dict], made_with: dict) -> str:
     """The results as a table of speeds and, if it was measured, one of memory."""
-    lines = [
-        "| what | key/value heads | rows | times as fast (median) | smallest | largest |",
-        "|---|---|---|---|---|---|",
-    ]
-    for x in (x for x in results if "speedup" in x):
-        lines.append(to_line(x))
-    memory = [x for x in results if "ham_peak_bytes" in x]
+    columns = ["what", "key/value heads", "rows", "times as fast (median)", "smallest", "largest"]
+    parts = [table(columns, (speed_cells(x) for x in results if "speedup" in x))]
+    memory = [memory_cells(x) for x in results if "ham_peak_bytes" in x]
     if memory:
-        lines += [
-            "",
-            "| peak memory of a | key/value heads | HAM (MiB) | other (MiB) | ratio |",
-            "|---|---|---|---|---|",
-        ]
-    for x in memory:
-        ham, other = x["ham_peak_bytes"], x["other_peak_bytes"]
-        lines.append(f"| {x['what']} | {x['kv_heads']} | {ham >> 20} | {other >> 20} | {ham / other:.2f} |")
+        columns = ["peak memory of a", "key/value heads", "HAM (MiB)", "other (MiB)", "ratio"]
+        parts.append(table(columns, memory))
     versions = ", ".join(f"{name} {value}" for name, value in made_with.items())
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
-    return "\n".join([*lines, "", f"Shape: {shape}; random weights, float32. Made with {versions}."]) + "\n"
+    parts.append(f"Shape: {shape}; random weights, float32. Made with {versions}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -228,17 +227,17 @@ def main() -> None:
             comparisons.append((bench_decode, 8192, 0.25, rows, runs))
         for bench, *rest in comparisons:
             results.append(in_fresh_process(compare, bench, arguments.threads, kv_heads, *rest))
-            print(to_line(results[-1]), file=sys.stderr, flush=True)
+            print(row(speed_cells(results[-1])), file=sys.stderr, flush=True)
         if sys.platform == "linux":
             results.append(bench_training_memory(kv_heads, 2048, 0.5))
     made_with = environment()
-    table = to_markdown(results, made_with)
-    print(table)
+    report = to_markdown(results, made_with)
+    print(report)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         payload = json.dumps({"environment": made_with, "shape": SHAPE, "results": results}, indent=2)
         write_whole(arguments.output / "bench.json", payload + "\n")
-        write_whole(arguments.output / "bench.md", table)
+        write_whole(arguments.output / "bench.md", report)
 
 
 if __name__ == "__main__":
