@@ -243,7 +243,7 @@ def test_pipe_gets_the_whole_text_without_escape_codes(checkpoint):
 def test_table_shows_the_numbers_of_the_cache(capsys, checkpoint, tokenizer):
     thresholds = (0, 0.5, 2)
     output = generate(
-        capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 6, "--score", "--threshold", *thresholds
+        capsys, PROMPT, "--model", checkpoint, "--max-new-tokens", 6, "--loss", "--threshold", *thresholds
     )
     model = HAMForCausalLM.from_pretrained(checkpoint)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -384,7 +384,7 @@ def test_refused_prompts(capsys, checkpoint, tmp_path, monkeypatch):
     assert "No such file" in message("--prompt-file", tmp_path / "missing")
     assert "cannot read" in message("--prompt-file", tmp_path)
     assert "UTF-8" in message("caf\udce9")
-    assert "--score" in message("a", "--score")
+    assert "--loss" in message("a", "--loss")
     assert "'a'" in message("--threshold", "0.5", "a")  # PROMPT behind --threshold: the message says where it goes
 
 
@@ -573,6 +573,18 @@ def test_prompts_are_read_in_pieces(tokenizer, monkeypatch):
     monkeypatch.setattr("ham_hf.inspection.runs.PREFILL_TOKENS", 7)
     assert prefill(model, ids, pieces, setting, score=True) == pytest.approx(loss, rel=1e-5)
     assert heads_that_kept(pieces, ids.shape[1]) == heads_that_kept(whole, ids.shape[1])
+
+
+def test_the_option_for_the_loss_has_an_old_name(capsys, checkpoint):
+    arguments = ["generate", PROMPT, "--model", str(checkpoint), "--max-new-tokens", "1"]
+    assert cli.main([*arguments, "--score"]) == 0
+    old = capsys.readouterr()
+    assert old.err == "ham-hf: warning: --score is now called --loss\n"
+    assert cli.main([*arguments, "--loss"]) == 0
+    assert "loss" in capsys.readouterr().out
+    assert "loss" in old.out
+    assert cli.main(arguments) == 0
+    assert "loss" not in capsys.readouterr().out
 
 
 def test_heads_that_kept_counts_every_position(tokenizer):

@@ -35,4 +35,4 @@ def execute(arguments: argparse.Namespace) -> None:
     if calibrated(model):
         settings = [Setting("kv_usage", x) for x in USAGES]
     print(f"{DEMO_INTRODUCTION}\n")
-    compare(arguments, model, tokenizer, DEMO_PROMPT, settings, score=True)
+    compare(arguments, model, tokenizer, DEMO_PROMPT, settings, loss=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
-  ham-hf generate --prompt-file letter.txt --kv-usage 1 0.25 0 --score
+  ham-hf generate --prompt-file letter.txt --kv-usage 1 0.25 0 --loss
   cat letter.txt | ham-hf generate --prompt-file - --kv-budget 64 --temperature 0.8
 
 A token is kept where its routing score (0 to 1) reaches the threshold: 0 keeps every token, more than 1 keeps none.
@@ -48,13 +48,17 @@ def add_to(commands: Any) -> None:
     help_text = "keep at most N tokens a head: when it is full, the lowest score leaves"
     parser.add_argument("--kv-budget", metavar="N", type=budget, help=help_text)
     help_text = "also measure the loss (nats a token) on the second half of the prompt"
-    parser.add_argument("--score", action="store_true", help=help_text)
+    parser.add_argument("--loss", action="store_true", help=help_text)
+    parser.add_argument("--score", action="store_true", help=argparse.SUPPRESS)  # what --loss was called before
     add_model_arguments(parser, max_new_tokens=60)
     parser.set_defaults(execute=execute)
 
 
 def execute(arguments: argparse.Namespace) -> None:
     """`ham-hf generate`."""
+    if arguments.score:
+        print("ham-hf: warning: --score is now called --loss", file=sys.stderr)
+        arguments.loss = True
     prompt = read_prompt(arguments)
     if arguments.threshold and arguments.kv_usage:
         raise CommandError("argument --kv-usage: got it beside --threshold, takes its place: give one of the two")
@@ -65,11 +69,11 @@ def execute(arguments: argparse.Namespace) -> None:
             f"argument --kv-usage: the checkpoint {arguments.model} has no score quantiles to choose thresholds by; "
             "takes a checkpoint saved after ham_hf.evaluation.calibrate, or give --threshold instead"
         )
-    compare(arguments, model, tokenizer, prompt, settings, arguments.score)
+    compare(arguments, model, tokenizer, prompt, settings, arguments.loss)
 
 
 def compare(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, settings: list["Setting"], score: bool
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, settings: list["Setting"], loss: bool
 ) -> None:
     """Runs the prompt at every setting, showing the text as it comes, then what the runs kept."""
     from ham_hf.inspection.comparison import Comparison
@@ -78,15 +82,15 @@ def compare(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if ids.shape[1] == 0:
         raise CommandError("argument PROMPT: the model's tokenizer finds no token in it, takes other text")
-    if score and ids.shape[1] < 2:
-        raise CommandError("argument --score: got a prompt of 1 token, takes 2 or more")
+    if loss and ids.shape[1] < 2:
+        raise CommandError("argument --loss: got a prompt of 1 token, takes 2 or more")
     generation: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if arguments.temperature > 0:
         generation["temperature"] = arguments.temperature
     comparison = Comparison(tokenizer, prompt)
     for setting in settings:
         streamer = comparison.start(setting)
-        comparison.end(run(model, ids, setting, score, arguments.seed, streamer, **generation))
+        comparison.end(run(model, ids, setting, loss, arguments.seed, streamer, **generation))
     comparison.conclude(model.config)
 
 
