@@ -123,6 +123,13 @@ def refusal(capsys, *arguments):
     return captured.err
 
 
+def test_the_study_is_where_its_results_are(capsys):
+    for arguments in (["study"], ["study", "--help"], ["study", "cpu", "--output", "x", "--report"]):
+        assert "`python -m model_cards.study` in a checkout of the repository" in refusal(capsys, *arguments)
+    assert cli.main([]) == 0
+    assert "study" not in capsys.readouterr().out
+
+
 def test_help_and_version(capsys):
     for arguments, expected in (
         (["--version"], f"ham-hf {__version__}\n"),
@@ -176,9 +183,9 @@ ENVIRONMENT = {
     [
         (["--help"], 0),
         ([], 0),
-        *[([name, "--help"], 0) for name in ("generate", "demo", "train", "study", "card", "push", "run")],
+        *[([name, "--help"], 0) for name in ("generate", "demo", "train", "card", "push", "run")],
         (["train", "no/such/recipe.yaml"], 2),
-        (["study", "no/such/study.yaml", "--output", "x"], 2),
+        (["study", "cpu", "--output", "x"], 2),
         (["card", "no/such/folder"], 2),
         (["push", "no/such/folder", "me/my-ham"], 2),
         (["generate", "Ahab", "--model", "no/such/folder"], 2),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ham_hf.evaluation.study.report import write_report
-from ham_hf.evaluation.study.study import check_results, jobs_of, read_results, read_study
 from model_cards.healing.report import to_markdown
 from model_cards.healing.settings import Settings
+from model_cards.study.report import write_report
+from model_cards.study.study import check_results, jobs_of, read_results, read_study
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,6 +2,7 @@
 """Arguments and errors that the commands share."""
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,3 +70,30 @@ def check_checkpoint_folder(folder: Path, argument: str) -> None:
         raise CommandError(f"{argument}: there is no folder {folder}, takes the folder of a HAM checkpoint")
     if not (folder / "config.json").is_file():
         raise CommandError(f"{argument}: the folder {folder} holds no config.json, takes a HAM checkpoint")
+
+
+def exit_status(program: str, run: Callable[[], None]) -> int:
+    """Runs a command and tells its errors in one line.
+
+    Returns:
+        0, 1 (out of memory), 2 (a wrong call) or 130 (Ctrl-C).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?", not a traceback
+    try:
+        run()
+    except CommandError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        # On a terminal the text stops amid a line.
+        print("\n" * sys.stdout.isatty() + f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        message = "out of memory; a shorter prompt, --kv-budget or --dtype bfloat16 needs less"
+        print(f"{program}: error: {message}", file=sys.stderr)
+        return 1
+    return 0

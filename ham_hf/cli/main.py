@@ -1,13 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The parser of every command, and what becomes of errors."""
+"""The parser of every command, and the function behind `ham-hf`."""
 
 import argparse
 import sys
 
 from ham_hf import __version__
 
-from . import card, demo, generate, push, run, study, train
-from .arguments import CommandError, Parser
+from . import card, demo, generate, push, run, train
+from .arguments import CommandError, Parser, exit_status
 
 DESCRIPTION = """\
 Hybrid Associative Memories: language models whose KV cache
@@ -22,7 +22,7 @@ examples:
   ham-hf train recipe.yaml
   ham-hf run transformers serve path/to/checkpoint
 """
-COMMANDS = (generate, demo, train, card, push, study, run)
+COMMANDS = (generate, demo, train, card, push, run)
 
 
 def build_parser() -> Parser:
@@ -36,33 +36,19 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     parser.set_defaults(execute=lambda arguments: parser.print_help())
-    commands = parser.add_subparsers(metavar="generate|demo|train|study|card|push|run", title="commands")
+    commands = parser.add_subparsers(metavar="generate|demo|train|card|push|run", title="commands")
     for command in COMMANDS:
         command.add_to(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 (out of memory), 2 (a wrong call) or 130 (Ctrl-C)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?", not a traceback
-    try:
+    """Runs the command line; returns the exit status, see `exit_status`."""
+
+    def run_command() -> None:
+        if (sys.argv[1:] if argv is None else argv)[:1] == ["study"]:
+            raise CommandError("the study now is `python -m model_cards.study` in a checkout of the repository")
         arguments = build_parser().parse_args(argv)
         arguments.execute(arguments)
-    except CommandError as error:
-        print(f"ham-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        # On a terminal the text stops amid a line.
-        print("\n" * sys.stdout.isatty() + "ham-hf: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(
-            "ham-hf: error: out of memory; a shorter prompt, --kv-budget or --dtype bfloat16 needs less",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+
+    return exit_status("ham-hf", run_command)

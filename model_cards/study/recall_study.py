@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from ...modeling_ham import HAMForCausalLM
-from ...training.control import UsageMeter, thresholds_of
-from ..calibration import calibrate
+from ham_hf.evaluation import calibrate
+from ham_hf.modeling_ham import HAMForCausalLM
+from ham_hf.training.control import UsageMeter, thresholds_of
+
 from .fitting import block_means, fit
 from .gradients import use_gradient
 from .job import Job

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ham_hf import HAMConfig, HAMForCausalLM, cli
-from ham_hf.evaluation.study import language, recall_study, report, study
-from ham_hf.evaluation.study.fitting import Training, block_means, build_model, config_of_size, fit
-from ham_hf.evaluation.study.gradients import GRADIENTS, use_gradient
-from ham_hf.evaluation.study.recall import IGNORED, RecallTask
+from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
+from model_cards.study import language, recall_study, report, study
+from model_cards.study.__main__ import main
+from model_cards.study.fitting import Training, block_means, build_model, config_of_size, fit
+from model_cards.study.gradients import GRADIENTS, use_gradient
+from model_cards.study.recall import IGNORED, RecallTask
 
 SMALL = {
     "vocab_size": 24,
@@ -271,7 +272,7 @@ class TestMeasuring:
 
 
 def run(study_file, output, *parts):
-    return cli.main(["study", str(study_file), "--output", str(output), "--parts", *parts])
+    return main([str(study_file), "--output", str(output), "--parts", *parts])
 
 
 class TestRunning:
@@ -313,7 +314,7 @@ class TestRunning:
         (output / "recall.pattern.gdn.7.json").write_text("{}")
         for file in ("study.md", "gradients.png"):
             (output / file).unlink()
-        assert cli.main(["study", str(study_file), "--output", str(output), "--report"]) == 0
+        assert main([str(study_file), "--output", str(output), "--report"]) == 0
         assert "gdn" not in (output / "study.md").read_text()
         assert (output / "gradients.png").exists()
         assert not (output / "recall.png").exists()
@@ -367,7 +368,7 @@ class TestRunning:
             (["cpu", "--output", "x", "--parts", "language"], "argument --corpus: language needs it"),
             ([str(study_file), "--output", str(tmp_path / "none"), "--report"], "there is nothing to report"),
         ):
-            assert cli.main(["study", *arguments]) == 2
+            assert main([*arguments]) == 2
             assert message in capsys.readouterr().err
 
 

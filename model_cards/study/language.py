@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from ...modeling_ham import HAMForCausalLM
-from ...training.recipe import at_least
-from ...training.sampling import TokenSampler
-from ..calibration import calibrate
-from ..usage import held_out_windows
+from ham_hf.evaluation import calibrate
+from ham_hf.evaluation.usage import held_out_windows
+from ham_hf.modeling_ham import HAMForCausalLM
+from ham_hf.training.recipe import at_least
+from ham_hf.training.sampling import TokenSampler
+
 from .fitting import block_means, fit
 from .job import Job
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ...mixer_ham import HAMMixer
-from ...modeling_ham import HAMForCausalLM
+from ham_hf.mixer_ham import HAMMixer
+from ham_hf.modeling_ham import HAMForCausalLM
 
 
 class LogBiasMixer(HAMMixer):

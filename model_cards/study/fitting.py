@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...configuration_ham import HAMConfig
-from ...modeling_ham import HAMForCausalLM
-from ...training.control import Target, UsageSchedule, clipped_parameters, parameter_groups
-from ...training.initialization import initialize_recall
-from ...training.recipe import at_least
+from ham_hf.configuration_ham import HAMConfig
+from ham_hf.modeling_ham import HAMForCausalLM
+from ham_hf.training.control import Target, UsageSchedule, clipped_parameters, parameter_groups
+from ham_hf.training.initialization import initialize_recall
+from ham_hf.training.recipe import at_least
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 # Steps of which results tell the mean loss.

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from .fitting import LOSS_BLOCK
-from .report import LEARNED, Result, arms_of, recall_accuracy, select
+from .results import LEARNED, Result, arms_of, recall_accuracy, select
 
 matplotlib.use("Agg")
 from matplotlib import colormaps, pyplot

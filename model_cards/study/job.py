@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ...configuration_ham import HAMConfig
-from ...modeling_ham import HAMForCausalLM
+from ham_hf.configuration_ham import HAMConfig
+from ham_hf.modeling_ham import HAMForCausalLM
+
 from .fitting import Training, build_model, config_of_size
 
 

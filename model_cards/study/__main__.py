@@ -1,23 +1,23 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""`ham-hf study`: trains small models of every kind and compares what they recall and keep."""
+"""`python -m model_cards.study`: trains small models of every kind and compares what they recall and keep."""
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from .arguments import CommandError, add_command, failing_as, number
-from .libraries import import_transformers
-from .models import pick_device
+from ham_hf.cli.arguments import CommandError, Parser, exit_status, failing_as, number
+from ham_hf.cli.libraries import import_transformers
+from ham_hf.cli.models import pick_device
 
-STUDIES = Path(__file__).parents[1] / "evaluation" / "study"
+STUDIES = Path(__file__).parent
 
 EXAMPLES = """\
 examples:
-  ham-hf study cpu --output my-study --parts recall gradients
-  ham-hf study cpu --output my-study --corpus CORPUS --tokenizer TOKENIZER
-  ham-hf study my-study.yaml --output my-study --device cuda
-  ham-hf study cpu --output model_cards/study --report
+  python -m model_cards.study cpu --output my-study --parts recall gradients
+  python -m model_cards.study cpu --output my-study --corpus CORPUS --tokenizer TOKENIZER
+  python -m model_cards.study my-study.yaml --output my-study --device cuda
+  python -m model_cards.study cpu --output model_cards/study --report
 
 STUDY is cpu, gpu or a YAML file like theirs. Every model's result is stored in OUTPUT when it is done, so the same
 command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
@@ -25,14 +25,14 @@ python -m model_cards.ham_tiny.corpus and python -m model_cards.ham_tiny.tokeniz
 """
 
 
-def add_to(commands: Any) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "study",
-        "train small models of every kind and compare what they recall and keep",
-        "Trains small models of every kind, and tells and draws what they recall, keep and predict.",
-        EXAMPLES,
+def build_parser() -> Parser:
+    """The parser of the command line."""
+    parser = Parser(
+        prog="python -m model_cards.study",
+        description="Trains small models of every kind, and tells and draws what they recall, keep and predict.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     whole = number("a whole number from 1", 1, 2**31, int)
     parser.add_argument("study", metavar="STUDY", help="cpu, gpu or a YAML file")
@@ -43,11 +43,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
     parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--report", action="store_true", help="train nothing: tell and draw all that is stored")
-    parser.set_defaults(execute=execute)
+    return parser
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """`ham-hf study`."""
+    """Trains what is missing, and writes the report."""
     if arguments.report and arguments.parts:
         raise CommandError("argument --parts: not with --report, which tells of all parts that have results")
     if find_spec("matplotlib") is None:  # found out before the training, not behind it
@@ -60,9 +60,9 @@ def execute(arguments: argparse.Namespace) -> None:
     import_transformers()
     import torch
 
-    from ham_hf.evaluation.study.language import Texts
-    from ham_hf.evaluation.study.report import write_report
-    from ham_hf.evaluation.study.study import check_results, jobs_of, parts_of, read_results, read_study, run_study
+    from .language import Texts
+    from .report import write_report
+    from .study import check_results, jobs_of, parts_of, read_results, read_study, run_study
 
     with failing_as("argument STUDY"):
         study = read_study(arguments.study)
@@ -89,3 +89,12 @@ def execute(arguments: argparse.Namespace) -> None:
         written = write_report(read_results(jobs, arguments.output), list(study["arms"]), arguments.output)
     print((arguments.output / "study.md").read_text())
     print(f"Wrote {', '.join(map(str, written))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, see `exit_status`."""
+    return exit_status("study", lambda: execute(build_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from ...files import write_whole
-from ...training.recipe import RecipeLoader, check_config_keys, read_section
+from ham_hf.files import write_whole
+from ham_hf.training.recipe import RecipeLoader, check_config_keys, read_section
+
 from .fitting import Training
 from .gradients import GRADIENTS
 from .job import Job

@@ -4,24 +4,12 @@
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from ...files import write_whole
+from ham_hf.evaluation.markdown import table
+from ham_hf.files import write_whole
 
-Result = dict[str, Any]
-# What is compared arm by arm: recall with the thresholds that training drove to the target.
-LEARNED = "learned"
-
-
-def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
-    """Results whose fields have the wanted values, in the order of their seeds."""
-    found = [x for x in results if all(x[name] == value for name, value in wanted.items())]
-    return sorted(found, key=lambda x: x["seed"])
-
-
-def arms_of(results: Iterable[Result]) -> list[str]:
-    """The arms, each once, in the order of the results."""
-    return list(dict.fromkeys(x["arm"] for x in results))
+from . import plots
+from .results import LEARNED, Result, arms_of, kept_fraction, recall_accuracy, select
 
 
 def spread(values: list[float]) -> str:
@@ -29,17 +17,6 @@ def spread(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def recall_accuracy(result: Result, kept: str = LEARNED) -> float:
-    """The mean over numbers of pairs; a model without hybrid layers has one figure, whatever is asked for."""
-    accuracy = result["accuracy"]
-    return statistics.mean(accuracy.get(kept, accuracy[LEARNED]).values())
-
-
-def kept_fraction(result: Result) -> float:
-    """The fraction of tokens kept at the learned thresholds, the mean over numbers of pairs."""
-    return statistics.mean(result["usage"][LEARNED].values())
 
 
 def recall_table(results: list[Result]) -> str:
@@ -50,10 +27,7 @@ def recall_table(results: list[Result]) -> str:
     pairs = list(results[0]["accuracy"][LEARNED])
     usages = [str(x) for x in results[0]["settings"]["usages"]]
     heads = [f"{x} pairs" for x in pairs] + [f"all, {float(x):.0%} kept" for x in usages]
-    lines = [
-        f"| filler | model | seeds | kept | {' | '.join(heads)} |",
-        "|---" * (4 + len(heads)) + "|",
-    ]
+    rows = []
     for task in sorted({x["task"] for x in results}):
         for arm in arms_of(results):
             runs = select(results, task=task, arm=arm)
@@ -63,8 +37,8 @@ def recall_table(results: list[Result]) -> str:
             hybrid = usages[0] in runs[0]["accuracy"]
             cells = [_accuracy_and_kept(runs, n) if hybrid else _accuracy(runs, n) for n in pairs]
             cells += [spread([recall_accuracy(x, u) for x in runs]) if hybrid else "" for u in usages]
-            lines.append(f"| {task} | {arm} | {len(runs)} | {kept:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([task, arm, len(runs), f"{kept:.0%}", *cells])
+    return table(["filler", "model", "seeds", "kept", *heads], rows) + "\n"
 
 
 def _accuracy(runs: list[Result], pairs: str) -> str:
@@ -82,8 +56,8 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
     Over all numbers of pairs, and for the fewest and the most, which differ in how much there is to keep; behind each
     in how many seeds the first arm is ahead.
     """
-    heads = "comparison | filler | seeds | kept | all pairs (seeds above 0) | fewest pairs | most pairs"
-    lines = [f"| {heads} |", "|---" * 7 + "|"]
+    columns = "comparison | filler | seeds | kept | all pairs (seeds above 0) | fewest pairs | most pairs"
+    rows = []
     for first, second in comparisons:
         for part, task in sorted({(x["part"], x["task"]) for x in results}):
             runs = [{x["seed"]: x for x in select(results, part=part, task=task, arm=arm)} for arm in (first, second)]
@@ -99,20 +73,20 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
                 ]
                 gaps = [x - y for x, y in accuracy]
                 cells.append(f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)})")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            rows.append(cells)
+    return table(columns.split(" | "), rows) + "\n"
 
 
 def gradient_table(results: list[Result]) -> str:
     """A row per router and way of training it: accuracy over all pairs, by seed, and how its masks flicker."""
-    heads = "router | seeds | accuracy | of each seed | masks changed by an update, early | late"
-    lines = [f"| {heads} |", "|---" * 6 + "|"]
+    columns = "router | seeds | accuracy | of each seed | masks changed by an update, early | late"
+    rows = []
     for arm in arms_of(results):
         runs = select(results, arm=arm)
         scores = [recall_accuracy(x) for x in runs]
         each = ", ".join(f"{x:.2f}" for x in scores)
-        lines.append(f"| {arm} | {len(runs)} | {spread(scores)} | {each} | {' | '.join(_flicker(runs))} |")
-    return "\n".join(lines) + "\n"
+        rows.append([arm, len(runs), spread(scores), each, *_flicker(runs)])
+    return table(columns.split(" | "), rows) + "\n"
 
 
 def _flicker(runs: list[Result]) -> tuple[str, str]:
@@ -135,14 +109,14 @@ def language_table(results: list[Result]) -> str:
     usages = [str(x) for x in results[0]["settings"]["usages"]]
     distances = list(results[0]["needle"][LEARNED])
     heads = [f"loss, {float(x):.0%} asked" for x in usages] + [f"needle, {x} tokens" for x in distances]
-    lines = [f"| model | parameters | seeds | loss (kept) | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
+    rows = []
     for arm in arms_of(results):
         runs = select(results, arm=arm)
         asked = usages if usages[0] in runs[0]["held_out"] else [""] * len(usages)
         cells = [_loss_and_kept(runs, usage) if usage else "" for usage in (LEARNED, *asked)]
         cells += [spread([x["needle"][LEARNED][n] for x in runs]) for n in distances]
-        lines.append(f"| {arm} | {runs[0]['parameters']:,} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([arm, f"{runs[0]['parameters']:,}", len(runs), *cells])
+    return table(["model", "parameters", "seeds", "loss (kept)", *heads], rows) + "\n"
 
 
 def _loss_and_kept(runs: list[Result], usage: str) -> str:
@@ -177,8 +151,6 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     Raises:
         ValueError: if there are no results.
     """
-    from . import plots
-
     if not results:
         raise ValueError(f"`results` is empty: there is nothing to report in {output}.")
     results = sorted(results, key=lambda x: arms.index(x["arm"]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...training.recipe import at_least
+from ham_hf.training.recipe import at_least
 
 FILLERS = ("random", "pattern")
 IGNORED = -100
