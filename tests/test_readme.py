@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from model_cards.healing.report import to_markdown
+from model_cards.healing.results import read_results as read_healing
 from model_cards.healing.settings import Settings
+from model_cards.rows import read_rows
 from model_cards.study.report import write_report
-from model_cards.study.study import check_results, jobs_of, read_results, read_study
+from model_cards.study.results import check_results, read_results
+from model_cards.study.study import jobs_of, read_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +41,7 @@ def test_usage_table_is_the_measured_one(name):
 def test_healing_table_is_the_measured_one():
     table = (ROOT / "README.md").read_text().split("<!-- healing:begin -->")[1].split("<!-- healing:end -->")[0]
     assert table.strip() == (ROOT / "model_cards/healing/results.md").read_text().strip()
-    results = json.loads((ROOT / "model_cards/healing/results.json").read_text())
+    results = read_healing(ROOT / "model_cards/healing/results.jsonl")
     assert table.strip() == to_markdown(results, Settings(**results["settings"])).strip()
 
 
@@ -47,7 +50,7 @@ def test_the_study_is_what_its_results_say(tmp_path):
     jobs = list(jobs_of(study))
     check_results(jobs, stored)
     results = read_results(jobs, stored)
-    assert len(results) == len(jobs) == len(list(stored.glob("*.json"))), (
+    assert len(results) == len(jobs) == sum(len(read_rows(x)) for x in stored.glob("*.jsonl")), (
         "a result is missing, or is no longer asked for"
     )
     write_report(results, list(study["arms"]), tmp_path)

@@ -46,6 +46,7 @@ from ham_hf.training.sampling import TokenSampler
 from ham_hf.training.train import train
 
 from .report import before_healing, plot, to_markdown
+from .results import write_results
 from .settings import RUNS, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -267,7 +268,7 @@ class Study:
 
 
 def main() -> None:
-    """Runs what is left to do, and writes `results.json`, `results.md` and `healing.png` to `--results`."""
+    """Runs what is left to do, and writes `results.jsonl`, `results.md` and `healing.png` to `--results`."""
     parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to go on.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
     parser.add_argument("--output", type=Path, required=True, help="where models and the stages' figures go")
@@ -283,7 +284,7 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     table = to_markdown(results, settings)
     print(table)
-    write_whole(target / "results.json", json.dumps(results, indent=1) + "\n")
+    write_results(results, target / "results.jsonl")
     write_whole(target / "results.md", table)
     plot(results, target / "healing.png")
 

@@ -19,8 +19,8 @@ examples:
   python -m model_cards.study my-study.yaml --output my-study --device cuda
   python -m model_cards.study cpu --output model_cards/study --report
 
-STUDY is cpu, gpu or a YAML file like theirs. Every model's result is stored in OUTPUT when it is done, so the same
-command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
+STUDY is cpu, gpu or a YAML file like theirs. Every model's result is added to OUTPUT/PART.jsonl when it is done,
+so the same command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
 python -m model_cards.ham_tiny.corpus and python -m model_cards.ham_tiny.tokenizer.
 """
 
@@ -62,7 +62,8 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from .language import Texts
     from .report import write_report
-    from .study import check_results, jobs_of, parts_of, read_results, read_study, run_study
+    from .results import check_results, read_results
+    from .study import jobs_of, parts_of, read_study, run_study
 
     with failing_as("argument STUDY"):
         study = read_study(arguments.study)

@@ -11,6 +11,9 @@ from ham_hf.modeling_ham import HAMForCausalLM
 
 from .fitting import Training, build_model, config_of_size
 
+# Unique in a study; of a job's fields, or of those of its result.
+NAME = "{part}.{task}.{arm}.{seed}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -33,8 +36,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Unique in a study."""
-        return f"{self.part}.{self.task}.{self.arm}.{self.seed}"
+        """See `NAME`."""
+        return NAME.format_map(vars(self))
 
     @property
     def training(self) -> Training:

@@ -1,11 +1,15 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Reads the results of a study."""
+"""Reads the results of a study: files with a row for each job, one file a part."""
 
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-Result = dict[str, Any]
+from ..rows import Row, read_rows
+from .job import NAME, Job
+
+Result = Row
 # What is compared arm by arm: recall with the thresholds that training drove to the target.
 LEARNED = "learned"
 
@@ -30,3 +34,31 @@ def recall_accuracy(result: Result, kept: str = LEARNED) -> float:
 def kept_fraction(result: Result) -> float:
     """The fraction of tokens kept at the learned thresholds, the mean over numbers of pairs."""
     return statistics.mean(result["usage"][LEARNED].values())
+
+
+def result_file(part: str, output: Path) -> Path:
+    """The file of a part's results."""
+    return output / f"{part}.jsonl"
+
+
+def results_by_name(jobs: list[Job], output: Path) -> dict[str, Result]:
+    """All results that `output` holds of the parts of these jobs, by the names of their jobs."""
+    parts = dict.fromkeys(job.part for job in jobs)
+    return {NAME.format_map(row): row for part in parts for row in read_rows(result_file(part, output))}
+
+
+def check_results(jobs: list[Job], output: Path) -> None:
+    """Refuses, with `ValueError`, a folder with a result of one of these jobs that other settings led to."""
+    stored = results_by_name(jobs, output)
+    for job in jobs:
+        if job.name in stored and stored[job.name]["settings"] != job.settings:
+            path = result_file(job.part, output)
+            raise ValueError(
+                f"{path} holds a result of other settings, {job.name}: give another folder, or remove it."
+            )
+
+
+def read_results(jobs: list[Job], output: Path) -> list[Result]:
+    """The results that `output` holds of these jobs, in their order."""
+    stored = results_by_name(jobs, output)
+    return [stored[job.name] for job in jobs if job.name in stored]

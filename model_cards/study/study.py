@@ -1,7 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Runs the jobs of a study file, each a model, a task and a seed, and stores each result in a file of its own."""
+"""Runs the jobs of a study file, each a model, a task and a seed, and adds each result to the file of its part."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,16 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from ham_hf.files import write_whole
 from ham_hf.training.recipe import RecipeLoader, check_config_keys, read_section
 
+from ..rows import append_row, current_commit
 from .fitting import Training
 from .gradients import GRADIENTS
 from .job import Job
 from .language import LanguageTask, Texts, run_language
 from .recall import RecallTask
 from .recall_study import run_recall
+from .results import result_file, results_by_name
 
 STUDIES = Path(__file__).parent
 PARTS = ("recall", "gradients", "language")
@@ -123,25 +123,12 @@ def run_job(job: Job, texts: Texts | None, device: str) -> dict[str, Any]:
     return run_language(job, texts, device)
 
 
-def check_results(jobs: list[Job], output: Path) -> None:
-    """Refuses, with `ValueError`, a folder with a result of one of these jobs that other settings led to."""
-    for job in jobs:
-        path = output / f"{job.name}.json"
-        if path.exists() and json.loads(path.read_text())["settings"] != job.settings:
-            raise ValueError(f"{path} holds a result of other settings: give another folder, or remove it.")
-
-
 def run_study(jobs: list[Job], output: Path, texts: Texts | None, device: str) -> None:
     """Runs every job whose result is not in `output` yet; `check_results` tells whether what is there is theirs."""
     output.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not (output / f"{job.name}.json").exists()]
+    done, commit = results_by_name(jobs, output), current_commit()
+    missing = [job for job in jobs if job.name not in done]
     for job in tqdm(missing, initial=len(jobs) - len(missing), total=len(jobs), unit="model", desc="study"):
-        result = {"part": job.part, "task": job.task, "arm": job.arm, "seed": job.seed, "settings": job.settings}
-        result |= run_job(job, texts, device)
-        write_whole(output / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
-
-
-def read_results(jobs: list[Job], output: Path) -> list[dict[str, Any]]:
-    """The results that `output` holds of these jobs, in their order."""
-    paths = [output / f"{job.name}.json" for job in jobs]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+        result = {"part": job.part, "task": job.task, "arm": job.arm, "seed": job.seed}
+        result |= {"commit": commit, "settings": job.settings}
+        append_row(result_file(job.part, output), result | run_job(job, texts, device))

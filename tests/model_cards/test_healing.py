@@ -11,7 +11,9 @@ from transformers import LlamaConfig
 from ham_hf.training.documents import SPLIT_FILES, Document, write_documents
 from model_cards.ham_tiny.tokenizer import train_tokenizer
 from model_cards.healing import heal, report
+from model_cards.healing.results import read_results, write_results
 from model_cards.healing.settings import Settings
+from model_cards.rows import read_rows
 
 WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
 
@@ -44,6 +46,20 @@ def test_stages_of_other_settings_are_not_taken_for_these(tmp_path):
     with pytest.raises(ValueError, match="holds stages of other settings"):
         study.results()
     assert [x.name for x in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_results_come_back_from_their_file(tmp_path):
+    results = {
+        "settings": asdict(Settings()),
+        "windows": 2,
+        "unhealed": {"source": {"losses": [0.1 + 0.2]}},
+        "healed": {},
+    }
+    write_results(results, tmp_path / "results.jsonl")
+    assert read_results(tmp_path / "results.jsonl") == results
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [x["run"] for x in rows] == ["unhealed", "healed"]
+    assert all(x["settings"]["seed"] == 0 for x in rows), "a row tells by itself what it was made with"
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The studies: tasks, gradients, equal parameters, resuming, and reports from stored results."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -11,10 +10,12 @@ import torch
 from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
+from model_cards.rows import append_row, current_commit, read_rows
 from model_cards.study import language, recall_study, report, study
 from model_cards.study.__main__ import main
 from model_cards.study.fitting import Training, block_means, build_model, config_of_size, fit
 from model_cards.study.gradients import GRADIENTS, use_gradient
+from model_cards.study.job import NAME
 from model_cards.study.recall import IGNORED, RecallTask
 
 SMALL = {
@@ -290,7 +291,7 @@ class TestRunning:
         monkeypatch.setattr(recall_study, "PROBE_EVERY", 20)  # all steps
         output = tmp_path / "out"
         assert run(study_file, output, "recall", "gradients") == 130
-        assert len(list(output.glob("*.json"))) == 3
+        assert len(read_rows(output / "recall.jsonl")) == 3
         monkeypatch.setattr(study, "run_job", lambda job, *rest: trained.append(job.name) or real(job, *rest))
         assert run(study_file, output, "recall", "gradients") == 0
         assert len(trained) == len(set(trained)) == 8
@@ -301,7 +302,12 @@ class TestRunning:
         assert table.index("| log-bias | 1 |") < table.index("| of-my-own | 1 |"), "in the order of `arms`"
         for plot in ("recall.png", "gradients.png"):
             assert (output / plot).read_bytes().startswith(b"\x89PNG")
-        result = json.loads((output / "recall.pattern.learned.1.json").read_text())
+        rows = read_rows(output / "recall.jsonl")
+        assert [NAME.format_map(x) for x in rows] == trained[:6]
+        assert [x["arm"] for x in read_rows(output / "gradients.jsonl")] == ["of-my-own", "log-bias"]
+        result = rows[-1]
+        assert (result["task"], result["arm"], result["seed"]) == ("pattern", "learned", 1)
+        assert result["commit"] == current_commit()
         assert set(result["accuracy"]) == {"learned", "0.1", "0.5"}
         assert set(result["accuracy"]["0.1"]) == {"2", "4", "8"}
         assert result["usage"]["0.5"]["4"] == pytest.approx(0.5, abs=0.15)
@@ -311,7 +317,7 @@ class TestRunning:
     def test_the_report_is_of_this_study_alone(self, study_file, tmp_path):
         output = tmp_path / "out"
         assert run(study_file, output, "gradients") == 0
-        (output / "recall.pattern.gdn.7.json").write_text("{}")
+        append_row(output / "recall.jsonl", {"part": "recall", "task": "pattern", "arm": "gdn", "seed": 7})
         for file in ("study.md", "gradients.png"):
             (output / file).unlink()
         assert main([str(study_file), "--output", str(output), "--report"]) == 0
@@ -326,10 +332,26 @@ class TestRunning:
     def test_a_result_of_other_settings_is_not_taken_for_this_one(self, study_file, tmp_path, capsys):
         output = tmp_path / "out"
         output.mkdir()
-        (output / "recall.pattern.gdn.0.json").write_text('{"settings": {}}')
+        row = {"part": "recall", "task": "pattern", "arm": "gdn", "seed": 0, "settings": {}}
+        append_row(output / "recall.jsonl", row)
         assert run(study_file, output, "recall") == 2
-        assert "holds a result of other settings" in capsys.readouterr().err
-        assert len(list(output.iterdir())) == 1
+        assert "holds a result of other settings, recall.pattern.gdn.0" in capsys.readouterr().err
+        assert [x.name for x in output.iterdir()] == ["recall.jsonl"]
+        assert read_rows(output / "recall.jsonl") == [row]
+
+    def test_a_row_whose_writing_was_interrupted_is_made_again(self, study_file, tmp_path):
+        output = tmp_path / "out"
+        assert run(study_file, output, "gradients") == 0
+        file = output / "gradients.jsonl"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        (output / "study.md").unlink()
+        assert main([str(study_file), "--output", str(output), "--report"]) == 0
+        table = (output / "study.md").read_text()
+        assert "of-my-own" in table
+        assert "log-bias" not in table
+        assert run(study_file, output, "gradients") == 0
+        assert file.read_bytes() == whole
 
     @pytest.mark.parametrize(
         ("before", "after", "message"),
