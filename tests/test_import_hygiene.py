@@ -1,17 +1,20 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What files that travel with a checkpoint may import: Transformers finds their siblings by reading their text."""
+"""What files that travel with a checkpoint may import, and what the package may hold: no experiment, no result."""
 
 import ast
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import ham_hf
 
 PACKAGE = Path(ham_hf.__file__).parent
+ROOT = Path(__file__).parents[1]
 FLAT = {path.stem: path for path in PACKAGE.glob("*_ham.py")}
 # What whoever loads a checkpoint has installed.
 REQUIRED = {"torch", "transformers", "huggingface_hub", "safetensors"}
@@ -110,3 +113,34 @@ def test_a_violation_is_found(violation, problem):
 )
 def test_what_is_allowed_passes(text):
     assert not list(problems(text, {"cache_ham"}))
+
+
+def imported_packages(tree):
+    """The first parts of the names that a file imports from outside its own package, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def test_the_packages_import_no_experiment():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels/torch-ext").rglob("*.py")]
+    assert len(files) > 50
+    for path in files:
+        assert "model_cards" not in imported_packages(ast.parse(path.read_text(encoding="utf-8"))), path
+    found = set(imported_packages(ast.parse("def f():\n    from model_cards.study import report")))
+    assert found == {"model_cards"}, "an import in a function counts"
+
+
+def test_the_wheel_holds_no_experiment_and_no_result():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    find = settings["packages"]["find"]
+    packages = {x for folder in find["where"] for x in find_packages(str(ROOT / folder), include=find["include"])}
+    assert {x.partition(".")[0] for x in packages} == {"ham_hf", "ham_kernels"}
+    data = {path for pattern in settings["package-data"]["ham_hf"] for path in PACKAGE.glob(pattern) if path.is_file()}
+    assert data
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    code = {path for path in files if path.suffix == ".py"}
+    assert files == code | data, "a file that is neither code nor data of the wheel"
+    assert not [path for path in data if path.suffix in (".jsonl", ".png", ".csv")]
