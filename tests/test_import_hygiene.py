@@ -78,7 +78,7 @@ def test_transformers_finds_every_file_that_is_needed_and_no_other(start, code_f
         ("from . import cache_ham", "names no file"),
         ("from .. import cache_ham", "climbs"),
         ("from ..cache_ham import HAMCache", "climbs"),
-        ("from .training.corpus import read", "reaches into a package"),
+        ("from .training.documents import read", "reaches into a package"),
         ("from .files import write_whole", "no such sibling"),
         ("if sys: from .cache_ham import HAMCache", "does not see"),
         ("import sys; from .cache_ham import HAMCache", "does not see"),
