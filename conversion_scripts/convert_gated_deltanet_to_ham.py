@@ -30,10 +30,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from ham_hf import HAMConfig
-from ham_hf.hub.conversion import VERIFIED_ROWS, Conversion, Requirement, main
-from ham_hf.hub.features import same_fields
-from ham_hf.hub.memories import INERT_ATTENTION, doubled, halved, new_attention, shut_attention
-from ham_hf.hub.shards import TensorRule, copied
+from ham_hf.conversion.command import main
+from ham_hf.conversion.declaration import Conversion, Requirement
+from ham_hf.conversion.features import same_fields
+from ham_hf.conversion.memories import INERT_ATTENTION, doubled, halved, new_attention, shut_attention
+from ham_hf.conversion.run import VERIFIED_ROWS
+from ham_hf.conversion.shards import TensorRule, copied
 
 # What a token of a block of values takes in fla's recurrent kernel under the interpreter, in seconds.
 INTERPRETED_STEP, VALUE_BLOCK = 0.01, 8

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from ham_hf import HAMConfig
-from ham_hf.hub.conversion import Conversion, Requirement, main, transformers_model
-from ham_hf.hub.features import (
+from ham_hf.conversion.command import main
+from ham_hf.conversion.declaration import Conversion, Requirement
+from ham_hf.conversion.features import (
     LAYER_TYPES,
     LINEAR_FIELDS,
     TRANSFORMER_FIELDS,
@@ -30,8 +31,9 @@ from ham_hf.hub.features import (
     check_partial_rotation,
     same_fields,
 )
-from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
-from ham_hf.hub.shards import TensorRule, copied
+from ham_hf.conversion.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
+from ham_hf.conversion.shards import TensorRule, copied
+from ham_hf.conversion.verification import transformers_model
 
 # In the source's code, not in its configuration.
 OUTPUT_NORM_EPS = 1e-5

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from ham_hf import HAMConfig
-from ham_hf.hub.conversion import Conversion, Requirement, main
-from ham_hf.hub.features import LAYER_TYPES, LINEAR_FIELDS, TRANSFORMER_FIELDS, check_linear_hybrid, same_fields
-from ham_hf.hub.memories import INERT_RNN, doubled, halved, new_rnn, shut_rnn
-from ham_hf.hub.shards import TensorRule, copied
+from ham_hf.conversion.command import main
+from ham_hf.conversion.declaration import Conversion, Requirement
+from ham_hf.conversion.features import LAYER_TYPES, LINEAR_FIELDS, TRANSFORMER_FIELDS, check_linear_hybrid, same_fields
+from ham_hf.conversion.memories import INERT_RNN, doubled, halved, new_rnn, shut_rnn
+from ham_hf.conversion.shards import TensorRule, copied
 from ham_hf.mixer_ham import HAMRotaryEmbedding, partial_rotary_order
 
 MLP = ("gate_proj", "up_proj", "down_proj")

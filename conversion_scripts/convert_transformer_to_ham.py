@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from ham_hf import HAMConfig
-from ham_hf.hub.conversion import Conversion, Requirement, main
-from ham_hf.hub.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields
-from ham_hf.hub.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
-from ham_hf.hub.shards import TensorRule, copied
+from ham_hf.conversion.command import main
+from ham_hf.conversion.declaration import Conversion, Requirement
+from ham_hf.conversion.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields
+from ham_hf.conversion.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
+from ham_hf.conversion.shards import TensorRule, copied
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The examples of README and model card run as they stand, in order, and their tables are the measured ones."""
+"""The examples of the pages run as they stand, in order, their links lead somewhere, and their tables are measured."""
 
 import json
 import re
@@ -18,7 +18,60 @@ from model_cards.study.study import jobs_of, read_study
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "model_cards/ham_tiny/README.md"])
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("", "ham_hf", "kernels", "conversion_scripts", "model_cards")
+    for path in (ROOT.glob("*.md") if not folder else (ROOT / folder).rglob("*.md"))
+    if path.name != "card_template.md"
+)
+# Each table of the front page, and the file whose rows it shows.
+TABLES = {
+    "usage": "model_cards/ham_tiny/usage.md",
+    "study": "model_cards/study/differences.md",
+    "bench": "model_cards/benchmarks/bench.md",
+    "gpu": "kernels/benchmarks/results/attention.md",
+}
+
+
+def between(page, name):
+    """What stands between the markers `name` of a page."""
+    return (ROOT / page).read_text().split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_the_front_page_show_measured_rows(name):
+    rows, measured = between("README.md", name).splitlines(), (ROOT / TABLES[name]).read_text().splitlines()
+    assert len(rows) > 5
+    assert all(row in measured for row in rows), name
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "ham_hf/README.md", "ham_hf/training/README.md", "model_cards/ham_tiny/README.md"]
+)
 def test_python_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
@@ -32,17 +85,17 @@ def test_python_examples_run(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["README.md", "model_cards/ham_tiny/README.md"])
 def test_usage_table_is_the_measured_one(name):
     """Every loss in the table is one that the script wrote."""
-    table = (ROOT / name).read_text().split("<!-- usage:begin -->")[1].split("<!-- usage:end -->")[0]
+    table = between(name, "usage")
     results = json.loads((ROOT / "model_cards/ham_tiny/usage.json").read_text())["results"]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[3].strip() for row in rows] == [f"{x['loss']:.4f}" for x in results]
 
 
 def test_healing_table_is_the_measured_one():
-    table = (ROOT / "README.md").read_text().split("<!-- healing:begin -->")[1].split("<!-- healing:end -->")[0]
-    assert table.strip() == (ROOT / "model_cards/healing/results.md").read_text().strip()
+    table = between("model_cards/healing/README.md", "healing")
+    assert table == (ROOT / "model_cards/healing/results.md").read_text().strip()
     results = read_healing(ROOT / "model_cards/healing/results.jsonl")
-    assert table.strip() == to_markdown(results, Settings(**results["settings"])).strip()
+    assert table == to_markdown(results, Settings(**results["settings"])).strip()
 
 
 def test_the_study_is_what_its_results_say(tmp_path):
@@ -56,8 +109,7 @@ def test_the_study_is_what_its_results_say(tmp_path):
     write_report(results, list(study["arms"]), tmp_path)
     for name in ("study.md", "differences.md"):
         assert (stored / name).read_text() == (tmp_path / name).read_text()
-    table = (ROOT / "README.md").read_text().split("<!-- study:begin -->")[1].split("<!-- study:end -->")[0]
-    assert table.strip() == (stored / "differences.md").read_text().strip()
+    assert between("model_cards/study/README.md", "study") == (stored / "differences.md").read_text().strip()
 
 
 def test_loss_improves_as_more_is_kept():

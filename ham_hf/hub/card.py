@@ -14,8 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ham_hf.configuration_ham import HAMConfig
+from ham_hf.conversion.shards import DTYPES
 from ham_hf.hub.checkpoint import Checkpoint
-from ham_hf.hub.shards import DTYPES
 from ham_hf.hub.sources import LICENCE_FIELDS, Sources, check_depth
 
 TEMPLATE = Path(__file__).parent / "card_template.md"

@@ -9,7 +9,7 @@ import torch
 from transformers.utils import CONFIG_NAME
 
 from ham_hf.configuration_ham import HAMConfig
-from ham_hf.hub.shards import find_weights
+from ham_hf.conversion.shards import find_weights
 from ham_hf.hub.sources import read_conversion, read_json
 from ham_hf.loading_ham import open_weights
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ham_hf.hub.memories import SHUT
+from ham_hf.conversion.memories import SHUT
 from ham_hf.modeling_ham import HAMForCausalLM
 
 IGNORED = -100

@@ -1,7 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Puts measured tables into documents, between markers, so that no figure is copied by hand.
 
-Usage: ``python -m model_cards.benchmarks.tables README.md usage=model_cards/ham_tiny/usage.md``
+Usage: ``python -m model_cards.benchmarks.tables README.md usage=model_cards/ham_tiny/usage.md``; of a long table
+``study=model_cards/study/differences.md:cosine - gdn;cosine - random`` takes only the rows that begin so.
 """
 
 import argparse
@@ -19,16 +20,29 @@ def insert_table(document: str, name: str, table: str) -> str:
     return f"{head}{begin}\n{table.strip()}\n{end}{rest.split(end)[1]}"
 
 
+def rows_of(table: str, labels: list[str]) -> str:
+    """The first table of a text with only those rows whose first cell is one of `labels`; `ValueError` lacking one."""
+    lines = table.strip().split("\n\n")[0].splitlines()
+    rows = [line for line in lines[2:] if line.split("|")[1].strip() in labels]
+    missing = sorted(set(labels) - {row.split("|")[1].strip() for row in rows})
+    if missing:
+        raise ValueError(f"The table has no rows {missing}.")
+    return "\n".join([*lines[:2], *rows])
+
+
 def main() -> None:
     """Inserts every `NAME=FILE` into the document and writes it whole."""
     parser = argparse.ArgumentParser(description="Puts measured tables into a document.")
     parser.add_argument("document", type=Path, help="a Markdown file with markers")
-    parser.add_argument("tables", nargs="+", metavar="NAME=FILE", help="which table goes between which markers")
+    help_text = "the table between the markers NAME, or its rows with these first cells"
+    parser.add_argument("tables", nargs="+", metavar="NAME=FILE[:LABEL;...]", help=help_text)
     arguments = parser.parse_args()
     text = arguments.document.read_text()
     for assignment in arguments.tables:
         name, _, path = assignment.partition("=")
-        text = insert_table(text, name, Path(path).read_text())
+        path, _, labels = path.partition(":")
+        table = Path(path).read_text()
+        text = insert_table(text, name, rows_of(table, labels.split(";")) if labels else table)
     write_whole(arguments.document, text)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ham_hf import HAMForCausalLM
-from ham_hf.hub import conversion
+from ham_hf.conversion.command import main
 
 pytest.importorskip("fla.models.gated_deltanet")
 
@@ -63,7 +63,7 @@ def module(script):
 @pytest.fixture
 def convert(module):
     """A function that runs the script and returns its exit status."""
-    return lambda *arguments: conversion.main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
+    return lambda *arguments: main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_a_wrong_mapping_is_not_written(swap, source, module, convert, tmp_path,
 
     wrong = dataclasses.replace(module.CONVERSION, to_ham=confused)
     arguments = [source(num_hidden_layers=1), tmp_path / "ham", "--verify-tokens", 6]
-    assert conversion.main(wrong, "", [str(x) for x in arguments]) == 2
+    assert main(wrong, "", [str(x) for x in arguments]) == 2
     assert "must agree" in capsys.readouterr().err
     assert not (tmp_path / "ham").exists()
 

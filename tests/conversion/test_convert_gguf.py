@@ -10,7 +10,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from ham_hf import HAMForCausalLM
-from ham_hf.hub import conversion, gguf
+from ham_hf.conversion import gguf
+from ham_hf.conversion.command import main
 
 SHAPE = {
     "vocab_size": 261,
@@ -115,7 +116,7 @@ def write_gguf(path, model):
 def convert(script):
     """A function that runs the script and returns its exit status."""
     module = script("convert_transformer_to_ham")
-    return lambda *arguments: conversion.main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
+    return lambda *arguments: main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
 
 
 @pytest.fixture
@@ -236,5 +237,5 @@ def test_a_file_that_cannot_be_read_is_named(spoil, make, convert, tmp_path, cap
 def test_other_scripts_read_none(make, script, tmp_path, capsys):
     path, _ = make("llama")
     module = script("convert_qwen3_hybrid_to_ham")
-    assert conversion.main(module.CONVERSION, module.__doc__, [str(path), str(tmp_path / "ham")]) == 2
+    assert main(module.CONVERSION, module.__doc__, [str(path), str(tmp_path / "ham")]) == 2
     assert "convert_qwen3_hybrid_to_ham.py reads no GGUF" in capsys.readouterr().err

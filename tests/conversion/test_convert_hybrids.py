@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from ham_hf import HAMCache, HAMForCausalLM
-from ham_hf.hub import conversion
+from ham_hf.conversion.command import main
+from ham_hf.conversion.verification import in_pytorch
 
 VOCABULARY = 1024
 SHAPE = {
@@ -92,7 +93,7 @@ def convert(script):
     def run(folder, *arguments):
         text = (folder / "config.json").read_text() + "".join(p.read_text() for p in folder.glob("conversion.json"))
         module = script(f"convert_{'olmo' if 'olmo_hybrid' in text else 'qwen3'}_hybrid_to_ham")
-        return conversion.main(module.CONVERSION, module.__doc__, [str(x) for x in (folder, *arguments)])
+        return main(module.CONVERSION, module.__doc__, [str(x) for x in (folder, *arguments)])
 
     return run
 
@@ -121,7 +122,7 @@ def load(folder, dtype=torch.float32):
 @torch.no_grad()
 def logits(folder, tokens, dtype=torch.float32, **arguments):
     model = load(folder, dtype)
-    with conversion.in_pytorch(model):
+    with in_pytorch(model):
         return model(input_ids=tokens, **arguments).logits.float()
 
 
@@ -188,7 +189,7 @@ def test_decodes_as_the_source(name, source, convert, tmp_path):
     mask = torch.ones_like(tokens)
     mask[0, :9] = 0
     arguments = {"attention_mask": mask, "max_new_tokens": 25, "do_sample": False, "pad_token_id": 0}
-    with conversion.in_pytorch(original):
+    with in_pytorch(original):
         expected = original.generate(tokens, **arguments)
     got = ham.generate(tokens, **arguments, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected)
@@ -216,7 +217,7 @@ def test_of_a_multimodal_checkpoint_the_language_model(source, convert, tensors_
     )
     tokens = tokens_of(2, 90)
     model = Qwen3_5ForConditionalGeneration.from_pretrained(folder).eval()
-    with torch.no_grad(), conversion.in_pytorch(model):
+    with torch.no_grad(), in_pytorch(model):
         expected = model(input_ids=tokens + 5 * (tokens < 5)).logits
     torch.testing.assert_close(logits(ham, tokens + 5 * (tokens < 5)), expected, rtol=0, atol=1e-4)
 
@@ -316,6 +317,6 @@ def test_refusals_name_the_feature(config, message, convert, tmp_path, capsys):
 def test_help(name, script, capsys):
     module = script(name)
     with pytest.raises(SystemExit) as stop:
-        conversion.main(module.CONVERSION, module.__doc__, ["--help"])
+        main(module.CONVERSION, module.__doc__, ["--help"])
     assert stop.value.code == 0
     assert "--back" in capsys.readouterr().out

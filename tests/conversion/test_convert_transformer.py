@@ -24,7 +24,9 @@ from transformers import (
 
 import ham_hf
 from ham_hf import HAMForCausalLM
-from ham_hf.hub import conversion, shards
+from ham_hf.conversion import run, shards
+from ham_hf.conversion.command import main
+from ham_hf.conversion.verification import agree, compare_logits, shapes_of, transformers_model
 
 SHAPE = {
     "vocab_size": 4096,
@@ -72,7 +74,7 @@ def module(script):
 @pytest.fixture
 def convert(module):
     """A function that runs the script and returns its exit status."""
-    return lambda *arguments: conversion.main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
+    return lambda *arguments: main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
 
 
 @pytest.fixture
@@ -419,10 +421,10 @@ def test_reads_the_weights_that_transformers_reads(convert, tensors_of, tmp_path
 
 def test_infinite_logits_verify_nothing():
     expected = torch.tensor([[[1.0, torch.inf]]])
-    figures = conversion.compare_logits(expected, torch.zeros(1, 1, 2))
-    assert not conversion.agree(figures)
-    assert not conversion.agree(conversion.compare_logits(expected * torch.nan, expected))
-    assert conversion.agree(conversion.compare_logits(torch.ones(1, 1, 2), torch.ones(1, 1, 2)))
+    figures = compare_logits(expected, torch.zeros(1, 1, 2))
+    assert not agree(figures)
+    assert not agree(compare_logits(expected * torch.nan, expected))
+    assert agree(compare_logits(torch.ones(1, 1, 2), torch.ones(1, 1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -490,13 +492,13 @@ def test_killed_at_any_stage(source, convert, tensors_of, tmp_path, monkeypatch)
             raise Killed
 
     kill_at(Path, "mkdir", mkdir)
-    kill_at(conversion, "write_shards")
+    kill_at(run, "write_shards")
     kill_at(shards, "save_file")
-    kill_at(conversion, "build_card")
+    kill_at(run, "build_card")
     (folder / "config.json").touch()  # another source, so that what is there is removed
     kill_at(shutil, "rmtree")
     kill_at(os, "replace")
-    kill_at(conversion, "write_whole")
+    kill_at(run, "write_whole")
     assert not (tmp_path / "ham").exists()
     assert convert(*arguments) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"source", "ham"}
@@ -659,14 +661,14 @@ def test_shapes_of_released_models(name, billions, module):
     source = AutoConfig.for_model(**RELEASED[name])
     config = module.ham_config(source)
     ham, back = module.to_ham(source, config), module.from_ham(source, config)
-    shapes = conversion.shapes_of(conversion.transformers_model, source)
-    assert {rule.name for rule in ham} == conversion.shapes_of(HAMForCausalLM, config).keys()
+    shapes = shapes_of(transformers_model, source)
+    assert {rule.name for rule in ham} == shapes_of(HAMForCausalLM, config).keys()
     assert {rule.name for rule in back} == shapes.keys()
     assert round(sum(shape.numel() for shape in shapes.values()) / 1e9, 2) == billions
 
 
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as stop:
-        conversion.main(module.CONVERSION, module.__doc__, ["--help"])
+        main(module.CONVERSION, module.__doc__, ["--help"])
     assert stop.value.code == 0
     assert "--back" in capsys.readouterr().out

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ham_hf import HAMForCausalLM
-from ham_hf.hub import conversion
-from ham_hf.hub.memories import SHUT
+from ham_hf.conversion.command import main
+from ham_hf.conversion.memories import SHUT
 from ham_hf.training import distillation
 from ham_hf.training.data import PackedRows
 from ham_hf.training.distillation import Teacher, distillation_loss, open_gates
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("convert", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert conversion.main(script.CONVERSION, script.__doc__, [str(folder / x) for x in ("source", "converted")]) == 0
+    assert main(script.CONVERSION, script.__doc__, [str(folder / x) for x in ("source", "converted")]) == 0
     picks = torch.randint(len(WORDS), (40, 60)).tolist()
     (folder / "text.jsonl").write_text(
         "".join(json.dumps({"text": " ".join(WORDS[j] for j in x)}) + "\n" for x in picks)
@@ -350,7 +350,7 @@ def test_a_bad_section_is_refused(recipe, section, error, message):
 
 
 def test_the_recipe_of_the_readme_is_one(tmp_path, monkeypatch):
-    blocks = (SCRIPT.parents[1] / "README.md").read_text().split("```yaml\n")[1:]
+    blocks = SCRIPT.with_name("README.md").read_text().split("```yaml\n")[1:]
     (text,) = [block.split("```")[0] for block in blocks if "distillation:" in block]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").touch()

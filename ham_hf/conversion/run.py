@@ -1,30 +1,22 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Turns a checkpoint into a HAM that computes the same, and back: what every script of `conversion_scripts` shares."""
+"""One conversion, from a source to a folder or back: resumed, verified, and written whole or not at all."""
 
 import argparse
-import contextlib
 import datetime
-import inspect
 import json
-import math
 import os
 import re
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -36,22 +28,18 @@ from ham_hf.files import write_whole
 from ham_hf.generation_ham import ROUTING_ARGUMENTS
 from ham_hf.modeling_ham import HAMForCausalLM
 
-from .card import build_card, card_in, error_figure
-from .checkpoint import read_checkpoint
+from ..hub.card import build_card, card_in, error_figure
+from ..hub.checkpoint import read_checkpoint
+from ..hub.sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
+from .declaration import Conversion
 from .gguf import SUFFIX, GGUFTensors, check_packages, find_gguf, read_config, read_model
 from .origin import download, load_tokenizer
 from .shards import TensorRule, Tensors, Weights, check_rules, write_shards
-from .sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
+from .verification import agree, compare_logits, model_logits, shapes_of, transformers_logits
 
-# Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
-TOLERANCE = 1e-4
 VERIFIED_ROWS = 2
 # As many as a convolution usually reads.
 FEWEST_VERIFIED = 4
-# Functions of Transformers' models in whose place a package is called where it is installed.
-PACKAGED = (
-    "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"
-)  # fmt: skip
 # Fields of a HAMConfig that change no logit of a checkpoint without its RNN, or without its cache; training sets some.
 FREE_FIELDS = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "router",
@@ -65,124 +53,7 @@ Then heal it, which teaches its new memory what the other one may drop: ham-hf t
   model: {{from: {output}}}
   usage: {{schedule: [[0, 1.0], [2000, 0.25]]}}
   distillation: {{teacher: {teacher}}}
-and the rest as in ham_hf/training/examples/small.yaml; the README, "Healing a converted model", has a whole one."""
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """What must hold of a tensor of a HAM, lest the way back lose something; if not, the user reads what it `says`."""
-
-    name: str
-    holds: Callable[[torch.Tensor], bool]
-    says: str
-
-
-def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits `[B, T, vocabulary]` in float32 of the causal language model in `folder`, by its Auto class."""
-    return model_logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokens)
-
-
-def model_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits `[B, T, vocabulary]` of one of Transformers' models."""
-    with torch.no_grad(), in_pytorch(model):
-        return model(input_ids=tokens, use_cache=False).logits
-
-
-def no_preparation() -> None:
-    """Imports nothing, for sources that Transformers has."""
-
-
-@contextlib.contextmanager
-def in_pytorch(model: torch.nn.Module) -> Iterator[None]:
-    """Has a model of Transformers compute in PyTorch.
-
-    Where flash-linear-attention or causal-conv1d is installed, Transformers calls it for CPU tensors as well, and that
-    crashes.
-    """
-    module = sys.modules[type(model).__module__]
-    packaged = {name: getattr(module, name) for name in PACKAGED if hasattr(module, name)}
-    try:
-        for name, function in packaged.items():
-            setattr(module, name, inspect.unwrap(function))
-        yield
-    finally:
-        for name, function in packaged.items():
-            setattr(module, name, function)
-
-
-def transformers_model(config: PreTrainedConfig) -> torch.nn.Module:
-    """The causal language model of a configuration, by its Auto class."""
-    return AutoModelForCausalLM.from_config(config)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What one script knows of its source.
-
-    Attributes:
-        script: the script's file name.
-        model_types: the `model_type`s that it reads.
-        ham_config: the HAM that computes what a configuration does; `ValueError` names a feature that HAM lacks.
-        to_ham: rules for every tensor of the HAM.
-        from_ham: rules for every tensor of the source.
-        requirements: what must hold of a HAM for the way back.
-        prepare: imports what Transformers must know of the source; `ImportError` says what to install.
-        logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
-        source_code: what computes them, for the card, given the architecture.
-        empty_source: the source's model of a configuration, with the tensors that its files hold.
-        rename: turns a tensor's name in the source's files, of which there may be several, into the one that the
-            rules use.
-        inert: a pattern of the HAM's tensors that only its shut memory reads.
-        summary: what the new HAM is at first, for the user.
-        reads_gguf: whether a source may be a GGUF file, as Transformers reads it.
-        left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
-        left_out_because: why, for the user.
-    """
-
-    script: str
-    model_types: tuple[str, ...]
-    ham_config: Callable[[Any], HAMConfig]
-    to_ham: Callable[[Any, HAMConfig], Iterable[TensorRule]]
-    from_ham: Callable[[Any, HAMConfig], Iterable[TensorRule]]
-    requirements: Callable[[Any, HAMConfig], Iterable[Requirement]]
-    inert: str
-    summary: str
-    prepare: Callable[[], None] = no_preparation
-    logits: Callable[[Path, torch.Tensor], torch.Tensor] = transformers_logits
-    source_code: Callable[[str], str] = str
-    empty_source: Callable[[Any], torch.nn.Module] = transformers_model
-    rename: Callable[[str], str] = lambda name: name
-    reads_gguf: bool = False
-    left_out: str | None = None
-    left_out_because: str = ""
-
-
-def shapes_of(build: Callable[[Any], torch.nn.Module], config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """The shapes that a model's safetensors hold, without its weights: a tied head is not among them."""
-    with torch.device("meta"):
-        model = build(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
-def compare_logits(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
-    """How far two models' logits `[B, T, vocabulary]` are apart, and what is allowed."""
-    difference = (expected - got).abs()
-    return {
-        "tokens": expected.shape[0] * expected.shape[1],
-        "dtype": "float32",
-        "max_abs_logit_error": difference.max().item(),
-        "mean_abs_logit_error": difference.mean().item(),
-        "top1_agreement": (expected.argmax(-1) == got.argmax(-1)).float().mean().item(),
-        "tolerance": TOLERANCE * max(1.0, expected.abs().max().item()),
-    }
-
-
-def agree(figures: dict[str, Any]) -> bool:
-    """Whether two models' logits are as close as is allowed; never if some are not finite numbers."""
-    return figures["max_abs_logit_error"] <= figures["tolerance"] < math.inf
+and the rest as in ham_hf/training/examples/small.yaml; conversion_scripts/README.md has a whole one."""
 
 
 class Run:
@@ -474,66 +345,3 @@ class Run:
         os.replace(self.partial, self.output)
         self.state.unlink()
         print(f"Wrote {self.output}")
-
-
-def shard_size(text: str) -> str:
-    """An argparse type: a size such as 5GB."""
-    if not re.fullmatch(r"[1-9][0-9]*[KMGT]B", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, takes a size such as 5GB or 500MB")
-    return text
-
-
-def plain_name(text: str) -> str:
-    """An argparse type: a name that a card can quote."""
-    if not text.strip() or not text.isprintable() or "`" in text:
-        raise argparse.ArgumentTypeError(f"got {text!r}, takes a name such as OWNER/NAME")
-    return text
-
-
-def verified_tokens(text: str) -> int:
-    """An argparse type: so many tokens that convolution and positions matter."""
-    if not text.isdecimal() or int(text) < FEWEST_VERIFIED:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, takes a whole number of {FEWEST_VERIFIED} or more; --no-verify compares nothing"
-        )
-    return int(text)
-
-
-def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentParser:
-    """The command line that all scripts share."""
-    parser = argparse.ArgumentParser(
-        prog=conversion.script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    or_gguf = ", or a GGUF file" if conversion.reads_gguf else ""
-    parser.add_argument("source", help=f"folder of the checkpoint{or_gguf}, or its name on the Hub")
-    parser.add_argument("output", help="folder to write; must not exist")
-    parser.add_argument("--back", action="store_true", help="turn such a HAM into its source again")
-    parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.set_defaults(gguf_file=None)
-    if conversion.reads_gguf:
-        parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to read in the folder or repository")
-    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
-    help_text = "what the card calls the source, such as OWNER/NAME (default: from SOURCE)"
-    parser.add_argument("--name", type=plain_name, help=help_text)
-    help_text = "largest file (default %(default)s)"
-    parser.add_argument("--max-shard-size", metavar="SIZE", type=shard_size, default="5GB", help=help_text)
-    help_text = f"tokens in each of two rows that are compared, {FEWEST_VERIFIED} or more (default %(default)s)"
-    parser.add_argument("--verify-tokens", metavar="N", type=verified_tokens, default=128, help=help_text)
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the logits of the two models")
-    return parser
-
-
-def main(conversion: Conversion, description: str, argv: list[str] | None = None) -> int:
-    """Runs a script; returns its exit status: 0, 2 (what was asked cannot be done) or 130 (Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = build_parser(conversion, description).parse_args(argv)
-    try:
-        run = Run(conversion, arguments, argv)
-        run.from_ham() if arguments.back else run.to_ham()
-    except (ValueError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
-        print(f"{conversion.script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{conversion.script}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0

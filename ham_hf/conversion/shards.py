@@ -19,7 +19,7 @@ from ham_hf.files import write_whole
 from ham_hf.files_ham import whole_file
 from ham_hf.loading_ham import open_weights
 
-from .sources import read_json
+from ..hub.sources import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

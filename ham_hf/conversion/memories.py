@@ -14,7 +14,7 @@ import torch
 from ham_hf.configuration_ham import HAMConfig
 from ham_hf.routing_ham import NUM_QUANTILES
 
-from .conversion import Requirement
+from .declaration import Requirement
 from .shards import TensorRule
 
 SHUT = -20.0

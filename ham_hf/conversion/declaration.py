@@ -1,0 +1,69 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Conversion, what a script declares of its kind of source: configurations, rules for tensors, requirements."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ham_hf.configuration_ham import HAMConfig
+
+from .shards import TensorRule
+from .verification import transformers_logits, transformers_model
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What must hold of a tensor of a HAM, lest the way back lose something; if not, the user reads what it `says`."""
+
+    name: str
+    holds: Callable[[torch.Tensor], bool]
+    says: str
+
+
+def no_preparation() -> None:
+    """Imports nothing, for sources that Transformers has."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What one script knows of its source.
+
+    Attributes:
+        script: the script's file name.
+        model_types: the `model_type`s that it reads.
+        ham_config: the HAM that computes what a configuration does; `ValueError` names a feature that HAM lacks.
+        to_ham: rules for every tensor of the HAM.
+        from_ham: rules for every tensor of the source.
+        requirements: what must hold of a HAM for the way back.
+        prepare: imports what Transformers must know of the source; `ImportError` says what to install.
+        logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
+        source_code: what computes them, for the card, given the architecture.
+        empty_source: the source's model of a configuration, with the tensors that its files hold.
+        rename: turns a tensor's name in the source's files, of which there may be several, into the one that the
+            rules use.
+        inert: a pattern of the HAM's tensors that only its shut memory reads.
+        summary: what the new HAM is at first, for the user.
+        reads_gguf: whether a source may be a GGUF file, as Transformers reads it.
+        left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
+        left_out_because: why, for the user.
+    """
+
+    script: str
+    model_types: tuple[str, ...]
+    ham_config: Callable[[Any], HAMConfig]
+    to_ham: Callable[[Any, HAMConfig], Iterable[TensorRule]]
+    from_ham: Callable[[Any, HAMConfig], Iterable[TensorRule]]
+    requirements: Callable[[Any, HAMConfig], Iterable[Requirement]]
+    inert: str
+    summary: str
+    prepare: Callable[[], None] = no_preparation
+    logits: Callable[[Path, torch.Tensor], torch.Tensor] = transformers_logits
+    source_code: Callable[[str], str] = str
+    empty_source: Callable[[Any], torch.nn.Module] = transformers_model
+    rename: Callable[[str], str] = lambda name: name
+    reads_gguf: bool = False
+    left_out: str | None = None
+    left_out_because: str = ""
