@@ -1,18 +1,20 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Compiles the shipped cases of an op's module for GPUs that need not be there, and prints what they take as JSON.
+"""Compiles the kernels' cases for GPUs that need not be there, and prints what they take as JSON.
 
-It runs in a process of its own (`python aot_compile.py MODULE [CASE ...] [--arch 80 90]`), because a process that has
-decorated kernels for the interpreter cannot compile. MODULE is the name of a module or a file that holds `AOT_CASES`:
+    python aot_compile.py [OP ...] [--quick] [--arch 80 90] [--cases FILE] [--table NAME]
+
+It runs in a process of its own, because a process that has decorated kernels for the interpreter cannot compile. FILE
+(`aot_cases.py` beside this file) has a dictionary NAME (`CASES`) with a list of cases for each op:
 
     {"kernel": <jit function>, "signature": {"x": "*bf16", "T": "i32"}, "constexprs": {"BT": 64, "state": None},
      "num_warps": 4, "num_stages": 2}
 
-where the two dictionaries together name all of the kernel's arguments.
+where the two dictionaries together name all of the kernel's arguments. Without OP it compiles the cases of all ops,
+with `--quick` only the first of each kernel and width `K`.
 """
 
 import argparse
 import contextlib
-import importlib
 import importlib.util
 import json
 import pathlib
@@ -20,18 +22,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from types import ModuleType
 from typing import Any
 
+SHIPPED_CASES = pathlib.Path(__file__).with_name("aot_cases.py")
 
-def load(module: str) -> ModuleType:
-    """The module of this name, or in this file."""
-    if not module.endswith(".py"):
-        return importlib.import_module(module)
-    spec = importlib.util.spec_from_file_location("aot_cases", module)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+
+def load_cases(file: pathlib.Path, table: str) -> dict[str, list[dict[str, Any]]]:
+    """The cases of each op in a file's table."""
+    spec = importlib.util.spec_from_file_location("loaded_cases", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, table)
 
 
 def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
@@ -167,24 +168,34 @@ def transposes_product(ttir: str) -> bool:
     return any(reaches(x, set()) for x in left_factors)
 
 
-def main(module: str, chosen: list[int], architectures: list[int]) -> None:
-    """Prints a JSON list of measurements, one a case and architecture; what failed to compile has an `error`."""
-    cases = load(module).AOT_CASES
+def first_of_each_kind(cases: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the cases that are the first of their kernel and width."""
+    kinds = [(id(case["kernel"]), case["constexprs"].get("K")) for case in cases]
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+
+
+def measure(cases: dict[str, list[dict[str, Any]]], architectures: list[int], quick: bool) -> list[dict[str, Any]]:
+    """One measurement for each case and architecture; what failed to compile has an `error`."""
     results = []
-    for number in chosen or range(len(cases)):
-        for arch in architectures:
-            try:
-                result = compile_case(cases[number], arch)
-            except Exception as error:  # reported for this case; the others are still compiled
-                result = {"kernel": str(cases[number]["kernel"]), "arch": arch, "error": f"{error!r}"[-2000:]}
-            results.append({"case": number, **result})
-    print(json.dumps(results))
+    for op, listed in cases.items():
+        for number in first_of_each_kind(listed) if quick else range(len(listed)):
+            for arch in architectures:
+                try:
+                    result = compile_case(listed[number], arch)
+                except Exception as error:  # reported for this case; the others are still compiled
+                    result = {"kernel": str(listed[number]["kernel"]), "arch": arch, "error": f"{error!r}"[-2000:]}
+                results.append({"op": op, "case": number, **result})
+    return results
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("module")
-    parser.add_argument("cases", type=int, nargs="*")
+    parser.add_argument("ops", nargs="*")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--cases", type=pathlib.Path, default=SHIPPED_CASES)
+    parser.add_argument("--table", default="CASES")
     arguments = parser.parse_args()
-    main(arguments.module, arguments.cases, arguments.arch)
+    cases = load_cases(arguments.cases, arguments.table)
+    chosen = {op: cases[op] for op in arguments.ops or cases}
+    print(json.dumps(measure(chosen, arguments.arch, arguments.quick)))

@@ -1,6 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Holds the end of a decoding step to the model's own mix, and what it appends to what the host would have."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,12 @@ pytest.importorskip("triton")
 
 from ham_hf.cache_ham import GROWS
 from ham_hf.paged_store_ham import PAGE_SIZE, KeptTokens, PagedStore
-from ham_kernels import fused_decode_step
-from ham_kernels.fused_decode_step import DecodeUpdate, OpenPages, decode_mix_append
+from ham_kernels.decode_mix_append import OpenPages, decode_mix_append
+from ham_kernels.decode_update import DecodeUpdate
 from ham_kernels.ragged_decode_attention import ragged_decode_attention, slab_table
 
+# The package gives the function this name.
+module = importlib.import_module("ham_kernels.decode_mix_append")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FIELDS = (*PagedStore.FIELDS, "streams")
 
@@ -156,7 +160,7 @@ def assert_same_tokens(found, expected):
 @pytest.mark.parametrize("prompt", [0, 14, 100])
 def test_appends_what_the_host_would(prompt, device, monkeypatch):
     """Streams that keep everything, nothing and some, over seals and new slabs; then the host goes on with it."""
-    monkeypatch.setattr(fused_decode_step, "SLAB_BLOCK", 2)  # slabs are searched in several rounds
+    monkeypatch.setattr(module, "SLAB_BLOCK", 2)  # slabs are searched in several rounds
     mix, update, store = make(device, batch=2, kv_heads=2, key_dim=6, value_dim=10)
     twin = PagedStore(4, 6, 10, torch.float32, torch.device(device))
     streams = torch.arange(4, device=device)

@@ -11,10 +11,22 @@ import triton.language as tl  # noqa: E402
 from ham_hf.ops_ham import l2norm  # noqa: E402
 from ham_hf.reference import naive_gated_delta_rule_with_prediction  # noqa: E402
 from ham_hf.routing_ham import cosine_score, l2_score, residual_score  # noqa: E402
-from ham_kernels import gated_delta_rule as module  # noqa: E402
-from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction, split_documents, split_rows  # noqa: E402
+from ham_kernels import gated_delta_rule as delta_rule  # noqa: E402
+from ham_kernels.gated_delta_rule import gated_delta_rule_with_prediction  # noqa: E402
+from ham_kernels.gated_delta_rule.chunks import (  # noqa: E402
+    chunk_bounds,
+    sequence_bounds,
+    split_documents,
+    split_rows,
+)
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+TUNED_KERNELS = {
+    name: kernel
+    for module in (delta_rule.wy, delta_rule.state, delta_rule.output, delta_rule.backward)
+    for name, kernel in vars(module).items()
+    if hasattr(kernel, "tiles")
+}
 pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu")
 
 
@@ -344,8 +356,10 @@ def test_a_prediction_that_is_left_out_is_not_computed(products):
 
 def test_a_step_may_leave_the_prediction_out(device, monkeypatch):
     inputs = [x.detach() for x in random_inputs(3, 1, 2, 2, 32, 48, device=device)]
-    places, plain = [], module._prediction_and_moments
-    monkeypatch.setattr(module, "_prediction_and_moments", lambda *args: places.append(plain(*args)) or places[-1])
+    places, plain = [], delta_rule.output._prediction_and_moments
+    monkeypatch.setattr(
+        delta_rule.output, "_prediction_and_moments", lambda *args: places.append(plain(*args)) or places[-1]
+    )
     without, with_it = without_and_with_prediction(inputs)
     assert places[0] == (None, None)
     assert places[1][0].shape == (3, 1, 2, 48)
@@ -374,8 +388,8 @@ def test_a_step_agrees_with_the_token_loop(state, dtype, device, assert_error_wi
 def test_one_token_has_a_step_of_its_own_unless_a_gradient_is_needed(device, monkeypatch):
     inputs = random_inputs(1, 1, 1, 1, 32, 32, device=device)
     steps = []
-    plain = module.step_fwd
-    monkeypatch.setattr(module, "step_fwd", lambda *args: steps.append(1) or plain(*args))
+    plain = delta_rule.op.step_fwd
+    monkeypatch.setattr(delta_rule.op, "step_fwd", lambda *args: steps.append(1) or plain(*args))
     call(gated_delta_rule_with_prediction)(*inputs)[0].sum().backward()
     assert not steps
     call(gated_delta_rule_with_prediction)(*(x.detach() for x in inputs))
@@ -454,8 +468,8 @@ def test_head_dimensions_above_256_are_refused(device):
 
 @triton.jit
 def borders_kernel(out, borders, chunk, sequence, T, NT, HK: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr):
-    start, _ = module._chunk(borders, chunk, T, NT, 64, PACKED)
-    begin, _, first, _, _ = module._sequence(borders, sequence, T, NT, PACKED)
+    start, _ = chunk_bounds(borders, chunk, T, NT, 64, PACKED)
+    begin, _, first, _, _ = sequence_bounds(borders, sequence, T, NT, PACKED)
     tl.store(out, start * HK * K)
     tl.store(out + 1, begin * HK * K)
     tl.store(out + 2, first * HK * (K * K))
@@ -503,14 +517,13 @@ def test_real_shapes_on_the_gpu(dtype, kv_heads, group, key_dim, value_dim, pack
     ("kernel", "tile"),
     [
         pytest.param(name, i, id=f"{name}-{i}")
-        for name, kernel in vars(module).items()
-        if hasattr(kernel, "tiles")
+        for name, kernel in TUNED_KERNELS.items()
         for i in range(len(kernel.tiles))
     ],
 )
 def test_every_tile_shape_that_tuning_may_choose(kernel, tile, dim, assert_error_within, monkeypatch):
     """The other tests run the first of each."""
-    tuned = getattr(module, kernel)
+    tuned = TUNED_KERNELS[kernel]
     monkeypatch.setattr(tuned, "configs", [tuned.tiles[tile]])
     length = 1 if kernel == "step_fwd_kernel" else 150
     inputs = random_inputs(2, length, 2, 2, dim, dim, dtype=torch.bfloat16, device="cuda")

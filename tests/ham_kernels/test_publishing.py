@@ -52,11 +52,19 @@ def test_the_api_is_all_of_the_public_functions_and_the_card_names_them():
         assert f"`{name}`" in card
 
 
-@pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
 def test_a_kernel_imports_itself_relatively_and_little_else(file):
     names, levels = imported(file)
     assert names - set(sys.stdlib_module_names) <= IMPORTS
-    assert levels <= {1}
+    assert max(levels, default=0) <= len(file.relative_to(SOURCE).parts)
+
+
+def test_setuptools_packs_every_folder():
+    setuptools = pytest.importorskip("setuptools")
+    settings = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = setuptools.find_packages(str(SOURCE.parent), include=settings["include"])
+    folders = {file.parent.relative_to(SOURCE.parent) for file in SOURCE.rglob("*.py")}
+    assert set(found) == {".".join(folder.parts) for folder in folders}
 
 
 def test_the_package_kernels_reads_and_loads_the_folder(tmp_path):

@@ -1,13 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Attention over compacted columns and itself: outputs, log-sum-exp and gradients against dense masked softmax."""
 
-import importlib
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -17,11 +10,15 @@ import triton.language as tl  # noqa: E402
 
 from ham_hf.reference import naive_sparse_attention  # noqa: E402
 from ham_kernels.compact import compact_kept  # noqa: E402
-from ham_kernels.sparse_prefix_attention import sparse_prefix_attention  # noqa: E402
+from ham_kernels.sparse_prefix_attention import backward, forward, sparse_prefix_attention, tiles  # noqa: E402
+from ham_kernels.sparse_prefix_attention.op import MAX_LENGTH  # noqa: E402
 from ham_kernels.tuning import INTERPRETED  # noqa: E402
 
-# The package gives the function this name.
-module = importlib.import_module("ham_kernels.sparse_prefix_attention")
+KERNELS = {
+    "fwd": forward.sparse_prefix_attention_fwd_kernel,
+    "dq": backward.sparse_prefix_attention_bwd_dq_kernel,
+    "dkv": backward.sparse_prefix_attention_bwd_dkv_kernel,
+}
 NAMES = ("q", "k", "v", "k_kept", "v_kept")
 pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu")
 
@@ -30,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu")
 def small_tiles(request, monkeypatch):
     """Tiles so small that a hundred tokens need several of them, whole and cut ones; the shipped ones on a GPU."""
     if "gpu" not in request.keywords:
-        for name, shapes in module.TILES.items():
-            monkeypatch.setitem(module.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
-            monkeypatch.setitem(module.HOPPER_TILES, name, {})
-        monkeypatch.setattr(module, "SELF_ELEMENTS", 512)
-    module._tuned_kernel.cache_clear()
+        for name, shapes in tiles.TILES.items():
+            monkeypatch.setitem(tiles.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
+            monkeypatch.setitem(tiles.HOPPER_TILES, name, {})
+        monkeypatch.setattr(backward, "SELF_ELEMENTS", 512)
+    tiles.with_tiles.cache_clear()
     yield
-    module._tuned_kernel.cache_clear()
+    tiles.with_tiles.cache_clear()
 
 
 @pytest.fixture
@@ -46,7 +43,7 @@ def steps(monkeypatch):
         pytest.skip("only the interpreter's steps can be recorded")
     taken = []
 
-    def recorded(name, start, masked):
+    def recorded(module, name, start, masked):
         step = getattr(module, name)
 
         def wrapper(*args):
@@ -55,8 +52,12 @@ def steps(monkeypatch):
 
         return wrapper
 
-    for name, start, masked in (("_attend", 7, 12), ("_add_dq", 9, 14), ("_add_dkv", 9, 13)):
-        monkeypatch.setattr(module, name, recorded(name, start, masked))
+    for module, name, start, masked in (
+        (forward, "_attend", 7, 12),
+        (backward, "_add_dq", 9, 14),
+        (backward, "_add_dkv", 9, 13),
+    ):
+        monkeypatch.setattr(module, name, recorded(module, name, start, masked))
     return taken
 
 
@@ -376,35 +377,19 @@ def test_bad_input(device):
 
 @triton.jit
 def addresses_kernel(out, stream, T, HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    _, base, _, query = module._query_rows(T * GROUP - BLOCK, stream.to(tl.int64), T, HK, GROUP, BLOCK)
+    _, base, _, query = tiles.query_rows(T * GROUP - BLOCK, stream.to(tl.int64), T, HK, GROUP, BLOCK)
     tl.store(out + tl.arange(0, BLOCK), base * GROUP * K + query * K)
 
 
 def test_addresses_have_64_bits(device):
     """Of the longest rows, as the kernels add them up: the last query rows of a head of the third row of a batch."""
-    T, HK, GROUP, K, BLOCK = module.MAX_LENGTH, 16, 4, 128, 16
+    T, HK, GROUP, K, BLOCK = MAX_LENGTH, 16, 4, 128, 16
     out = torch.empty(BLOCK, dtype=torch.int64, device=device)
     addresses_kernel[(1,)](out, 2 * HK + 5, T, HK, GROUP, K, BLOCK)
     row = torch.arange(T * GROUP - BLOCK, T * GROUP)
     expected = (((2 * T + row // GROUP) * HK + 5) * GROUP + row % GROUP) * K
     assert expected.min() > 2**32
     assert torch.equal(out.cpu(), expected)
-
-
-@pytest.mark.slow
-def test_tiles_for_hopper_fit_it(tmp_path):
-    """`AOT_CASES`, which `test_compile.py` compiles for sm_80 as well, has the other tiles."""
-    (tmp_path / "cases.py").write_text("from ham_kernels.sparse_prefix_attention import HOPPER_AOT_CASES as AOT_CASES")
-    script = pathlib.Path(__file__).with_name("aot_compile.py")
-    command = [sys.executable, str(script), str(tmp_path / "cases.py"), "--arch", "90"]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    results = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-    assert len(results) == len(module.HOPPER_AOT_CASES)
-    for r in results:
-        assert "error" not in r, r
-        assert r["stack"] == r["local"] == 0, r
-        assert r["shared"] <= 227 * 1024, r
-        assert not r["transposed_product"], r
 
 
 @pytest.mark.gpu
@@ -448,10 +433,10 @@ def test_a_new_length_neither_compiles_nor_tunes(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("tile", range(4))
-@pytest.mark.parametrize("kernel", list(module.KERNELS))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_tile_shape_that_tuning_may_choose(kernel, tile, dim, assert_error_within, monkeypatch):
     """The other tests run the first of each."""
-    tuned = module._tuned_kernel(kernel, 2, dim, torch.cuda.get_device_capability() == (9, 0))
+    tuned = tiles.with_tiles(KERNELS[kernel], kernel, 2, dim, torch.cuda.get_device_capability() == (9, 0))
     assert len(tuned.tiles) <= 4
     if tile >= len(tuned.tiles):
         pytest.skip("this chip has fewer tile shapes for this width")

@@ -241,37 +241,4 @@ def _check(keep: torch.Tensor, tensors: tuple[torch.Tensor, ...], capacity: int 
         raise ValueError(f"`capacity` must not be negative, got {capacity}.")
 
 
-def _aot_cases() -> list[dict[str, Any]]:
-    block_t, block_h = _tile(16)
-    blocks = {"HK": 16, "BLOCK_T": block_t, "BLOCK_H": block_h}
-    pointers = {"keep": "*u8", "counts": "*i32", "before": "*i64", "total": "*i32"}
-    launch = {"num_warps": NUM_WARPS, "num_stages": 3}
-    cases = [
-        {
-            "kernel": kernel,
-            "signature": {name: pointers[name] for name in names} | {"T": "i32"},
-            "constexprs": blocks,
-            **launch,
-        }
-        for kernel, names in (
-            (compact_kept_scan_kernel, pointers),
-            (compact_kept_count_kernel, ("keep", "counts")),
-        )
-    ]
-    strides = {"stride_b": "i32", "stride_t": "i32", "stride_h": "i32"}
-    for dim in (64, 128):
-        block_t, block_d = _tile(dim)
-        shared = {"keep": "*u8", "before": "*i64", "T": "i32", "M": "i32"}
-        constexprs = {"HK": 16, "D": dim, "BLOCK_T": block_t, "BLOCK_D": block_d}
-        fwd = {"x": "*bf16", "out": "*bf16", "total": "*i32", **strides, **shared}
-        bwd = {"grad": "*bf16", "dx": "*bf16", **shared}
-        cases += [
-            {"kernel": kernel, "signature": signature, "constexprs": constexprs, **launch}
-            for kernel, signature in ((compact_kept_fwd_kernel, fwd), (compact_kept_bwd_kernel, bwd))
-        ]
-    return cases
-
-
-AOT_CASES = _aot_cases()
-
 __all__ = ["compact_kept"]

@@ -363,7 +363,8 @@ def split_sizes(num_pages: int, num_streams: int, rows: int, tiles: int) -> tupl
 
 def tile_shape(rows: int, page: int, width: int, element_size: int) -> dict[str, int]:
     """Rows and keys of a tile, and how it is run, for heads that fit into a power of two `width`."""
-    # What registers hold: see `AOT_CASES`. Tensor cores do not multiply float32 exactly.
+    # As many as registers hold, which tests/ham_kernels/test_compile.py checks. Tensor cores do not multiply float32
+    # exactly.
     largest = min(128, 128 * 128 // width) if element_size == 2 else min(32, 32 * 128 // width)
     block_m = max(16, min(largest, triton.next_power_of_2(rows)))
     # A power of two of keys, at least one page and 16, whose keys and values fill a tile.
@@ -474,59 +475,3 @@ def _check_integers(
             f"`{name}` must be {list(shape)} of {' or '.join(map(str, dtypes))} on {device}, contiguous; got "
             f"{list(x.shape)} of {x.dtype} on {x.device}, strides {x.stride()}."
         )
-
-
-def _aot_case(key_dim: int, rows: int, dtype: str = "bf16") -> dict:
-    """The shipped tile of a head dimension and a number of rows."""
-    integers = dict.fromkeys(("num_pages", "split_pages", "rows"), "i32")
-    pointers = {"q": f"*{dtype}", "page_list": "*i64"} | dict.fromkeys(("peak", "total", "partial"), "*fp32")
-    pointers |= dict.fromkeys(("page_start", "split_start", "split_stream"), "*i32")
-    tile = tile_shape(rows, 16, key_dim, 2 if dtype == "bf16" else 4)
-    launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-    sizes = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
-    return {
-        "kernel": ragged_decode_attention_fwd_kernel,
-        "signature": pointers | integers | {"scale": "fp32"},
-        "constexprs": sizes | {"PAGE": 16, "ALIGNMENT": 16} | tile,
-        **launch,
-    }
-
-
-def _aot_merge_case(key_dim: int, block_t: int, near: bool) -> dict:
-    pointers = dict.fromkeys(("q", "k", "v", "tail_k", "tail_v", "out"), "*bf16") | {"keep": "*u8", "fill": "*i64"}
-    pointers |= dict.fromkeys(("peak", "total", "partial"), "*fp32") | {"split_start": "*i32"}
-    given = {"near": "*bf16", "near_lse": "*fp32"} if near else {}
-    absent = {} if near else {"near": None, "near_lse": None}
-    sizes = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
-    return {
-        "kernel": ragged_decode_merge_fwd_kernel,
-        "signature": pointers | given | {"rows": "i32", "scale": "fp32"},
-        "constexprs": sizes | absent | {"G": 4, "PAGE": 16, "BLOCK_P": 16, "BLOCK_T": block_t, "BLOCK_S": 16},
-        "num_warps": 4,
-        "num_stages": 3,
-    }
-
-
-AOT_CASES = [
-    *(_aot_case(key_dim, rows) for key_dim in (128, 64) for rows in (16, 32, 64, 128)),
-    *(_aot_case(256, rows) for rows in (16, 32, 64)),
-    *(_aot_case(key_dim, 32, "fp32") for key_dim in (128, 64, 256)),
-    *(_aot_merge_case(key_dim, *kind) for key_dim in (128, 64, 256) for kind in ((1, False), (16, False), (16, True))),
-    {
-        "kernel": split_plan_fwd_kernel,
-        "signature": {"counts": "*i64"}
-        | dict.fromkeys(("page_start", "split_start", "split_stream"), "*i32")
-        | dict.fromkeys(("num_streams", "split_pages", "num_splits"), "i32"),
-        "constexprs": {"PAGE": 16, "BLOCK": PLAN_BLOCK},
-        "num_warps": 4,
-        "num_stages": 3,
-    },
-    {
-        "kernel": page_list_fwd_kernel,
-        "signature": {"slabs": "*i64", "page_start": "*i32", "page_list": "*i64"}
-        | dict.fromkeys(("num_streams", "num_pages", "key_bytes", "value_bytes"), "i32"),
-        "constexprs": {"FIELDS": SLAB_FIELDS, "BLOCK": 256},
-        "num_warps": 4,
-        "num_stages": 3,
-    },
-]

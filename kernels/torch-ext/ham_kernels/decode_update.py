@@ -1,12 +1,10 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""All that one token does to a layer before and after it reads the kept keys, a launch each, in place.
+"""The RNN's part of one token in one launch: convolution, gates, state, prediction, score and keep-decision.
 
-A program has one stream, a row's key/value head with the query heads that share it: their channels of the convolution,
-their float32 state and their open page belong to no other program, so all are updated where they lie. At head
-dimension 128 the first launch reads and writes 64 KiB of state a stream, beside which everything else is small. The
-second one appends the token: attention, which reads the store in between, must not see it twice. All that streams
-share is the number of full pages, which each adds 1 to when its page is full; in which order they do so shows nowhere,
-because pages are found by owner and rank.
+A program has one stream, a row's key/value head with the query heads that share it: their channels of the convolution
+and their float32 state belong to no other program, so both are updated where they lie. At head dimension 128 the
+launch reads and writes 64 KiB of state a stream, beside which everything else is small. It does not append the token:
+attention, which reads the store next, would see it twice. `decode_mix_append` does so afterwards.
 """
 
 from typing import NamedTuple
@@ -15,19 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .ragged_decode_attention import SLAB_FIELDS
 from .tuning import check_platform
 
 # How a token's routing score comes about: from the state's prediction, as it is handed in, or from both.
 SCORES = ("cosine", "l2", "residual", "given", "learned_error")
-GATE_ACTIVATIONS = ("silu", "sigmoid")
 # Elements of the state that a program of 8 warps holds at once, 32 a thread.
 STATE_TILE = 8192
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What the append knows of a slab: where its scores and positions lie, too.
-APPEND_FIELDS = SLAB_FIELDS + 2
-# Slabs that a program looks through at once for the one of a free page.
-SLAB_BLOCK = 64
 L2_EPS = tl.constexpr(1e-6)
 COSINE_EPS = tl.constexpr(1e-8)
 
@@ -197,116 +189,6 @@ def decode_update_fwd_kernel(
     _roll(raw, conv_state, q_channel, in_q & is_real, C, W)
     _roll(raw, conv_state, k_channel, in_k & is_real, C, W)
     _roll(raw, conv_state, v_channel + o_v, in_v & is_real, C, W)
-
-
-@triton.jit
-def _mixed(o, weight, place, o_v, mask, eps, V: tl.constexpr):
-    """The outputs `[heads, V]` of a memory, through their RMSNorm if there is one."""
-    x = tl.load(o + place, mask=mask, other=0.0).to(tl.float32)
-    if weight is not None:
-        x *= tl.rsqrt(tl.sum(x * x, 1) / V + eps)[:, None]
-        x *= tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
-    return x
-
-
-@triton.jit
-def _gate(logits, head, mask):
-    return tl.sigmoid(tl.load(logits + head, mask=mask, other=0.0).to(tl.float32))[:, None]
-
-
-@triton.jit(do_not_specialize=["num_slabs"])
-def decode_mix_append_fwd_kernel(
-    o_rnn, o_kv, rnn_gate, kv_gate, z, rnn_weight, kv_weight, out, positions, real, real_tokens, k, v, scores, keep,
-    tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs, num_slabs, eps,
-    HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
-    SILU: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """One token of one stream: the mix of its memories' outputs, and its place in the pages if it is kept."""
-    stream = tl.program_id(0).to(tl.int64)
-    row = stream // HK
-    o_g, o_v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
-    in_g = o_g < G
-    mask = in_g[:, None] & (o_v < V)[None, :]
-    place = (stream * G + o_g[:, None]) * V + o_v[None, :]
-    mixed = _mixed(o_rnn, rnn_weight, place, o_v, mask, eps, V)
-    if o_kv is not None:
-        mixed *= _gate(rnn_gate, stream * G + o_g, in_g)
-        mixed += _gate(kv_gate, stream * G + o_g, in_g) * _mixed(o_kv, kv_weight, place, o_v, mask, eps, V)
-    if z is not None:
-        gate = tl.load(z + place, mask=mask, other=0.0).to(tl.float32)
-        activation = tl.sigmoid(gate)
-        if SILU:
-            activation *= gate
-        mixed *= activation
-    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=mask)
-
-    position = tl.load(positions + row)
-    is_real = tl.full([], 1, dtype=tl.int1)
-    if real is not None:
-        is_real = tl.load(real + row) != 0
-    tl.store(real_tokens + row, position + 1, mask=(stream % HK == 0) & is_real)
-    if o_kv is not None:  # noqa: SIM102  # a constant: Triton evaluates it by itself only
-        if tl.load(keep + stream) != 0:
-            _append(
-                k, v, scores, position, tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs,
-                num_slabs, stream, K, V, PAGE, FIELDS, BLOCK_K, BLOCK_V, BLOCK_S,
-            )  # fmt: skip
-
-
-@triton.jit
-def _append(
-    k, v, scores, position, tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs, num_slabs, stream,
-    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """A token behind what its stream holds; one that fills the open page takes it to the next free page of a slab."""
-    o_k, o_v, o_p, o_s = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, PAGE), tl.arange(0, BLOCK_S)
-    in_k, in_v = o_k < K, o_v < V
-    key = tl.load(k + stream * K + o_k, mask=in_k)
-    value = tl.load(v + stream * V + o_v, mask=in_v)
-    score, position = tl.load(scores + stream), position.to(tl.int32)
-    count = tl.load(counts + stream)
-    slot = stream * PAGE + count % PAGE
-    tl.store(counts + stream, count + 1)
-    if count % PAGE < PAGE - 1:
-        tl.store(tail_k + slot * K + o_k, key, mask=in_k)
-        tl.store(tail_v + slot * V + o_v, value, mask=in_v)
-        tl.store(tail_scores + slot, score)
-        tl.store(tail_positions + slot, position)
-    else:
-        page = tl.atomic_add(full_pages, 1)
-        index = 0
-        for begin in range(0, num_slabs, BLOCK_S):
-            slab = slabs + (begin + o_s) * FIELDS
-            in_use = begin + o_s < num_slabs
-            end = tl.load(slab + 4, mask=in_use, other=0) + tl.load(slab + 5, mask=in_use, other=0)
-            index += tl.sum((in_use & (end <= page)).to(tl.int32), 0)
-        slab = slabs + index * FIELDS
-        page -= tl.load(slab + 4)
-        # The last slot comes from the registers, not by way of the open page, whose writes others would have to see.
-        last = o_p == PAGE - 1
-        slots = stream * PAGE + o_p
-        target = page * PAGE + o_p
-        keys = tl.load(tail_k + slots[:, None] * K + o_k[None, :], mask=in_k[None, :])
-        values = tl.load(tail_v + slots[:, None] * V + o_v[None, :], mask=in_v[None, :])
-        element = tl.pointer_type(k.dtype.element_ty)
-        slab_k, slab_v = tl.load(slab).to(element), tl.load(slab + 1).to(element)
-        tl.store(
-            slab_k + target[:, None] * K + o_k[None, :],
-            tl.where(last[:, None], key[None, :], keys),
-            mask=in_k[None, :],
-        )
-        tl.store(
-            slab_v + target[:, None] * V + o_v[None, :],
-            tl.where(last[:, None], value[None, :], values),
-            mask=in_v[None, :],
-        )
-        slab_scores = tl.load(slab + 6).to(tl.pointer_type(tl.float32))
-        slab_positions = tl.load(slab + 7).to(tl.pointer_type(tl.int32))
-        tl.store(slab_scores + target, tl.where(last, score, tl.load(tail_scores + slots)))
-        tl.store(slab_positions + target, tl.where(last, position, tl.load(tail_positions + slots)))
-        tl.store(tl.load(slab + 2).to(tl.pointer_type(tl.int32)) + page, stream.to(tl.int32))
-        tl.store(tl.load(slab + 3).to(tl.pointer_type(tl.int32)) + page, (count // PAGE).to(tl.int32))
 
 
 class DecodeUpdate(NamedTuple):
@@ -485,7 +367,7 @@ def decode_update(
         expected[f"norm_weights[{i}]"] = (weight, (key_dim,), wide if weight.dtype == wide else own)
     for i, angle in enumerate(rope or ()):
         expected[f"rope[{i}]"] = (angle, (1 if len(angle) == 1 else batch, key_dim), own)
-    _check_tensors(expected, qkv.device)
+    check_tensors(expected, qkv.device)
     if threshold is not None:
         if threshold.ndim != 2 or threshold.shape[0] not in (1, batch) or threshold.shape[1] not in (1, kv_heads):
             raise ValueError(f"`threshold` must be [{batch} or 1, {kv_heads} or 1], got {list(threshold.shape)}.")
@@ -502,156 +384,7 @@ def decode_update(
     )  # fmt: skip
 
 
-class OpenPages(NamedTuple):
-    """Where the device appends: the open pages of `N` streams, and what it must know of the full ones.
-
-    Attributes:
-        keys, values: `[N, p, K]` and `[N, p, V]`, contiguous, `p` a power of two.
-        scores, positions: `[N, p]` float32 and int32.
-        counts: `[N]` int64 tokens that each stream holds, those in full pages included.
-        full_pages: int64 scalar, how many pages of the slabs are in use, all streams together.
-        slabs: `slab_table` of slabs `(keys, values, owner, rank, scores, positions)`, with a free page for every
-            stream whose open page lacks one token.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    positions: torch.Tensor
-    counts: torch.Tensor
-    full_pages: torch.Tensor
-    slabs: torch.Tensor
-
-
-def decode_mix_append_fwd(
-    update: DecodeUpdate,
-    positions: torch.Tensor,
-    real_tokens: torch.Tensor,
-    real: torch.Tensor | None,
-    norm_weights: tuple[torch.Tensor | None, torch.Tensor | None],
-    output_gate: torch.Tensor | None,
-    o_kv: torch.Tensor | None,
-    gates: tuple[torch.Tensor, torch.Tensor] | None,
-    pages: OpenPages | None,
-    eps: float,
-    gate_activation: str,
-) -> torch.Tensor:
-    """Launches the kernel on arguments that `decode_mix_append` has checked."""
-    batch, heads, value_dim = update.o.shape
-    kv_heads, key_dim, page, num_slabs = heads, 1, 1, 0
-    if pages is not None and update.k is not None:
-        _, kv_heads, key_dim = update.k.shape
-        page, num_slabs = pages.keys.shape[1], len(pages.slabs)
-    groups = heads // kv_heads
-    blocks = block_sizes(groups, key_dim, value_dim)
-    del blocks["TILE_V"]
-    out = update.o.new_empty(batch, heads * value_dim)
-    decode_mix_append_fwd_kernel[(batch * kv_heads,)](
-        update.o, o_kv, *(gates or (None, None)), output_gate, *norm_weights, out, positions, real, real_tokens,
-        *update[2:], *(pages or [None] * len(OpenPages._fields)), num_slabs, eps,
-        HK=kv_heads, G=groups, K=key_dim, V=value_dim, PAGE=page, FIELDS=APPEND_FIELDS,
-        SILU=gate_activation == "silu", **blocks, BLOCK_S=SLAB_BLOCK,
-        num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def decode_mix_append(
-    update: DecodeUpdate,
-    positions: torch.Tensor,
-    real_tokens: torch.Tensor,
-    real: torch.Tensor | None = None,
-    norm_weights: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    output_gate: torch.Tensor | None = None,
-    o_kv: torch.Tensor | None = None,
-    gates: tuple[torch.Tensor, torch.Tensor] | None = None,
-    pages: OpenPages | None = None,
-    eps: float = 1e-6,
-    gate_activation: str = "silu",
-) -> torch.Tensor:
-    """Mixes what the two memories of a token put out, and appends the kept tokens to their streams' pages, in place.
-
-    `(sigmoid(gates[0]) RMSNorm(o_rnn) + sigmoid(gates[1]) RMSNorm(o_kv)) * silu(output_gate)`; without attention
-    `RMSNorm(o_rnn) * silu(output_gate)`; or with a sigmoid in place of the SiLU. A kept token goes to the next slot of
-    its stream's open page; an open page that it fills is copied to the next free page of the slabs. One launch, no
-    backward, no waiting for the host, which sees to it that there are free pages.
-
-    Args:
-        update: what `decode_update` returned, of `B` rows in bfloat16, float16 or float32. What has no dtype below has
-            this one.
-        positions: `[B]` int64 index of each token among its row's real ones.
-        real_tokens: `[B]` int64 number of real tokens seen, which becomes `positions + 1`.
-        real: `[B]` bool, false for padding, which changes nothing and has unspecified outputs; `None` if all are real.
-        norm_weights: `[V]` each, of the RMSNorms of the two outputs; `None` for no norm.
-        output_gate: `[B, H * V]` before its activation, or `None` for no gate.
-        o_kv: `[B, H, V]` output of the attention; it, `gates` and `pages` are `None` in a layer without.
-        gates: `[B, H]` each, of the RNN's and the attention's output, before the sigmoid.
-        pages: where to append (a plain tuple will do), a stream for each row and head, ordered by row.
-        eps: of the RMSNorms.
-        gate_activation: `"silu"` or `"sigmoid"`, of the output gate.
-
-    Returns:
-        `[B, H * V]`.
-
-    Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
-    """
-    if gate_activation not in GATE_ACTIVATIONS:
-        raise ValueError(
-            f"`gate_activation` must be one of {', '.join(map(repr, GATE_ACTIVATIONS))}, got {gate_activation!r}."
-        )
-    if update.o.ndim != 3 or update.o.dtype not in DTYPES:
-        raise ValueError(
-            f"`update.o` must be [B, H, V] of bfloat16, float16 or float32, got {list(update.o.shape)} of "
-            f"{update.o.dtype}."
-        )
-    (batch, heads, value_dim), own, index = update.o.shape, update.o.dtype, torch.int64
-    expected = {
-        "update.o": (update.o, (batch, heads, value_dim), own),
-        "positions": (positions, (batch,), index),
-        "real_tokens": (real_tokens, (batch,), index),
-    }
-    if real is not None:
-        expected["real"] = (real, (batch,), torch.bool)
-    if output_gate is not None:
-        expected["output_gate"] = (output_gate, (batch, heads * value_dim), own)
-    for i, weight in enumerate(norm_weights):
-        if weight is not None:
-            expected[f"norm_weights[{i}]"] = (weight, (value_dim,), own)
-    if pages is not None and o_kv is not None and gates is not None and update.k is not None:
-        pages = OpenPages(*pages)
-        expected["o_kv"] = (o_kv, (batch, heads, value_dim), own)
-        expected |= {f"gates[{i}]": (gate, (batch, heads), own) for i, gate in enumerate(gates)}
-        expected |= _expected_pages(update.k, value_dim, pages)
-    elif any(x is not None for x in (update.k, o_kv, gates, pages)):
-        found = {"update.k": update.k, "o_kv": o_kv, "gates": gates, "pages": pages}
-        names = [name for name, x in found.items() if x is None]
-        raise ValueError(f"`{'`, `'.join(found)}` must all be given, or none of them, got None for {names}.")
-    _check_tensors(expected, update.o.device)
-    check_platform(update.o.device)
-    return decode_mix_append_fwd(
-        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation
-    )
-
-
-def _expected_pages(k: torch.Tensor, value_dim: int, pages: OpenPages) -> dict:
-    """What `_check_tensors` checks of the places to append `k` `[B, Hk, K]` to."""
-    batch, kv_heads, key_dim = k.shape
-    own, index, streams, page = k.dtype, torch.int64, batch * kv_heads, pages.keys.shape[1]
-    if page & (page - 1):
-        raise ValueError(f"`pages.keys` must be [N, p, K], `p` a power of two, got {list(pages.keys.shape)}.")
-    return {
-        "pages.keys": (pages.keys, (streams, page, key_dim), own),
-        "pages.values": (pages.values, (streams, page, value_dim), own),
-        "pages.scores": (pages.scores, (streams, page), torch.float32),
-        "pages.positions": (pages.positions, (streams, page), torch.int32),
-        "pages.counts": (pages.counts, (streams,), index),
-        "pages.full_pages": (pages.full_pages, (), index),
-        "pages.slabs": (pages.slabs, (len(pages.slabs), APPEND_FIELDS), index),
-    }
-
-
-def _check_tensors(expected: dict, device: torch.device) -> None:
+def check_tensors(expected: dict, device: torch.device) -> None:
     """`ValueError` unless every `name: (tensor, shape, dtype)` is so, contiguous, on `device`, without gradient."""
     for name, (x, shape, dtype) in expected.items():
         if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
@@ -661,57 +394,3 @@ def _check_tensors(expected: dict, device: torch.device) -> None:
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"`{name}` requires a gradient, got grad mode on; the op has no backward.")
-
-
-# What the kernels are not given in a layer without attention.
-ATTENTION_ARGUMENTS = ("q_weight", "k_weight", "cos", "sin", "threshold", "q_out", "k_out", "v_out", "scores", "keep")
-APPEND_ARGUMENTS = (
-    *("o_kv", "rnn_gate", "kv_gate", "kv_weight", "k", "v", "scores", "keep"),
-    *("counts", "full_pages", "slabs", "tail_k", "tail_v", "tail_scores", "tail_positions"),
-)
-
-
-def _aot_case(key_dim: int, groups: int, score: str | None = "cosine", absent=("given", "error_weight")) -> dict:
-    """The shipped blocks of a head dimension in bfloat16: one row of 16 query heads."""
-    pointers = ("raw", "conv_state", "conv_weight", "b", "a", "q_weight", "k_weight", "cos", "sin", "o")
-    signature = dict.fromkeys((*pointers, "q_out", "k_out", "v_out"), "*bf16") | {"eps": "fp32"}
-    wide = ("A_log", "dt_bias", "state", "given", "error_weight", "threshold", "scores")
-    signature |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(("keep", "real"), "*i1")
-    signature |= dict.fromkeys(("stride_rope", "stride_threshold_row", "stride_threshold_head"), "i32")
-    sizes = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "W": 4, "SCORE": score}
-    switches = dict.fromkeys(("SCALE_VALUES", "ALLOW_NEG_EIGVAL"), not absent)
-    switches |= dict.fromkeys(("QK_NORM", "ROPE", "ATTENTION_CONV"), True)
-    return {
-        "kernel": decode_update_fwd_kernel,
-        "signature": {name: kind for name, kind in signature.items() if name not in absent},
-        "constexprs": sizes | switches | block_sizes(groups, key_dim, key_dim) | dict.fromkeys(absent),
-        "num_warps": 8,
-        "num_stages": 3,
-    }
-
-
-def _aot_mix_case(key_dim: int, groups: int, absent=()) -> dict:
-    """The same of the second launch, at 16 tokens a page."""
-    pointers = ("o_rnn", "o_kv", "rnn_gate", "kv_gate", "z", "rnn_weight", "kv_weight", "out", "k", "v", "tail_k")
-    signature = dict.fromkeys((*pointers, "tail_v"), "*bf16") | dict.fromkeys(("scores", "tail_scores"), "*fp32")
-    signature |= dict.fromkeys(("positions", "real_tokens", "counts", "full_pages", "slabs"), "*i64")
-    signature |= {"real": "*i1", "keep": "*i1", "tail_positions": "*i32", "num_slabs": "i32", "eps": "fp32"}
-    sizes = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "PAGE": 16, "FIELDS": APPEND_FIELDS}
-    blocks = block_sizes(groups, key_dim, key_dim) | {"BLOCK_S": SLAB_BLOCK, "SILU": True}
-    del blocks["TILE_V"]
-    return {
-        "kernel": decode_mix_append_fwd_kernel,
-        "signature": {name: kind for name, kind in signature.items() if name not in absent},
-        "constexprs": sizes | blocks | dict.fromkeys(absent),
-        "num_warps": 4,
-        "num_stages": 3,
-    }
-
-
-AOT_CASES = [
-    *(_aot_case(*sizes) for sizes in ((128, 1), (64, 1), (128, 4), (256, 1))),
-    _aot_case(128, 1, score="learned_error", absent=()),
-    _aot_case(128, 1, score=None, absent=(*ATTENTION_ARGUMENTS, "given", "error_weight")),
-    *(_aot_mix_case(*sizes) for sizes in ((128, 1), (64, 1), (128, 4), (256, 1))),
-    _aot_mix_case(128, 1, absent=APPEND_ARGUMENTS),
-]

@@ -2,6 +2,7 @@
 """Holds the fused update of a decoding step to the same step composed of the model's own PyTorch operations."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.inputs_ham import TokenLayout
 from ham_hf.ops_ham import l2norm, short_convolution
 from ham_hf.routing_ham import cosine_score, l2_score, residual_score
-from ham_kernels import fused_decode_step
-from ham_kernels.fused_decode_step import SCORES, decode_update
+from ham_kernels.decode_update import SCORES, decode_update
 
+# The package gives the function this name.
+module = importlib.import_module("ham_kernels.decode_update")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -201,7 +203,7 @@ def test_odd_sizes(sizes, device, assert_error_within):
 
 
 def test_a_state_of_several_tiles(device, assert_error_within, monkeypatch):
-    monkeypatch.setattr(fused_decode_step, "STATE_TILE", 64)
+    monkeypatch.setattr(module, "STATE_TILE", 64)
     check(make_many(device, groups=2, key_dim=12, value_dim=20), assert_error_within)
 
 
