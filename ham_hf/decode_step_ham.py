@@ -72,12 +72,8 @@ def decode_step(
     real = None if tokens.real is None else tokens.real.squeeze(1).contiguous()
     out = update(
         torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1),
-        cache.conv_state,
-        mixer.conv.weight,
-        mixer.a_proj(x),
-        mixer.b_proj(x),
-        mixer.A_log.float(),
-        mixer.dt_bias.float(),
+        (cache.conv_state, mixer.conv.weight),
+        (mixer.a_proj(x), mixer.b_proj(x), mixer.A_log.float(), mixer.dt_bias.float()),
         cache.recurrent_state,
         real=real,
         allow_neg_eigval=mixer.config.allow_neg_eigval,
@@ -105,24 +101,23 @@ def _attention_arguments(
     tokens: TokenLayout,
     threshold: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """Arguments of the first kernel that tell of the layer's attention and routing."""
+    """The first kernel's groups `routing` and `view`; a layer without attention has neither."""
     config = mixer.config
     if not mixer.has_attention:
-        return {"threshold": None, "score": None}
-    arguments: dict[str, Any] = {"score": config.router}
+        return {}
+    score, given, error_weight = config.router, None, None
     if config.router not in ERROR_ROUTERS:
-        arguments["given"] = mixer.router.without_state(hidden_states, tokens.positions).squeeze(1)
-        arguments["scale_values"] = config.router in LEARNED_ROUTERS
+        given = mixer.router.without_state(hidden_states, tokens.positions).squeeze(1)
         if config.router == "learned_error":
-            arguments["error_weight"] = mixer.router.error_weight.float()
+            error_weight = mixer.router.error_weight.float()
         else:
-            arguments["score"] = "given"
-    return arguments | {
-        "threshold": mixer.threshold_in_force(threshold, hidden_states.device),
-        "norm_weights": (mixer.q_norm.scale, mixer.k_norm.scale) if config.qk_norm else None,
-        "rope": position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings),
-        "attention_conv": config.attention_conv,
-        "eps": config.rms_norm_eps,
+            score = "given"
+    norm_weights = (mixer.q_norm.scale, mixer.k_norm.scale) if config.qk_norm else None
+    rope = position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings)
+    scale_values = config.router in LEARNED_ROUTERS
+    return {
+        "routing": (mixer.threshold_in_force(threshold, hidden_states.device), score, given, error_weight),
+        "view": (norm_weights, rope, config.attention_conv, scale_values, config.rms_norm_eps),
     }
 
 

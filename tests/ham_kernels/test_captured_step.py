@@ -238,6 +238,20 @@ def test_an_offloaded_layer_s_pages_are_left_to_the_host(tiny_config, on_kernels
 # --- what the device appended is there for the host ------------------------------------------------------------------
 
 
+def refused_crop(cache):
+    with pytest.raises(ValueError, match="reaches past the 0 tokens recorded"):
+        cache.crop(-1)
+
+
+# Done to a cache of three rows by the host.
+CHANGES = {
+    "nothing": lambda cache: None,
+    "prune": lambda cache: cache.prune(0.5),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1], device=cache.layers[0].real_tokens.device)),
+    "crop": refused_crop,
+}
+
+
 @pytest.mark.slow
 def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
     tiny_config, on_kernels, device, choose_kernels, small_pages, tmp_path
@@ -277,20 +291,10 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
     assert (nothing == 0).all()
     assert_same_caches(cache, wanted)
 
-    def refused_crop(cache):
-        with pytest.raises(ValueError, match="reaches past the 0 tokens recorded"):
-            cache.crop(-1)
-
     def on_kernels_again():
         choose_kernels(lambda op, *x: getattr(ham_kernels, op) if op in OPS else None)
 
-    changes = {
-        "nothing": lambda cache: None,
-        "prune": lambda cache: cache.prune(0.5),
-        "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1], device=device)),
-        "crop": refused_crop,
-    }
-    for name, change in changes.items():
+    for name, change in CHANGES.items():
         found, other = copy.deepcopy(cache), copy.deepcopy(wanted)
         change(found)
         change(other)

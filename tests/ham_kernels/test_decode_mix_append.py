@@ -157,6 +157,18 @@ def assert_same_tokens(found, expected):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
+def assert_free_pages_are_not_read(store, update):
+    device = update.k.device
+    q, new = torch.randn(4, 1, 1, 6, device=device), (x.flatten(0, 1).unsqueeze(1) for x in update[2:4])
+    arguments = (q, *new, torch.ones(4, 1, dtype=torch.bool, device=device))
+    tail = (store.tail["keys"], store.tail["values"], store.fill)
+    whole = [(x["keys"], x["values"], x["owner"]) for x in store.slabs]
+    used = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
+    assert sum(len(x[2]) for x in whole) > sum(len(x[2]) for x in used), "free pages are to be seen and not read"
+    found = ragged_decode_attention(*arguments, whole, tail, index=store.index())
+    torch.testing.assert_close(found, ragged_decode_attention(*arguments, used, tail), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("prompt", [0, 14, 100])
 def test_appends_what_the_host_would(prompt, device, monkeypatch):
     """Streams that keep everything, nothing and some, over seals and new slabs; then the host goes on with it."""
@@ -194,15 +206,7 @@ def test_appends_what_the_host_would(prompt, device, monkeypatch):
     assert sum(store.used) == sum(twin.used) == int((twin.counts // PAGE_SIZE).sum())
     assert_same_tokens(store.tokens(), twin.tokens())
 
-    q, new = torch.randn(4, 1, 1, 6, device=device), (x.flatten(0, 1).unsqueeze(1) for x in update[2:4])
-    arguments = (q, *new, torch.ones(4, 1, dtype=torch.bool, device=device))
-    tail = (store.tail["keys"], store.tail["values"], store.fill)
-    whole = [(x["keys"], x["values"], x["owner"]) for x in store.slabs]
-    used = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
-    assert sum(len(x[2]) for x in whole) > sum(len(x[2]) for x in used), "free pages are to be seen and not read"
-    found = ragged_decode_attention(*arguments, whole, tail, index=store.index())
-    torch.testing.assert_close(found, ragged_decode_attention(*arguments, used, tail), atol=1e-6, rtol=0)
-
+    assert_free_pages_are_not_read(store, update)
     chosen = torch.tensor([3, 0, 0], device=device)
     assert_same_tokens(store.selected(chosen).tokens(), twin.selected(chosen).tokens())
     store.append(held)

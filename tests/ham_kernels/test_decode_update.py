@@ -17,11 +17,18 @@ from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.inputs_ham import TokenLayout
 from ham_hf.ops_ham import l2norm, short_convolution
 from ham_hf.routing_ham import cosine_score, l2_score, residual_score
-from ham_kernels.decode_update import SCORES, decode_update
+from ham_kernels.decode_update import SCORES, AttentionView, Convolution, Gates, Routing, decode_update
 
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.decode_update")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The names that `make` gives to what a group holds.
+NAMES = {
+    "convolution": ("conv_state", "conv_weight"),
+    "gates": ("a", "b", "A_log", "dt_bias"),
+    "routing": ("threshold", "score", "given", "error_weight"),
+    "view": ("norm_weights", "rope", "attention_conv", "scale_values", "eps"),
+}
 
 
 def rms_norm(x, weight, eps):
@@ -128,6 +135,20 @@ def cast(arguments, convert):
     return {name: one(x) for name, x in arguments.items()}
 
 
+def call(arguments):
+    """`decode_update` of arguments that `make` names."""
+    rest = dict(arguments)
+    fields = {"convolution": Convolution, "gates": Gates, "routing": Routing, "view": AttentionView}
+    names = {"conv_state": "state", "conv_weight": "weight", "attention_conv": "convolved"}
+    groups = {}
+    for group, kind in fields.items():
+        found = {names.get(name, name): rest.pop(name) for name in NAMES[group] if name in rest}
+        groups[group] = kind(**found)
+    if groups["routing"].score is None and groups["routing"].threshold is None:
+        groups["routing"] = None
+    return decode_update(**groups, **rest)
+
+
 def run(arguments):
     """The kernel's outputs by name, and the states it updated in place; NaN lies around every tensor it is given."""
     buffers = []
@@ -139,7 +160,7 @@ def run(arguments):
         return buffers[-1][64:-64].view(x.shape).copy_(x)
 
     arguments = cast(arguments, inside_nan)
-    out = decode_update(**arguments)
+    out = call(arguments)
     assert all(x[:64].isnan().all() and x[-64:].isnan().all() for x in buffers), "something was written out of bounds"
     named = {name: x for name, x in out._asdict().items() if x is not None}
     return named | {name: arguments[name] for name in ("conv_state", "state")}
@@ -245,7 +266,7 @@ def test_addresses_have_64_bits(last_of):
     def results(rows):
         arguments = {name: last_of(rows, x) if name in of_rows else x for name, x in small.items()}
         arguments["rope"] = tuple(last_of(rows, x) for x in small["rope"])
-        out = decode_update(**arguments)
+        out = call(arguments)
         return [*(x[-1, -1] for x in out), arguments["state"][-1], arguments["conv_state"][-1]]
 
     alone, far = results(1), results(2**14 + 1)
@@ -347,17 +368,11 @@ def test_follows_the_mixer_token_by_token(device, tiny_config, choose_kernels):
             x = hidden[:, 0]
             out = decode_update(
                 torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1),
-                conv_state,
-                mixer.conv.weight,
-                mixer.a_proj(x),
-                mixer.b_proj(x),
-                mixer.A_log,
-                mixer.dt_bias,
+                Convolution(conv_state, mixer.conv.weight),
+                Gates(mixer.a_proj(x), mixer.b_proj(x), mixer.A_log, mixer.dt_bias),
                 state,
-                mixer.threshold[None],
-                norm_weights=(mixer.q_norm.weight, mixer.k_norm.weight),
-                rope=rope,
-                eps=config.rms_norm_eps,
+                Routing(mixer.threshold[None]),
+                AttentionView((mixer.q_norm.weight, mixer.k_norm.weight), rope, eps=config.rms_norm_eps),
             )
             step = seen["step"]
             expected = (seen["o"], step.keys, step.values, step.scores, step.conv_state, step.recurrent_state)
@@ -373,29 +388,29 @@ def test_follows_the_mixer_token_by_token(device, tiny_config, choose_kernels):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "cosin"}, "`score` must be one of 'cosine', .* got 'cosin'"),
-        ({"score": "given"}, "`given` must be a tensor with `score` 'given', got None"),
-        ({"given": torch.zeros(2, 2)}, "`given` must be None with `score` 'cosine'"),
-        ({"score": "learned_error", "given": torch.zeros(2, 2)}, "`error_weight` must be a tensor"),
-        ({"score": None}, "`threshold` must be None with `score` None"),
-        ({"threshold": None}, "`threshold` must be a tensor with `score` 'cosine'"),
+        ({"score": "cosin"}, "`routing.score` must be one of 'cosine', .* got 'cosin'"),
+        ({"score": "given"}, "`routing.given` must be a tensor with `score` 'given', got None"),
+        ({"given": torch.zeros(2, 2)}, "`routing.given` must be None with `score` 'cosine'"),
+        ({"score": "learned_error", "given": torch.zeros(2, 2)}, "`routing.error_weight` must be a tensor"),
+        ({"score": None}, "`routing.score` must be one of .* got None"),
+        ({"threshold": None}, "`routing.threshold` must be a tensor with `score` 'cosine'"),
         ({"qkv": torch.zeros(2, 3, 4)}, r"`qkv` must be \[B, C\]"),
         ({"qkv": torch.zeros(2, 97)}, "`qkv` must have the channels"),
         ({"state": torch.zeros(2, 2, 16)}, r"`state` must be \[B, Hk, K, V\]"),
         ({"state": torch.zeros(2, 2, 16, 16).double()}, "`state` must be .*float64"),
-        ({"conv_state": torch.zeros(2, 2, 96)}, r"`conv_state` must be \[2, 3, 96\]"),
-        ({"conv_state": torch.zeros(2, 96, 3).mT}, "`conv_state` must be .* contiguous"),
-        ({"A_log": torch.zeros(2).bfloat16()}, "`A_log` must be .*bfloat16"),
-        ({"b": torch.zeros(2, 2, requires_grad=True)}, "`b` requires a gradient"),
-        ({"norm_weights": (torch.ones(16), torch.ones(15))}, r"`norm_weights\[1\]` must be \[16\]"),
-        ({"rope": (torch.ones(1, 8), torch.ones(1, 8))}, r"`rope\[0\]` must be \[1, 16\]"),
-        ({"threshold": torch.zeros(3, 2)}, r"`threshold` must be \[2 or 1, 2 or 1\]"),
-        ({"threshold": torch.zeros(1, 1).double()}, "`threshold` must be torch.float32"),
+        ({"conv_state": torch.zeros(2, 2, 96)}, r"`convolution.state` must be \[2, 3, 96\]"),
+        ({"conv_state": torch.zeros(2, 96, 3).mT}, "`convolution.state` must be .* contiguous"),
+        ({"A_log": torch.zeros(2).bfloat16()}, "`gates.A_log` must be .*bfloat16"),
+        ({"b": torch.zeros(2, 2, requires_grad=True)}, "`gates.b` requires a gradient"),
+        ({"norm_weights": (torch.ones(16), torch.ones(15))}, r"`view.norm_weights\[1\]` must be \[16\]"),
+        ({"rope": (torch.ones(1, 8), torch.ones(1, 8))}, r"`view.rope\[0\]` must be \[1, 16\]"),
+        ({"threshold": torch.zeros(3, 2)}, r"`routing.threshold` must be \[2 or 1, 2 or 1\]"),
+        ({"threshold": torch.zeros(1, 1).double()}, "`routing.threshold` must be torch.float32"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        decode_update(**(make("cpu", rope=False) | changes))
+        call(make("cpu", rope=False) | changes)
 
 
 # --- in the model ----------------------------------------------------------------------------------------------------

@@ -227,6 +227,28 @@ def decode_mix_append(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
     """
+    pages = None if pages is None else OpenPages(*pages)
+    _check_arguments(
+        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, gate_activation
+    )
+    check_platform(update.o.device)
+    return decode_mix_append_fwd(
+        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation
+    )
+
+
+def _check_arguments(
+    update: DecodeUpdate,
+    positions: torch.Tensor,
+    real_tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    norm_weights: tuple[torch.Tensor | None, torch.Tensor | None],
+    output_gate: torch.Tensor | None,
+    o_kv: torch.Tensor | None,
+    gates: tuple[torch.Tensor, torch.Tensor] | None,
+    pages: OpenPages | None,
+    gate_activation: str,
+) -> None:
     if gate_activation not in GATE_ACTIVATIONS:
         raise ValueError(
             f"`gate_activation` must be one of {', '.join(map(repr, GATE_ACTIVATIONS))}, got {gate_activation!r}."
@@ -250,7 +272,6 @@ def decode_mix_append(
         if weight is not None:
             expected[f"norm_weights[{i}]"] = (weight, (value_dim,), own)
     if pages is not None and o_kv is not None and gates is not None and update.k is not None:
-        pages = OpenPages(*pages)
         expected["o_kv"] = (o_kv, (batch, heads, value_dim), own)
         expected |= {f"gates[{i}]": (gate, (batch, heads), own) for i, gate in enumerate(gates)}
         expected |= _expected_pages(update.k, value_dim, pages)
@@ -259,10 +280,6 @@ def decode_mix_append(
         names = [name for name, x in found.items() if x is None]
         raise ValueError(f"`{'`, `'.join(found)}` must all be given, or none of them, got None for {names}.")
     check_tensors(expected, update.o.device)
-    check_platform(update.o.device)
-    return decode_mix_append_fwd(
-        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation
-    )
 
 
 def _expected_pages(k: torch.Tensor, value_dim: int, pages: OpenPages) -> dict:

@@ -20,6 +20,7 @@ but would write a partial result a page and read it again: an eighth of what the
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -260,6 +261,65 @@ def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
     return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+class Splits(NamedTuple):
+    """The softmax of each row over each split of its stream's pages.
+
+    Attributes:
+        start: `[N + 1]` int32, the first split of each stream.
+        peak, total: `[splits, rows]` float32, the largest logit (in powers of 2) and the sum of the exponentials.
+        partial: `[splits, rows, V]` float32, the sum of the values, each times its exponential.
+    """
+
+    start: torch.Tensor
+    peak: torch.Tensor
+    total: torch.Tensor
+    partial: torch.Tensor
+
+
+def head_blocks(key_dim: int, value_dim: int) -> dict[str, int]:
+    """The powers of two, at least 16, that hold keys and values."""
+    return {"BLOCK_K": max(16, triton.next_power_of_2(key_dim)), "BLOCK_V": max(16, triton.next_power_of_2(value_dim))}
+
+
+def attend_pages(
+    q: torch.Tensor,
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    index: tuple[torch.Tensor, torch.Tensor] | None,
+) -> Splits:
+    """Attention of `q` `[N, T, G, K]` over full pages, by splits; `scale` is in powers of 2."""
+    (streams, _, _, key_dim), rows = q.shape, q.shape[1] * q.shape[2]
+    page, value_dim = tail[1].shape[1:]
+    if index is None:
+        index, _ranks = index_pages(pages, streams)  # addresses do not keep the ranks alive, their name does
+    num_pages = sum(len(owner) for _, _, owner in pages)
+    blocks = head_blocks(key_dim, value_dim)
+    tile = tile_shape(rows, page, max(blocks.values()), q.element_size())
+    tiles = triton.cdiv(rows, tile["BLOCK_M"])
+    split_pages, num_splits = split_sizes(num_pages, streams, rows, tiles)
+    page_start, split_start = torch.empty(2, streams + 1, dtype=torch.int32, device=q.device)
+    split_stream = torch.empty(num_splits, dtype=torch.int32, device=q.device)
+    page_list = torch.empty(2, num_pages, dtype=torch.long, device=q.device)
+    peak, total = torch.empty(2, num_splits, rows, dtype=torch.float32, device=q.device)
+    partial = torch.empty(num_splits, rows, value_dim, dtype=torch.float32, device=q.device)
+    slabs, counts = index
+    split_plan_fwd_kernel[(streams,)](
+        counts, page_start, split_start, split_stream, streams, split_pages, num_splits, PAGE=page, BLOCK=PLAN_BLOCK
+    )
+    largest = max(len(owner) for _, _, owner in pages)
+    key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
+    page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
+        slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes,
+        FIELDS=slabs.shape[1], BLOCK=256,
+    )  # fmt: skip
+    ragged_decode_attention_fwd_kernel[(num_splits * tiles,)](
+        q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, rows,
+        scale, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages), **blocks, **tile,
+    )  # fmt: skip
+    return Splits(split_start, peak, total, partial)
+
+
 def ragged_decode_attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -279,50 +339,16 @@ def ragged_decode_attention_fwd(
     if length > NEAR_TOKENS:
         near, near_lse = attend_near(q, k, v, keep, tail, scale)
     scale = scale * math.log2(math.e)  # the kernels' exponentials are powers of 2
-    block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
-    split_start = peak = total = partial = fill  # never read without pages
     if pages:
-        if index is None:
-            index, _ranks = index_pages(pages, streams)  # addresses do not keep the ranks alive, their name does
-        num_pages = sum(len(owner) for _, _, owner in pages)
-        tile = tile_shape(rows, page, max(block_k, block_v), q.element_size())
-        tiles = triton.cdiv(rows, tile["BLOCK_M"])
-        split_pages, num_splits = split_sizes(num_pages, streams, rows, tiles)
-        page_start, split_start = torch.empty(2, streams + 1, dtype=torch.int32, device=q.device)
-        split_stream = torch.empty(num_splits, dtype=torch.int32, device=q.device)
-        page_list = torch.empty(2, num_pages, dtype=torch.long, device=q.device)
-        peak, total = torch.empty(2, num_splits, rows, dtype=torch.float32, device=q.device)
-        partial = torch.empty(num_splits, rows, value_dim, dtype=torch.float32, device=q.device)
-        slabs, counts = index
-        split_plan_fwd_kernel[(streams,)](
-            counts,
-            page_start,
-            split_start,
-            split_stream,
-            streams,
-            split_pages,
-            num_splits,
-            PAGE=page,
-            BLOCK=PLAN_BLOCK,
-        )
-        largest = max(len(owner) for _, _, owner in pages)
-        key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
-        page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
-            slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes,
-            FIELDS=slabs.shape[1], BLOCK=256,
-        )  # fmt: skip
-        ragged_decode_attention_fwd_kernel[(num_splits * tiles,)](
-            q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, rows,
-            scale, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages), BLOCK_K=block_k,
-            BLOCK_V=block_v, **tile,
-        )  # fmt: skip
+        splits = attend_pages(q, pages, tail, scale, index)
     else:
-        split_start = torch.zeros(streams + 1, dtype=torch.int32, device=q.device)
+        nothing = torch.zeros(streams + 1, dtype=torch.int32, device=q.device)
+        splits = Splits(nothing, fill, fill, fill)  # the last three are never read without splits
     out = torch.empty(streams, length, groups, value_dim, dtype=v.dtype, device=q.device)
     ragged_decode_merge_fwd_kernel[(streams * rows,)](
-        q, k, v, keep.view(torch.uint8), tail_k, tail_v, fill, near, near_lse, split_start, peak, total, partial, out,
+        q, k, v, keep.view(torch.uint8), tail_k, tail_v, fill, near, near_lse, *splits, out,
         rows, scale, G=groups, K=key_dim, V=value_dim, PAGE=page, BLOCK_P=triton.next_power_of_2(page),
-        BLOCK_T=1 if length == 1 else NEAR_TOKENS, BLOCK_S=16, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
+        BLOCK_T=1 if length == 1 else NEAR_TOKENS, BLOCK_S=16, **head_blocks(key_dim, value_dim), num_warps=4,
     )  # fmt: skip
     return out
 

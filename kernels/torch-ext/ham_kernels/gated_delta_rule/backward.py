@@ -231,6 +231,36 @@ def query_bwd_kernel(
     tl.store(dg + gates, b_dg, mask=real)
 
 
+@triton.jit
+def _apply_bwd(
+    k, v, dw, du, dv, b_MT, b_beta, b_in, real,
+    HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `M` and, through `M (beta v)`, of `beta`; stores that of `v`. Pointers are at the chunk's start."""
+    row = tl.arange(0, BT)
+    b_dM = tl.zeros([BT, BT], dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        offsets, mask = row[:, None] * (HK * K) + o_k[None, :], real[:, None] & (o_k < K)[None, :]
+        b_k = tl.load(k + offsets, mask=mask, other=0.0)
+        b_dw = tl.load(dw + offsets, mask=mask, other=0.0)
+        b_dM = tl.dot(b_dw, tl.trans(b_k), b_dM, input_precision=PRECISION)
+    b_dM *= (b_in * b_beta)[None, :]
+    b_dMv = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dbeta = tl.zeros([BT], dtype=tl.float32)
+    for i_v in range(0, V, BV):
+        o_v = i_v + tl.arange(0, BV)
+        offsets, mask = row[:, None] * (HK * V) + o_v[None, :], real[:, None] & (o_v < V)[None, :]
+        b_v = tl.load(v + offsets, mask=mask, other=0.0)
+        b_du = tl.load(du + offsets, mask=mask, other=0.0)
+        b_dMv = tl.dot(b_du, tl.trans(b_v), b_dMv, input_precision=PRECISION)
+        b_dv = tl.dot(b_MT, b_du, input_precision=PRECISION)
+        b_dbeta += tl.sum(b_dv * b_v, 1)
+        tl.store(dv + offsets, (b_dv * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask)
+    return b_dM + b_dMv * b_beta[None, :], b_dbeta
+
+
 @tuned(tile_configs(warps=(4, 2), stages=(2, 3)), key=["HK", "K", "V", "BT"], restore_value=["dk"])
 @triton.jit(do_not_specialize=["T", "NT", "tokens"])
 def wy_bwd_kernel(
@@ -255,26 +285,7 @@ def wy_bwd_kernel(
     p_MT = inverse + head * BT + row[:, None] + row[None, :] * (HK * BT)
     b_MT = tl.load(p_MT, mask=real[None, :], other=0.0)
 
-    b_dM = tl.zeros([BT, BT], dtype=tl.float32)
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        offsets, mask = row[:, None] * (HK * K) + o_k[None, :], real[:, None] & (o_k < K)[None, :]
-        b_k = tl.load(k + offsets, mask=mask, other=0.0)
-        b_dw = tl.load(dw + offsets, mask=mask, other=0.0)
-        b_dM = tl.dot(b_dw, tl.trans(b_k), b_dM, input_precision=PRECISION)
-    b_dM *= (b_in * b_beta)[None, :]
-    b_dMv = tl.zeros([BT, BT], dtype=tl.float32)
-    b_dbeta = tl.zeros([BT], dtype=tl.float32)
-    for i_v in range(0, V, BV):
-        o_v = i_v + tl.arange(0, BV)
-        offsets, mask = row[:, None] * (HK * V) + o_v[None, :], real[:, None] & (o_v < V)[None, :]
-        b_v = tl.load(v + offsets, mask=mask, other=0.0)
-        b_du = tl.load(du + offsets, mask=mask, other=0.0)
-        b_dMv = tl.dot(b_du, tl.trans(b_v), b_dMv, input_precision=PRECISION)
-        b_dv = tl.dot(b_MT, b_du, input_precision=PRECISION)
-        b_dbeta += tl.sum(b_dv * b_v, 1)
-        tl.store(dv + offsets, (b_dv * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask)
-    b_dM += b_dMv * b_beta[None, :]
+    b_dM, b_dbeta = _apply_bwd(k, v, dw, du, dv, b_MT, b_beta, b_in, real, HK, K, V, BT, BK, BV, PRECISION)
 
     # Below the diagonal dA = -M^T dM M^T; times the decay it is the gradient of beta_i (k_i . k_j).
     lower = row[:, None] > row[None, :]

@@ -107,6 +107,17 @@ def _check_arguments(
         raise ValueError(f"`chunk_size` must be one of {CHUNK_SIZES}, got {chunk_size!r}")
 
 
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _check_score(score: str | None, predict: bool) -> None:
+    if score is not None and score not in SCORES:
+        raise ValueError(f"`score` must be one of {', '.join(map(repr, SCORES))} or None, got {score!r}")
+    if score is not None and not predict:
+        raise ValueError(f"`predict` must be True with `score` {score!r}, got {predict!r}")
+
+
 def gated_delta_rule_with_prediction(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -153,23 +164,17 @@ def gated_delta_rule_with_prediction(
             without `predict`, or a CPU tensor outside Triton's interpreter.
     """
     _check_arguments(q, k, v, g, beta, initial_state, seq_idx, chunk_size)
-    if score is not None and score not in SCORES:
-        raise ValueError(f"`score` must be one of {', '.join(map(repr, SCORES))} or None, got {score!r}")
-    if score is not None and not predict:
-        raise ValueError(f"`predict` must be True with `score` {score!r}, got {predict!r}")
+    _check_score(score, predict)
     check_platform(v.device)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(v.dtype).contiguous() for x in (q, k, v))
     g, beta = g.float().contiguous(), beta.float().contiguous()
-    if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
-    given = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
-    if v.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    if v.shape[1] == 1 and not _needs_gradient(q, k, v, g, beta, initial_state):
         return step_fwd(q, k, v, g, beta, initial_state, scale, score, predict)
     if v.dtype == torch.float32 and k.shape[3] > 128:
         chunk_size = min(chunk_size, 32)  # what a block of threads holds at once would not fit
-    if seq_idx is None:
-        chunks = split_rows(v.shape[0], v.shape[1], chunk_size)
-    else:
-        chunks = split_documents(seq_idx, chunk_size)
+    chunks = (
+        split_rows(v.shape[0], v.shape[1], chunk_size) if seq_idx is None else split_documents(seq_idx, chunk_size)
+    )
     return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks, score, predict)
