@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-# Where kernel-builder, which reads build.toml, comes from.
+# Source of kernel-builder, which reads build.toml.
 {
   description = "Triton kernels of Hybrid Associative Memories";
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the compaction of kept keys and values costs: our kernels, a copy of as many bytes, PyTorch's sort and gather.
+"""Cost of compacting kept keys and values: our kernels, a copy of as many bytes, PyTorch's sort and gather.
 
-Bytes, a token and head of dimension `D` in bfloat16, at usage `u`; `keep` is a byte, a token's place among the kept
-ones 8 bytes, and both are read once for keys and once for values.
+Bytes per token and head of dimension `D` in bfloat16, at usage `u`. `keep` takes one byte, a token's place among the
+kept ones 8 bytes; both are read once for keys and once for values.
 
 | stage | bytes read + written |
 |---|---|
@@ -10,10 +10,10 @@ ones 8 bytes, and both are read once for keys and once for values.
 | keys and values moved | 2 * 9 + 4 u D + 4 u D |
 | backward, from the gradients of what is kept | 2 * 9 + 4 u D + 4 D |
 
-So `28 + 8 u D` forward, 540 at `D` = 128 and `u` = 0.5, and `18 + 4 (1 + u) D` = 786 backward: no arithmetic worth
-counting, so a copy of as many bytes is the bound. `T` = 32,768 and 16 heads move 283 MB forward, 0.1 ms at the 2.8
-TB/s that an H100 copies at, and 412 MB backward. Heads that keep less than the one that keeps most have zeros written
-behind them, which the bytes here leave out. The number of columns is given, as waiting for it would be measured too.
+So `28 + 8 u D` forward, 540 at `D` = 128 and `u` = 0.5, and `18 + 4 (1 + u) D` = 786 backward. There is next to no
+arithmetic, so a copy of as many bytes is the bound. `T` = 32,768 and 16 heads move 283 MB forward, 0.1 ms at the 2.8
+TB/s that an H100 copies at, and 412 MB backward. Zeros written behind heads that keep fewer than the largest are not
+counted. The number of columns is given, because waiting for it would be measured too.
 
 PyTorch sorts the flags (radix sort, 8 bytes an index, several passes) and gathers through the order of every head.
 """
@@ -29,7 +29,7 @@ from ham_kernels.compact import compact_kept
 DEVICE = "cuda"
 HEADS, HEAD_DIM = 16, 128
 LENGTHS, USAGES = (8192, 32768, 131072), (0.05, 0.25, 0.5, 1.0)
-# Of the bandwidth of a copy, as for the other op that only moves; of PyTorch's time.
+# Targets: time of a copy, as for the other op that only moves data, and of PyTorch.
 OF_BANDWIDTH, OF_PYTORCH = 0.75, 0.5
 
 
@@ -46,13 +46,13 @@ def bytes_moved(keep: torch.Tensor, dim: int) -> tuple[int, int]:
 
 
 def backward_of(outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], Any]:
-    """The backward pass alone, any number of times."""
+    """A function that runs the backward pass alone, any number of times."""
     grads = [torch.randn_like(x) for x in outputs]
     return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
 
 def measured(length: int, usage: float, bandwidth: float) -> list[dict[str, Any]]:
-    """The lines of the result table for one length and usage."""
+    """Lines of the result table for one length and usage."""
     keep = torch.rand(1, length, HEADS, device=DEVICE) < usage
     columns = int(keep.sum(1).max())
     shape = 1, length, HEADS, HEAD_DIM

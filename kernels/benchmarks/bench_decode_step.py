@@ -1,9 +1,9 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""A decoding step of a whole HAM model, captured, beside a Gated DeltaNet and a Llama of the same shape, captured too.
+"""A captured decoding step of a HAM model, beside captured steps of a Gated DeltaNet and a Llama of the same shape.
 
 12 layers of width 768, 12 heads of 64 with keys and values of their own, bfloat16, one row. HAM keeps a quarter of
-what it has seen; Llama's static cache is as long as what it has seen. What a step must read, in MB, and how long that
-takes where a copy moves 2.8 TB/s:
+what it has seen; Llama's static cache holds all of it. A step must read these MB, in this time where a copy moves
+2.8 TB/s:
 
 | | weights | state, read and written | keys and values at 8,192 | at 32,768 |
 |---|---|---|---|---|
@@ -12,15 +12,15 @@ takes where a copy moves 2.8 TB/s:
 | Gated DeltaNet | as HAM without 24 x 768 a layer: 234 | 5 | | |
 | Llama | 12 x (4 x 768^2 + 3 x 768 x 2,048) x 2 + head 49 = 220 | | 302: 108 us | 1,208: 431 us |
 
-2 floating-point operations a weight are 0.23 GFLOP and 4 a kept key and dimension 0.08 at 8,192 (0.3 at 32,768):
-nothing beside the reading. But a step is a few hundred small launches one after the other, each of which takes 1.5 to
-2 us in a graph whatever it reads, so their number decides. Counted from what a step dispatches, a layer of HAM has 26
+2 floating-point operations per weight are 0.23 GFLOP and 4 per kept key and dimension 0.08 at 8,192 (0.3 at 32,768):
+negligible beside the reading. But a step is a few hundred small launches in sequence, each of which takes 1.5 to 2 us
+in a graph whatever it reads, so their number decides. By the operations that a step dispatches, a layer of HAM has 26
 (12 matrix products, 6 kernels of its own, 2 RMSNorms, 6 additions, copies and the like), a Gated DeltaNet of this
-repository 19, Transformers' Llama about 46, of which 16 are its own two RMSNorms. That one of `torch.nn` is a single
-launch rests on the CUDA kernel of `aten::_fused_rms_norm` (PyTorch's pull request 153666): without it there are 8 to
-each, and 40 and 33 to a layer. One product for all projections of the mixer would save 8.
+repository 19, Transformers' Llama about 46, of which 16 are its own two RMSNorms. The RMSNorm of
+`torch.nn` is a single launch because of the CUDA kernel of `aten::_fused_rms_norm` (PyTorch's pull request 153666);
+without that kernel it has 8, and a layer 40 and 33. One product for all projections of the mixer would save 8.
 
-The step of HAM is timed with what the host does about it; the others are replays alone, and repeat one token.
+The time of HAM's step includes the host's work; the others are replays alone, and repeat one token.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ from ham_hf.inputs_ham import CACHE_NAME
 
 LAYERS, WIDTH, INNER, HEADS, DIM, VOCABULARY = 12, 768, 2048, 12, 64, 32000
 USAGE = 0.25
-# Steps that a static cache has room for: those of the measurement, and then some.
+# Steps for which a static cache has room: more than the measurement takes.
 SPARE = 128
 TO_GDN, TO_LLAMA = 1.3, 1.0
 SHAPE: dict[str, Any] = {
@@ -54,7 +54,7 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
 def ham_step(layer_type: str, seen: int) -> CapturedStep:
-    """The step of a model with layers of one kind whose cache has seen, but not computed, so many tokens."""
+    """Step of a model with layers of one kind, with a cache filled by random tokens as if it had seen `seen`."""
     config = HAMConfig(**SHAPE, layer_types=[layer_type] * LAYERS)
     with torch.device(DEVICE):
         model = HAMForCausalLM(config).to(DTYPE).eval()
@@ -79,7 +79,7 @@ def ham_step(layer_type: str, seen: int) -> CapturedStep:
 
 
 def llama_step(seen: int) -> Callable[[], Any]:
-    """The step of Transformers' Llama with a static cache."""
+    """Step of Transformers' Llama with a static cache."""
     config = LlamaConfig(**SHAPE, max_position_embeddings=seen + SPARE, attn_implementation="sdpa")
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).to(DTYPE).eval()
@@ -92,7 +92,7 @@ def llama_step(seen: int) -> Callable[[], Any]:
 
 
 def fla_step() -> Callable[[], Any]:
-    """The step of flash-linear-attention's Gated DeltaNet."""
+    """Step of flash-linear-attention's Gated DeltaNet."""
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     config = GatedDeltaNetConfig(
@@ -106,7 +106,7 @@ def fla_step() -> Callable[[], Any]:
     )
     model = GatedDeltaNetForCausalLM(config).to(DEVICE, DTYPE).eval()
     token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
-    # At most 64 tokens: more would compile and tune its kernels for chunks, which no step runs.
+    # At most 64 tokens: more would compile and tune its kernels for chunks, which a step does not run.
     cache = model(torch.ones(1, 64, dtype=torch.long, device=DEVICE), use_cache=True).past_key_values
     return lambda: model(token, past_key_values=cache, use_cache=True).logits
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the prediction and its score add to the chunked gated delta rule: our kernels with and without, and fla's.
+"""Cost of the prediction and its score in the chunked gated delta rule: our kernels with and without, and fla's.
 
-Arithmetic, a token and head of dimension `D` = 128 in bfloat16. A tensor `[T, H, D]` is 256 bytes of it, the states
+Arithmetic per token and head of dimension `D` = 128 in bfloat16. A tensor `[T, H, D]` is 256 bytes of it, the states
 before chunks of 64 tokens `2 D D / 64` = 512 bytes, the inverses 128.
 
 | stage of the forward | bytes read + written | multiply-adds |
@@ -13,8 +13,8 @@ before chunks of 64 tokens `2 D D / 64` = 512 bytes, the inverses 128.
 | the prediction beside it | 512; `k`, the states from L2 again | D D + 2 * 64 D = 33k |
 | or its score | 256 + 64 and 72 | as much |
 
-So 4,608 bytes without the prediction, which is float32 and adds 512: at the memory's speed 11%. Only the training of
-a router that has a gradient through it asks for it. The score reads `v` instead of writing the prediction, writes 4
+So 4,608 bytes without the prediction, which is float32 and adds 512: at the memory's speed 11%. Only training of a
+router with a gradient through the prediction needs it. The score reads `v` instead of writing the prediction, writes 4
 sums for 32 columns each and reads these again, from L2 if there are few tokens: 320 to 392 bytes, 7 to 8.5%. It saves
 the router its passes over `v` and the prediction, 768 bytes at least. On an H100 (3.35 TB/s, 990 TFLOP/s) the bytes
 take 1.4 ns, all products 0.28 ns, the prediction's 0.07 ns: they hide behind the memory as long as the blocks of a
@@ -46,7 +46,7 @@ Tensors = list[torch.Tensor]
 
 
 def random_inputs(length: int) -> Tensors:
-    """`q, k, v, g, beta` of one row, as a trained layer gives them: unit keys, slow decay."""
+    """`q, k, v, g, beta` of one row, like those of a trained layer: unit keys, slow decay."""
     shape = 1, length, HEADS, HEAD_DIM
     q, k, v = (torch.randn(shape, device=DEVICE) for _ in range(3))
     g = -0.1 * torch.rand(shape[:3], device=DEVICE)
@@ -55,14 +55,14 @@ def random_inputs(length: int) -> Tensors:
 
 
 def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Our output, with the score computed beside it."""
+    """Our output, computed with the score."""
     return gated_delta_rule_with_prediction(q, k, v, g, beta, score="cosine")[0]
 
 
 def with_prediction(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """Our output, with the prediction written beside it."""
+    """Our output, computed with the prediction."""
     return gated_delta_rule_with_prediction(q, k, v, g, beta)[0]
 
 
@@ -81,13 +81,13 @@ def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta
 
 
 def both_ways(function: Callable[..., torch.Tensor], inputs: Tensors, dout: torch.Tensor) -> Callable[[], Tensors]:
-    """A call of forward and backward."""
+    """A function that runs forward and backward."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     return lambda: list(torch.autograd.grad(function(*inputs), inputs, dout))
 
 
 def measured(length: int, seed: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of forward, and of forward and backward, of ours and, where it can, fla's."""
+    """Milliseconds of forward, and of forward and backward: ours and, where it runs, fla's."""
     torch.manual_seed(seed)
     inputs = random_inputs(length)
     dout = torch.randn_like(inputs[2])

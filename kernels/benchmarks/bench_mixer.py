@@ -1,10 +1,10 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What a whole HAM mixer costs beside its two memories one after the other, each over everything.
+"""Cost of a whole HAM mixer, beside a mixer that runs both memories over all tokens.
 
 Both sides are one `HAMMixer`: the same projections, convolution, norms, gates and mix. Ours then routes and attends to
-what is kept; the other runs fla's Gated DeltaNet and flash SDPA over all tokens. fla refuses its backward on Hopper
-with Triton 3.4.0 to 3.7.0, which compile it wrongly: there it is compared forward, and forward + backward have our own
-Gated DeltaNet in its place.
+the kept tokens; the other runs fla's Gated DeltaNet and flash SDPA over all tokens. fla refuses its backward on Hopper
+with Triton 3.4.0 to 3.7.0, which miscompile it: there only its forward is compared, and forward + backward use our own
+Gated DeltaNet instead.
 
 Floating-point operations forward, `T` tokens, `H` heads of dimension `D`, width `W = H D`, one row; backward has twice
 as many of the projections, 2.5 times those of flash attention, 3.5 times those of ours, about 2.5 times the RNN's.
@@ -20,8 +20,8 @@ Forward and backward together, at 40% of an H100's 990 TFLOP/s for attention and
 3.5 ms, SDPA 9.7 ms, ours 6.2 ms. The RNN is bound by memory: 4.9 kB a token and head forward, about 14 kB backward, 5
 GB or 1.8 ms. Convolution, norms, gates and mix are passes over `[T, W]` of 67 MB each; some 60 of them, 4 GB read and
 written with their gradients, 2 ms or more, on both sides. So 17 ms against 13.5 ms, a ratio of 0.80; the routing's
-share is `[T, H]` and the compaction's 0.3 ms. Whatever is on both sides moves the ratio towards 1: 4 ms more of it
-than this estimate and the target of 0.85 is missed. No GPU has confirmed the percentages yet.
+share is `[T, H]` and the compaction's 0.3 ms. Work on both sides moves the ratio towards 1: with 4 ms more of it than
+this estimate the target of 0.85 is missed. No GPU has confirmed the percentages yet.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ Rnn = Callable[..., torch.Tensor]
 
 
 def make_mixer() -> HAMMixer:
-    """A fresh mixer with as many key/value heads as query heads, positions left out on both sides."""
+    """A new mixer with as many key/value heads as query heads; both sides have no positions."""
     config = HAMConfig(
         vocab_size=8, hidden_size=HEADS * HEAD_DIM, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=None,
@@ -98,7 +98,7 @@ def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta
 
 
 def forward(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The function as inference runs it."""
+    """A function that runs `function` without gradients, as inference does."""
 
     def run_without_grad() -> torch.Tensor:
         with torch.no_grad():
@@ -110,13 +110,13 @@ def forward(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 def both_ways(
     function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]
 ) -> Callable[[], tuple[torch.Tensor | None, ...]]:
-    """Forward and the backward to the input and every weight; the router's threshold gets no gradient here."""
+    """Runs forward, and backward to the input and every weight; the router's threshold gets no gradient here."""
     grad = torch.randn_like(inputs[0])
     return lambda: torch.autograd.grad(function(), inputs, grad, allow_unused=True)
 
 
 def measured(seed: int, backward: bool) -> dict[str, float]:
-    """Milliseconds of ours and of each other side that can, for one mixer and input."""
+    """Milliseconds of ours and of each other side that runs, for one mixer and input."""
     torch.manual_seed(seed)
     mixer = make_mixer()
     hidden = torch.randn(1, LENGTH, HEADS * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -136,7 +136,7 @@ def measured(seed: int, backward: bool) -> dict[str, float]:
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
-    """Forward, forward + backward, with each RNN that can; the median of three inputs unless `quick`."""
+    """Rows of forward and forward + backward with each RNN that runs; the median of three inputs unless `quick`."""
     for backward in (False, True):
         times = [measured(seed, backward) for seed in range(1 if quick else 3)]
         for name in sorted(times[0].keys() - {"ham"}):

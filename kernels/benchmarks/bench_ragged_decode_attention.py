@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""How near `ragged_decode_attention` comes to the memory's bandwidth, with streams of equal and of unequal length.
+"""Bandwidth of `ragged_decode_attention`, beside a copy's, with streams of equal and of unequal length.
 
 32 rows of 16 heads have 512 streams; 32,768 tokens seen at a usage of 0.25 leave 8,192 kept in each, 512 pages of 16.
 At head dimension 128 in bfloat16 a kept token has 2 x 128 x 2 = 512 bytes of key and value:
@@ -12,11 +12,11 @@ At head dimension 128 in bfloat16 a kept token has 2 x 128 x 2 = 512 bytes of ke
 | of a split's 262,144 bytes: its partial result written, and read again | 520 + 520 | 0.4% |
 | of a stream's 4,194,304 bytes: its open page | 8,192 | 0.2% |
 
-4 floating-point operations a key and dimension are 2.1 GFLOP; the 16 rows of a tensor core's tile, of which one query
-fills one, make 34 of them, 0.07 ms at half an H100's rate without its asynchronous products, behind the reading.
+4 floating-point operations per key and dimension are 2.1 GFLOP. One query fills one of the 16 rows of a tensor core's
+tile, which makes 34 of them: 0.07 ms at half an H100's rate without its asynchronous products, hidden by the reading.
 
-4 or 8 tokens, as in the verification of drafts, are 4 or 8 rows of the same tile: the keys are read once, as before,
-and the operations are the same 34 GFLOP. Beside the keys, 8 tokens have
+4 or 8 tokens, as in the verification of drafts, fill 4 or 8 rows of the same tile: the keys are still read once, with
+the same 34 GFLOP. Beside the keys, 8 tokens have
 
 | of | bytes | share |
 |---|---|---|

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What attention over the kept tokens costs beside attention over everything: our kernels, flash SDPA, FlexAttention.
+"""Cost of attention over the kept tokens, beside attention over all: our kernels, flash SDPA, FlexAttention.
 
-Arithmetic, for `T` queries of `H` heads of dimension `D` at usage `u` (one row, groups of one). A causal query sees
+Arithmetic for `T` queries of `H` heads of dimension `D` at usage `u` (one row, groups of one). A causal query sees
 `T / 2` columns on average, a HAM query `u T / 2` and itself.
 
 | | flash SDPA, causal | ours |
@@ -21,11 +21,11 @@ most one cut tile of 128 columns, half of it wasted on average: `64 / (u T / 2)`
 = 32,768; 31% at `u` = 0.05 and `T` = 8,192, which is 0.016 of the time of everything.
 
 On an H200 the forward of everything took 13.3 ms at `T` = 32,768 and ours 4.8 ms at `u` = 0.5, 9.7 ms at 1; the
-backwards 33.9, 19.9 and 41.3 ms: `results/` has the tables. At `T` = 8,192 the compaction, which waits for the host to
-learn how many columns there are, takes 0.3 ms of the 0.6, and makes the forward miss its targets for `u` up to 0.5.
+backwards 33.9, 19.9 and 41.3 ms: `results/` has the tables. At `T` = 8,192 the compaction, for which the host waits to
+learn the number of columns, takes 0.3 ms of the 0.6, and makes the forward miss its targets for `u` up to 0.5.
 
-FlexAttention with the mask of kept columns skips tiles of 128 x 128 that are empty. Of random columns none is, until
-fewer than one in a hundred is kept: it computes everything, and masks it.
+FlexAttention with the mask of kept columns skips empty tiles of 128 x 128. With random columns no tile is empty until
+fewer than one in a hundred is kept, so it computes everything and masks it.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def uniform(length: int, usage: float) -> torch.Tensor:
 
 
 def clustered(length: int, usage: float) -> torch.Tensor:
-    """Runs of 64 tokens kept together."""
+    """Tokens kept in runs of 64."""
     runs = torch.rand(1, length // 64, HEADS, device="cuda") < usage
     return runs.repeat_interleave(64, dim=1)
 
@@ -86,12 +86,12 @@ def compacted(keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
 
 
 def whole(keep: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """HAM's attention from the decision on: compaction and attention."""
+    """HAM's attention after the routing decision: compaction and attention."""
     return sparse_prefix_attention(q, k, v, *compacted(keep, k, v))
 
 
 def without_grad(function: Callable[[], Any]) -> Callable[[], Any]:
-    """The function as inference runs it."""
+    """A function that runs `function` without gradients, as inference does."""
 
     def run_without_grad() -> Any:
         with torch.no_grad():
@@ -101,7 +101,7 @@ def without_grad(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def backward_of(out: torch.Tensor, inputs: Tensors) -> Callable[[], Any]:
-    """The backward pass alone, any number of times."""
+    """A function that runs the backward pass alone, any number of times."""
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 

@@ -1,14 +1,14 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """`make gpu-check`: everything that needs an NVIDIA GPU, in one command and a bounded time, with a dated report.
 
-It runs the tests of the kernels on the GPU, the comparison of a whole model with the CPU, and every benchmark, each in
-a process of its own with a share of the time. A stage that fails, or runs out of time, is reported and makes the exit
-status 1, and the others still run; a benchmark that misses its target is a result, not a failure. Without an NVIDIA
-GPU it says so and exits with 0: nothing was found to be wrong.
+It runs the kernels' tests on the GPU, compares a whole model with the CPU, and runs every benchmark, each in a process
+of its own with a share of the time. If a stage fails or runs out of time, the report says so, the other stages still
+run, and the exit status is 1. A benchmark that misses its target is a result, not a failure. Without an NVIDIA GPU it
+prints that and exits with 0.
 
 It needs Python with PyTorch, Triton, Transformers and pytest, nothing installed, and no network. Without pytest the
-tests do not run and have not passed; without flash-linear-attention the benchmarks compare with this repository's own
-Gated DeltaNet. Wheels that are carried along are enough, unpacked into a folder that PYTHONPATH names.
+tests do not run and count as not passed; without flash-linear-attention the benchmarks compare with this repository's
+own Gated DeltaNet. It is enough to unpack the missing wheels into a folder that PYTHONPATH names.
 """
 
 import argparse
@@ -37,14 +37,14 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TESTS, PARITY = "tests", "parity"
-# Shares of the time: the tests and the comparison get at most this, the benchmarks divide what is left.
+# Largest shares of the time for the tests and the comparison; the benchmarks divide the rest.
 TEST_SHARE, PARITY_SHARE = 0.3, 0.1
-# Seconds in which a stage whose time is up may write down what it has.
+# Seconds that a stage has to write its results when its time is up.
 GRACE = 5
-# Seconds that a benchmark's quick form is expected to take: their shares of what is left. With an H200 and 16 cores
-# the tests took 120, the comparison 40, a process 8 to start, and a kernel 1 or so to compile and measure for each of
-# its tile shapes: in the delta rule 26 forward and 34 backward, and some 70 of fla's. FlexAttention and its mask are
-# compiled for a minute. Where there is less time all get less, and keep the rows they had.
+# Expected seconds of each benchmark's quick form, by which they divide the rest. With an H200 and 16 cores the tests
+# took 120, the comparison 40, the start of a process 8, and each tile shape of a kernel about 1 to compile and
+# measure: the delta rule has 26 forward and 34 backward, fla some 70. Compiling FlexAttention and its mask takes a
+# minute. With less time all get less, and keep the rows that they finished.
 SECONDS = {
     "bench_compact_kept": 10,
     "bench_decode_step": 70,
@@ -55,7 +55,7 @@ SECONDS = {
 }
 USUAL_SECONDS = 30
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")
-# What the tests and the comparisons need, by module, and the wheels to carry. With xdist the tests run in parallel.
+# Modules that the tests and comparisons need, and the wheels that bring them. With xdist the tests run in parallel.
 WHEELS = {
     "pytest": "pytest, pluggy, iniconfig, packaging, pygments, pytest-xdist and execnet",
     "fla": "flash-linear-attention, fla-core and einops",
@@ -63,7 +63,7 @@ WHEELS = {
 
 
 def environment(commit: str | None = None) -> dict[str, str]:
-    """What the results depend on; a `commit` that is given counts, or else what git says of this folder."""
+    """GPU, driver, commit and versions on which the results depend; without `commit`, git's for this folder."""
     found = {"gpu": torch.cuda.get_device_name(), "driver": "unknown", "commit": "unknown"}
     commands = {
         "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -85,20 +85,20 @@ def environment(commit: str | None = None) -> dict[str, str]:
 
 
 def run_stage(name: str, command: list[str], seconds: float, **variables: str) -> dict[str, Any]:
-    """Runs one command with this repository's packages importable; stops it, and what it started, at its time."""
+    """Runs one command with this repository's packages importable; stops it and its children when its time is up."""
     print(f"\n== {name} (at most {seconds:.0f} s)", flush=True)
     paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(HERE), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"} | variables
     env.pop("TRITON_INTERPRET", None)
     begin = time.monotonic()
-    # What a shell runs in the background inherits that SIGINT is ignored.
+    # A command that a shell runs in the background inherits an ignored SIGINT.
     heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, preexec_fn=heeding)
     try:
         status = process.wait(max(seconds, 1))
         outcome = "passed" if status == 0 else f"failed, exit status {status}"
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # on which pytest reports the tests that it has run
+        process.send_signal(signal.SIGINT)  # on SIGINT pytest reports the tests that it has run
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         with contextlib.suppress(ProcessLookupError):
@@ -111,25 +111,25 @@ def run_stage(name: str, command: list[str], seconds: float, **variables: str) -
 
 
 def missing_wheels(module: str) -> str | None:
-    """What to carry to this machine to have a module, or `None` if it is there."""
+    """Names the wheels to bring to this machine for a missing module; `None` if it is installed."""
     if importlib.util.find_spec(module):
         return None
     return f"{module} is missing; carry the wheels of {WHEELS[module]}"
 
 
 def run_tests(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
-    """The tests of the kernels; untuned, because measuring tile shapes for every test's shape would take minutes."""
+    """Runs the kernels' tests, untuned: measuring tile shapes for every test's shape would take minutes."""
     if missing := missing_wheels("pytest"):
         return {"stage": "tests on the GPU", "outcome": f"not run: {missing}", "seconds": 0.0}
     report = folder / "tests.xml"
-    # Not the settings in pyproject.toml: they ask for a newer pytest than a bare machine may have.
+    # Without the settings in pyproject.toml, which need a newer pytest than a bare machine may have.
     command = [sys.executable, "-m", "pytest", "tests/ham_kernels", "-q", "-c", os.devnull, "--rootdir", str(ROOT)]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    # What is slow under the interpreter is not on a GPU; compiling every case ahead of time, which takes none, is.
+    # Tests that are slow under the interpreter are fast on a GPU, except compiling every case, which needs no GPU.
     command += ["-k", "not test_every_case_fits_the_chips"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(16, os.cpu_count() or 1))]
-    # A thread each: parallel tests with as many threads as there are cores took 190 s where 16 cores were to be had.
+    # One thread per process: with as many threads as cores, parallel tests took 190 s on 16 cores.
     stage = run_stage("tests on the GPU", command, seconds, HAM_KERNELS_TUNING="0", OMP_NUM_THREADS="1")
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -144,7 +144,7 @@ def run_tests(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def run_parity(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
-    """The comparison of a whole model; untuned as the tests are."""
+    """Compares a whole model with the CPU, untuned like the tests."""
     output = folder / "parity.json"
     command = [sys.executable, str(HERE / "parity.py"), "--json", str(output)]
     stage = run_stage("model, CPU against GPU", command, seconds, HAM_KERNELS_TUNING="0")
@@ -153,7 +153,7 @@ def run_parity(seconds: float, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def write_rows(rows: Iterator[dict[str, Any]], file: str) -> None:
-    """Writes each row as soon as it is there."""
+    """Writes each row as soon as it is measured."""
     with open(file, "w") as output:
         for row in rows:
             output.write(json.dumps(row) + "\n")
@@ -161,7 +161,7 @@ def write_rows(rows: Iterator[dict[str, Any]], file: str) -> None:
 
 
 def run_benchmark(name: str, seconds: float, quick: bool, folder: pathlib.Path) -> dict[str, Any]:
-    """The rows of one benchmark, those it had finished too when it failed or was stopped."""
+    """Runs one benchmark; keeps the rows that it finished before it failed or was stopped."""
     output = folder / f"{name}.jsonl"
     program = f"import {name}, gpu_check; gpu_check.write_rows({name}.run({quick}), {str(output)!r})"
     stage = run_stage(name, [sys.executable, "-c", program], seconds)
@@ -176,7 +176,7 @@ def stage_names() -> list[str]:
 
 
 def run_all(budget: float, quick: bool, chosen: list[str]) -> list[dict[str, Any]]:
-    """The stages `chosen`, within `budget` seconds."""
+    """Runs the stages `chosen`, within `budget` seconds."""
     end = time.monotonic() + budget
     names = [name for name in stage_names() if name in chosen and name not in (TESTS, PARITY)]
     with tempfile.TemporaryDirectory() as temporary:
@@ -196,7 +196,7 @@ def run_all(budget: float, quick: bool, chosen: list[str]) -> list[dict[str, Any
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     lines = [f"# GPU check, {report['date']}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in report["environment"].items()]
     lines += ["", "| stage | outcome | seconds |", "|---|---|---|"]

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Compares a model on a GPU, where it runs on the kernels, with the same model on the CPU, where it runs on PyTorch.
 
-The model is the checkpoint that the package carries, ham-tiny: trained, so that scores spread and text has a meaning.
+The model is ham-tiny, the checkpoint in the package: it is trained, so its scores spread and its text has a meaning.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OPS = (
     "decode_update",
     "decode_mix_append",
 )
-# A threshold, and how many rows: two are padded, one is not and has no mask, which a kernel for a single token wants.
+# Thresholds and numbers of rows. Two rows are padded; one has no mask, as the kernels for a single token require.
 CASES = ((0.0, 1), (0.4, 2), (0.5, 1), (0.6, 2), (2.0, 2))
 # Absolute, in float32. On a CPU, of logits up to 19, float32 is 1.4e-5 from float64.
 LOGITS = 1e-4
@@ -48,7 +48,7 @@ def tokenized(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
 
 
 def turns(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float) -> dict[str, Any]:
-    """Logits `[n, V]` of real tokens, their scores and what each layer keeps, after two long and three short calls."""
+    """Logits `[n, V]` of real tokens, scores and each layer's kept tokens, after two long and three short calls."""
     ids, mask = (rows[name].to(model.device) for name in ("input_ids", "attention_mask"))
     length = ids.shape[1]
     cache, logits, scores = None, [], []
@@ -74,13 +74,13 @@ def turns(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float
 
 
 def clear_of_scores(model: HAMForCausalLM, rows: dict[str, torch.Tensor], threshold: float) -> tuple[float, dict]:
-    """A threshold near the given one that no score comes close to, and the turns at it."""
+    """Finds a threshold near the given one, far from every score; returns it and the turns with it."""
     result = turns(model, rows, threshold)
     for _ in range(8):
         scores = result["scores"]
         if (scores - threshold).abs().min() > MARGIN:
             break
-        # The middle of the widest gap nearby; another threshold moves the scores of later layers, hence the loop.
+        # The middle of the widest gap nearby. A new threshold moves the scores of later layers, hence the loop.
         near = scores[(scores - threshold).abs() < 0.02].sort().values
         widest = near.diff().argmax()
         threshold = ((near[widest] + near[widest + 1]) / 2).item()
@@ -94,7 +94,7 @@ def row(what: str, error: float, allowed: float) -> dict[str, Any]:
 
 
 def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]]:
-    """Logits, kept sets and text in float32, and how often each kernel was asked for."""
+    """Rows for logits, kept sets and text in float32, and the number of calls of each kernel."""
     cpu, other = (HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval() for _ in range(2))
     other.to(device)
     table = []
@@ -138,7 +138,7 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
 
 
 def rounded_rows(device: str, length: int) -> list[dict[str, Any]]:
-    """Error of bfloat16 logits on the device against float32, beside that of bfloat16 on the CPU."""
+    """Row for the error of the device's bfloat16 logits against float32, beside that of the CPU's bfloat16."""
     rows, table = tokenized(length), []
     models = [
         HAMForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype).eval().to(where)

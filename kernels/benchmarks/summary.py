@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Attention's times of a report of `gpu_check.py` in one small table, for a README.
+"""Makes one small table, for a README, of the attention times in a report of `gpu_check.py`.
 
 Usage: ``python kernels/benchmarks/summary.py results/REPORT.json > results/attention.md``
 """
@@ -14,7 +14,7 @@ ROW = re.compile(r"(?P<stage>[a-z ]+), T=(?P<length>\d+) u=(?P<usage>[\d.]+) uni
 
 
 def attention_table(report: dict[str, Any]) -> str:
-    """Our time over that of attention over everything, by length, pass and usage, as Markdown; misses are bold."""
+    """Markdown table of our time over that of full attention, by length, pass and usage; misses are bold."""
     ratios: dict[tuple[int, str], dict[str, str]] = {}
     for stage in report["stages"]:
         for row in stage.get("rows", []):

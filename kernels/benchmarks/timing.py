@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""How every benchmark of the kernels measures: medians of CUDA events, competitors in turn, the L2 cache flushed."""
+"""Timing for the kernels' benchmarks: medians of CUDA events, competitors in turn, the L2 cache flushed."""
 
 import argparse
 import statistics
@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-# More than any L2 cache, so that nothing which a function reads is left there from the call before.
+# Larger than any L2 cache, so that a call finds nothing there from the call before.
 FLUSH_BYTES = 256 * 2**20
 
 
 def median_ms(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
-    """The median time of each function in milliseconds on the current GPU.
+    """Median time of each function in milliseconds on the current GPU.
 
-    The functions take turns, so that a change of the clock meets all of them alike. The flush before each call also
-    gives the CPU a head start of about 0.1 ms; a function of many small launches is to be `captured` first, or its
-    time is that of the launches.
+    The functions take turns, so that a change of the GPU's clock affects all of them. The flush before each call also
+    gives the CPU a head start of about 0.1 ms. Pass a function of many small launches through `captured` first;
+    otherwise its time is that of the launches.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for _ in range(warmup):
@@ -37,11 +37,11 @@ def median_ms(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `function`, which must neither synchronise nor change shapes."""
+    """Replay of a CUDA graph of `function`, which must neither synchronise nor change shapes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, tunes and fills the allocator's pools, none of which may happen in a capture
+        for _ in range(3):  # compiles, tunes and fills the allocator's pools, which a capture does not allow
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -51,14 +51,14 @@ def captured(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def copy_bandwidth(num_bytes: int = 2**30) -> float:
-    """Bytes read and written per second by a large copy on the current GPU: what a memory-bound kernel can reach."""
+    """Bytes per second that a large copy reads and writes on the current GPU, the bound of a memory-bound kernel."""
     source = torch.empty(num_bytes, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * num_bytes / (1e-3 * median_ms({"copy": lambda: target.copy_(source)})["copy"])
 
 
 def row(what: str, against: str, at_most: float, ours_ms: float, other_ms: float) -> dict[str, Any]:
-    """One line of a result table: `meets` says whether our time is at most `at_most` times the other's."""
+    """One line of a result table; `meets` is yes if our time is at most `at_most` times the other's."""
     ratio = ours_ms / other_ms
     return {
         "what": what,

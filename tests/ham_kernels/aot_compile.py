@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Compiles the kernels' cases for GPUs that need not be there, and prints what they take as JSON.
+"""Compiles the kernels' cases, for GPUs that need not be present, and prints registers, stack and memory as JSON.
 
     python aot_compile.py [OP ...] [--quick] [--arch 80 90] [--cases FILE] [--table NAME]
 
@@ -50,8 +50,8 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
     signature, aligned = {}, {}
     for i, parameter in enumerate(kernel.params):
         signature[parameter.name] = case["signature"].get(parameter.name, "constexpr")
-        # PyTorch aligns tensors; integers are multiples of 16 in the shapes that are shipped, unless the kernel is not
-        # to be specialised for it.
+        # PyTorch aligns tensors; integers are multiples of 16 in the shipped shapes, unless the kernel does not
+        # specialise on them.
         kind = signature[parameter.name]
         if kind[0] == "*" or (kind[0] in "iu" and not parameter.do_not_specialize):
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -70,7 +70,7 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
 
 
 def run_tool(cubin: bytes, tool: str, *options: str) -> str:
-    """What a tool that Triton brings prints of a compiled kernel."""
+    """Output of one of Triton's bundled tools for a compiled kernel."""
     import triton
 
     program = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / tool
@@ -81,9 +81,9 @@ def run_tool(cubin: bytes, tool: str, *options: str) -> str:
 
 
 def reads_before_writes(sass: str) -> list[str]:
-    """Instructions that read a uniform register which no instruction before them in the text has written.
+    """Finds instructions that read a uniform register which no earlier instruction in the text has written.
 
-    ptxas 12.8 makes such from products on Hopper whose factor lies in shared memory, at an address in these registers.
+    ptxas 12.8 emits them for some products on Hopper with a factor in shared memory, whose address they hold.
     """
     written: set[int] = set()
     found = []
@@ -93,7 +93,7 @@ def reads_before_writes(sass: str) -> list[str]:
             continue
         op, operands = match[1], [x.strip() for x in match[2].split(",")]
         wide = 2 if ".64" in op or ".WIDE" in op else 1
-        # The uniform operations, and the moves into uniform registers, name what they write first.
+        # Uniform operations, and moves into uniform registers, name their target first.
         target = None
         if op.startswith(("U", "S2UR", "R2UR", "VOTEU", "REDUX")) and (first := re.fullmatch(r"UR(\d+)", operands[0])):
             target = int(first[1])
@@ -101,7 +101,7 @@ def reads_before_writes(sass: str) -> list[str]:
         read: set[int] = set()
         for i, operand in enumerate(operands):
             if descriptor := re.search(r"gdesc\[UR(\d+)\]", operand):
-                # Two registers for each factor in memory; the second pair is the right one's.
+                # Two registers for each factor in memory; the second pair is the right factor's.
                 left_in_registers = any(re.fullmatch(r"R\d+(\.reuse)?", x) for x in operands[1:i])
                 read |= {int(descriptor[1]) + k for k in range(2 * left_in_registers, 4)}
                 continue
@@ -118,20 +118,20 @@ def reads_before_writes(sass: str) -> list[str]:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and its bytes of stack and local memory: what does not fit into registers goes there."""
+    """Registers, and bytes of stack and local memory, of a thread; spilled registers go to the latter two."""
     text = run_tool(cubin, "cuobjdump", "--dump-resource-usage")
     found = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
 
 
 def transposes_product(ttir: str) -> bool:
-    """Whether a product's left factor is the transpose of what another product left in registers.
+    """True if a product's left factor is the transpose of another product's result in registers.
 
-    Triton 3.4.0 to 3.7.0 compile that wrongly for Hopper: see `BAD_PAIRS` in `tuning.py`.
+    Triton 3.4.0 to 3.7.0 miscompile that for Hopper: see `BAD_PAIRS` in `tuning.py`.
     """
-    sources: dict[str, list[str]] = {}  # of what each value is made, elementwise
+    sources: dict[str, list[str]] = {}  # values from which each value is computed, elementwise
     products, transposed, left_factors = set(), {}, []
-    loops: list[str | None] = []  # the results of the blocks around a line
+    loops: list[str | None] = []  # results of the blocks that enclose a line
     for line in ttir.splitlines():
         match = re.match(r"\s*(?:(%[\w.-]+)(?::\d+)? = )?\"?([\w.]+)\"?(.*)", line)
         if not match:
@@ -159,7 +159,7 @@ def transposes_product(ttir: str) -> bool:
         return any(is_product(x, seen) for x in sources.get(value, []) if x not in seen)
 
     def reaches(value: str, seen: set[str]) -> bool:
-        """Whether `value` is made of a transposed product."""
+        """True if `value` is computed from a transposed product."""
         if value in transposed:
             return is_product(transposed[value], set())
         seen.add(value)
@@ -175,7 +175,7 @@ def first_of_each_kind(cases: list[dict[str, Any]]) -> list[int]:
 
 
 def measure(cases: dict[str, list[dict[str, Any]]], architectures: list[int], quick: bool) -> list[dict[str, Any]]:
-    """One measurement for each case and architecture; what failed to compile has an `error`."""
+    """One measurement for each case and architecture; a case that does not compile has an `error`."""
     results = []
     for op, listed in cases.items():
         for number in first_of_each_kind(listed) if quick else range(len(listed)):

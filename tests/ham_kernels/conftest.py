@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of the kernels share: where they run, bfloat16, poisoned and huge buffers, the bound on an error."""
+"""Fixtures of the kernels' tests: the device, bfloat16, poisoned and huge buffers, the bound on an error."""
 
 import dataclasses
 import importlib.util
@@ -18,10 +18,10 @@ def device() -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_without_idle_work() -> Iterator[None]:
-    """Spares Triton's interpreter half of its time, which changes nothing that it computes.
+    """Halves the time of Triton's interpreter without changing its results.
 
-    It replaces the functions of the language once a launch and module, not again at every call of a device function,
-    and leaves out the checks of overflow, whose outcome it looks at in debug mode only.
+    It patches the functions of the language once per launch and module, not at every call of a device function, and
+    skips the checks of overflow, whose outcome only debug mode reads.
     """
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         yield
@@ -54,9 +54,9 @@ def interpreter_without_idle_work() -> Iterator[None]:
 def arithmetic_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives Triton's interpreter the arithmetic of a GPU where its own differs.
 
-    It cuts float32 off to bfloat16, multiplies the integers that it keeps bfloat16 in, and leaves the order of a
-    product's sums to the machine's BLAS. That order depends on the processor, and on which factor is a transpose: a
-    backward pass would compute other logits than the forward did. Here every product is a chain of fused
+    The interpreter truncates float32 to bfloat16, multiplies the bits of bfloat16 as integers, and leaves the order of
+    a product's sums to BLAS. That order depends on the processor, and on which factor is a transpose, so a backward
+    pass would compute other logits than the forward did. With this fixture every product is a chain of fused
     multiply-adds in order, as Triton's float32 products are on a GPU.
     """
     import triton
@@ -88,9 +88,9 @@ def arithmetic_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoned() -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that copies a tensor into the middle of a buffer of NaN and returns the view.
 
-    NaN lies before and after every slice of every dimension, so whatever a kernel reads out of bounds spoils what it
-    writes. The last dimension stays contiguous; strides and the first address stay multiples of 16 elements if the
-    last size is one.
+    NaN lies before and after every slice of every dimension, so that a read out of bounds spoils the kernel's output.
+    The last dimension stays contiguous; strides and the first address stay multiples of 16 elements if the last size
+    is one.
     """
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,9 +109,9 @@ def poisoned() -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.fixture
 def last_of(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """A function that gives `[n, ...]` whose last entry is that of a tensor `[1, ...]`, and the rest never touched.
+    """A function that makes `[n, ...]` with a tensor `[1, ...]` as its last entry, and never touches the rest.
 
-    Of every grid Triton's interpreter then runs the last program alone, so that buffers of gigabytes and grids of
+    Triton's interpreter then runs only the last program of every grid, so that buffers of gigabytes and grids of
     millions, whose last addresses do not fit 32 bits, cost next to nothing.
     """
     if device != "cpu":
@@ -143,7 +143,7 @@ def last_of(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, torc
     return enlarge
 
 
-# Fewer errors than this have no spread to speak of: one number may be exact by luck.
+# With fewer errors than this their spread means little: one number may be exact by luck.
 FEWEST_NUMBERS = 32
 # The largest of a few thousand normal errors is about this many times their root mean square.
 LARGEST_BY_SPREAD = 4.0

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds a decoding step to never waiting for the host, and its replay to the step as the model takes it."""
+"""Checks that a decoding step never waits for the host, and compares its replay with the model's own step."""
 
 import copy
 import importlib
@@ -14,10 +14,10 @@ import ham_kernels
 from ham_hf import HAMCache, HAMForCausalLM, cuda_graph, paged_store_ham
 from ham_hf.cuda_graph import CapturedStep
 
-# The package names its op as the file is named.
+# The package gives the function this name.
 attention = importlib.import_module("ham_kernels.ragged_decode_attention")
 OPS = ("decode_update", "decode_mix_append", "ragged_decode_attention", "slab_table")
-# Operations whose result the host reads, or whose result's shape depends on values, so that it must.
+# Operations for which the host reads values: the result itself, or those that determine its shape.
 NEED_THE_HOST = (
     *("_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "unique", "_unique2", "equal"),
     *("unique_consecutive", "unique_dim", "histc", "is_nonzero"),
@@ -26,10 +26,10 @@ PROMPT = 21
 
 
 class WithoutHost(TorchDispatchMode):
-    """Fails on operations that need the host; indices that are masks or come without their number do so, too.
+    """Fails on operations that need the host, also on masks as indices and repeats without their total.
 
-    On a CPU some ways to the host are no operations: those of a tensor's methods fail outside of the kernels, which
-    the interpreter runs on the host.
+    On a CPU some ways to the host are no operations, so these methods of a tensor fail too, except inside the kernels,
+    which the interpreter runs on the host.
     """
 
     def __enter__(self):
@@ -67,7 +67,7 @@ def outside_kernels(name, method):
 
 @pytest.fixture
 def on_kernels(choose_kernels):
-    """Makes the model decode by kernels, on a CPU too, and lists those that were asked for."""
+    """Makes the model decode with kernels, on a CPU too, and lists the requested ones."""
     names = []
 
     def kernel(op, *tensors):
@@ -112,7 +112,7 @@ def prompted(model, ids, **options):
 
 
 def stored(cache):
-    """Every number that a cache holds, by name, the kept tokens in order."""
+    """All numbers of a cache, by name, with the kept tokens in order."""
     found = {}
     for i, layer in enumerate(cache.layers):
         found |= {f"{i}.{name}": x for name, x in layer.state_dict().items()}
@@ -140,7 +140,7 @@ def test_a_step_never_waits_for_the_host(router, tiny_config, on_kernels, device
     model = make_model(tiny_config, device, router=router)
     ids = torch.randint(1, 97, (2, PROMPT + 3), device=device)
     cache = prompted(model, ids)
-    embedded = model.get_input_embeddings()(ids)  # ids on a CPU are looked at, to be refused if they are out of range
+    embedded = model.get_input_embeddings()(ids)  # on a CPU the model reads the ids, to refuse those out of range
     kept = cache.kept_tokens()
     cache.reserve()
     with torch.no_grad(), WithoutHost():
@@ -167,7 +167,7 @@ def test_nor_does_a_step_that_uses_up_the_room(tiny_config, on_kernels, device, 
 
 @pytest.mark.parametrize("op", ["nonzero", "_local_scalar_dense"])
 def test_the_step_of_the_host_does(op, tiny_config, on_kernels, device, monkeypatch):
-    """What the test above proves fails where the host appends."""
+    """The check of the test above fails where the host appends."""
     model = make_model(tiny_config, device)
     ids = torch.randint(1, 97, (2, PROMPT + 1), device=device)
     cache = prompted(model, ids, threshold=0.0)
@@ -210,8 +210,8 @@ def test_between_growths_the_host_looks_seldom_and_launches_are_the_same(tiny_co
         with torch.no_grad():
             model(inputs_embeds=embedded, cache=cache, threshold=0.0)
         capacities.append((store.capacity, store.num_streams))
-    # Both heads keep everything, have 5 tokens in their open pages, and of the slab's four pages two are free: 11
-    # steps to the end of the open pages and 15 more.
+    # Both heads keep everything and have 5 tokens in their open pages; two of the slab's four pages are free: 11 steps
+    # to the end of the open pages and 15 more.
     assert looked == [0, 26]
     assert [numbers[:2] for numbers in sizes] == capacities
     assert sizes[25] == sizes[0], "pages became full, and the launches' sizes must not tell"
@@ -314,7 +314,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
 
 @pytest.fixture
 def graphs(monkeypatch, device):
-    """Graphs without a GPU: a capture leaves the device's tensors as they were, a replay the host's counters."""
+    """Graphs without a GPU: a capture restores the device's tensors, a replay the host's counters."""
     caches, captures = [], []
 
     class Graph:

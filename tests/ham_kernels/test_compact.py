@@ -17,7 +17,7 @@ def tiles(request, monkeypatch):
 
 
 def random_keep(length, device, heads=3):
-    """Two rows whose heads keep about half, all and nothing."""
+    """Two rows with heads that keep about half, all and nothing."""
     keep = torch.rand(2, length, heads, device=device) < 0.5
     keep[:, :, 1], keep[0, :, 2] = True, False
     return keep
@@ -56,7 +56,7 @@ def test_tiles_of_the_test_make_several_chunks(tiles):
 def test_a_capacity_is_the_number_of_columns(capacity, tiles, device, monkeypatch):
     keep = random_keep(50, device)
     x = torch.randn(2, 50, 3, 16, device=device, requires_grad=True)
-    monkeypatch.setattr(torch.Tensor, "max", None)  # what the host would wait for
+    monkeypatch.setattr(torch.Tensor, "max", None)  # the host would wait for it
     (out,), before = compact.compact_kept(keep, x, capacity=capacity)
     assert_compacted(x, keep, out, capacity)
     if capacity:
@@ -104,9 +104,9 @@ def test_nothing_kept_and_no_tokens(device):
 
 
 def test_tokens_that_lie_two_billion_elements_apart(tiles, device):
-    """The last token's offset does not fit 32 bits; of the storage only the tokens themselves are ever touched.
+    """The last token's offset does not fit 32 bits; only the tokens' own storage is ever touched.
 
-    As much lies before the first: an offset that turned negative must find something wrong, not crash.
+    As much storage lies before the first token: a negative offset must find a wrong value, not crash.
     """
     stride = 2**29
     storage = torch.empty(8 * stride + 16, dtype=torch.int8, device=device)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Compiles every kernel at its shipped tile shapes for sm_80 and sm_90, without a GPU: none may spill."""
+"""Compiles every kernel at its shipped tile shapes for sm_80 and sm_90, without a GPU; none may spill."""
 
 import importlib
 import importlib.util
@@ -46,7 +46,7 @@ def kernels_of(op, results):
 
 
 def problems(results):
-    """One line for everything that is wrong."""
+    """One line per fault, with the op, the case and the kernel."""
     lines = []
     for r in results:
         where = f"{r['op']}, case {r['case']}, {r['kernel']}, sm_{r['arch']}"
@@ -116,7 +116,7 @@ CASES = {"gated_delta_rule": [
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_no_tile_that_tuning_may_choose_is_compiled_wrongly(width, tmp_path):
-    """Of the gated delta rule, which ptxas gets wrong; some may spill, which tuning finds out. See `SMALLEST_TILE`."""
+    """All tiles of the gated delta rule; some may spill, which tuning measures. See `SMALLEST_TILE`."""
     (tmp_path / "cases.py").write_text(f"WIDTH = {width}\n{TUNED_CASES}")
     results = compile_cases("--cases", tmp_path / "cases.py", "--arch", 90)
     assert len(results) > 30

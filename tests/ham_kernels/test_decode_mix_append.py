@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds the end of a decoding step to the model's own mix, and what it appends to what the host would have."""
+"""Compares the end of a decoding step with the model's own mix, and the appended tokens with the host's."""
 
 import importlib
 
@@ -22,7 +22,7 @@ FIELDS = (*PagedStore.FIELDS, "streams")
 
 
 class DeviceStore(PagedStore):
-    """A store whose slabs the kernels know, on a CPU too, and whose free slots and pages hold NaN."""
+    """A store with a table of its slabs, on a CPU too, and NaN in its free slots and pages."""
 
     def _new_pages(self, pages, device):
         new = super()._new_pages(pages, device)
@@ -31,7 +31,7 @@ class DeviceStore(PagedStore):
         return new
 
     def make_room(self):
-        """What HAMCache does for a single store, before a step that it then counts."""
+        """Reserves pages before a step, as HAMCache does for its stores."""
         if not self.reserved_steps:
             counts = self.counts.cpu()
             self.reserve(counts, grow=self.shortage(counts) >= GROWS)
@@ -63,7 +63,7 @@ def composed(o_rnn, o_kv, gates, output_gate, norm_weights, eps=1e-6, gate_activ
 
 
 def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, dtype=torch.float32, without=()):
-    """Random arguments: of the mix by name, the kernel's update, and an empty store; `without` names absent parts."""
+    """Random arguments of the mix, by name; an update; an empty store. `without` names absent parts."""
     heads = kv_heads * groups
 
     def randn(*shape):
@@ -92,7 +92,7 @@ def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, dtype=
 
 
 def run(mix, update, store, position=0, real=None, real_tokens=None):
-    """The kernel's mix; the store appends, and a step that it was given room for is counted."""
+    """Runs the kernel, which appends to the store, and counts the step."""
     batch, device = len(update.o), update.o.device
     arguments = {name: x for name, x in mix.items() if name != "o_rnn"}
     if update.k is not None:
@@ -171,8 +171,8 @@ def assert_free_pages_are_not_read(store, update):
 
 @pytest.mark.parametrize("prompt", [0, 14, 100])
 def test_appends_what_the_host_would(prompt, device, monkeypatch):
-    """Streams that keep everything, nothing and some, over seals and new slabs; then the host goes on with it."""
-    monkeypatch.setattr(module, "SLAB_BLOCK", 2)  # slabs are searched in several rounds
+    """Streams that keep all, none and some, over full pages and new slabs; then the host continues with the store."""
+    monkeypatch.setattr(module, "SLAB_BLOCK", 2)  # the kernel then searches the slabs in several rounds
     mix, update, store = make(device, batch=2, kv_heads=2, key_dim=6, value_dim=10)
     twin = PagedStore(4, 6, 10, torch.float32, torch.device(device))
     streams = torch.arange(4, device=device)
@@ -239,7 +239,7 @@ def test_a_store_that_moves_leaves_its_addresses_behind(device):
 def test_padding_is_neither_kept_nor_counted(device):
     mix, update, store = make(device, batch=3)
     real = torch.tensor([True, False, True], device=device)
-    update.keep[1] = False  # as the first half of the step has it
+    update.keep[1] = False  # as `decode_update` returns it
     real_tokens = torch.tensor([5, 5, 5], device=device)
     run(mix, update, store, position=5, real=real, real_tokens=real_tokens)
     assert real_tokens.tolist() == [6, 5, 6]
@@ -256,8 +256,8 @@ def test_a_layer_without_attention_counts_tokens(device):
 
 @pytest.mark.parametrize("held", [20, 31])
 def test_addresses_have_64_bits(held, last_of):
-    """The last of very many streams does what it does alone: its open page takes the token, or the last page does."""
-    groups, page, dim = 16, 16, 256  # of a stream 4,096 numbers each of outputs and of pages
+    """The last of very many streams gives the same as alone, whether its open page takes the token or is full."""
+    groups, page, dim = 16, 16, 256  # each stream has 4,096 numbers of outputs and as many of pages
     update = DecodeUpdate(
         torch.randn(1, 2 * groups, dim).half(),
         None,

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds the fused update of a decoding step to the same step composed of the model's own PyTorch operations."""
+"""Compares the fused update of a decoding step with the same step composed of the model's PyTorch operations."""
 
 import copy
 import importlib
@@ -22,7 +22,7 @@ from ham_kernels.decode_update import SCORES, AttentionView, Convolution, Gates,
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.decode_update")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The names that `make` gives to what a group holds.
+# Names that `make` gives to the fields of each group.
 NAMES = {
     "convolution": ("conv_state", "conv_weight"),
     "gates": ("a", "b", "A_log", "dt_bias"),
@@ -56,7 +56,7 @@ def composed(
     eps=1e-6,
     allow_neg_eigval=False,
 ):
-    """What the model computes, as `HAMMixer.forward` does: the outputs by name, the two new states among them."""
+    """The step as `HAMMixer.forward` computes it: the outputs by name, with the two new states."""
     _, kv_heads, key_dim, value_dim = state.shape
     sizes = [qkv.shape[1] - kv_heads * (key_dim + value_dim), kv_heads * key_dim, kv_heads * value_dim]
     wide = A_log.dtype
@@ -136,7 +136,7 @@ def cast(arguments, convert):
 
 
 def call(arguments):
-    """`decode_update` of arguments that `make` names."""
+    """Calls `decode_update` with arguments from `make`."""
     rest = dict(arguments)
     fields = {"convolution": Convolution, "gates": Gates, "routing": Routing, "view": AttentionView}
     names = {"conv_state": "state", "conv_weight": "weight", "attention_conv": "convolved"}
@@ -150,7 +150,7 @@ def call(arguments):
 
 
 def run(arguments):
-    """The kernel's outputs by name, and the states it updated in place; NaN lies around every tensor it is given."""
+    """The kernel's outputs by name, and the states that it updated in place; its inputs lie amid NaN."""
     buffers = []
 
     def inside_nan(x):
@@ -167,7 +167,7 @@ def run(arguments):
 
 
 def check(draws, assert_error_within):
-    """Holds the kernel to the composed step; the errors of all draws of the arguments are one sample."""
+    """Compares the kernel with the composed step; the errors of all draws of the arguments form one sample."""
     samples = []
     for arguments in draws:
         exact, baseline, out = composed(**cast(arguments, torch.Tensor.double)), composed(**arguments), run(arguments)
@@ -183,7 +183,7 @@ def check(draws, assert_error_within):
 
 
 def make_many(device, **options):
-    """Draws of `make` enough for 32 scores."""
+    """Enough draws of `make` for 32 scores."""
     streams = options.get("batch", 2) * options.get("kv_heads", 2)
     return [make(device, **options) for _ in range(-(-32 // streams))]
 
@@ -191,14 +191,14 @@ def make_many(device, **options):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_composed_step(dtype, score, device, assert_error_within):
-    # The fewest streams whose scores are enough numbers.
+    # The fewest streams with enough scores.
     arguments = make(device, batch=16, groups=2, dtype=dtype, score=score)
     arguments["scale_values"] = score in ("given", "learned_error")
     check([arguments], assert_error_within)
 
 
 def test_norm_weights_in_float32(device):
-    """A norm whose weight is added to 1 has its sum in float32: there 1.001 is not 1, as it is in bfloat16."""
+    """A norm that adds its weight to 1 passes the sum in float32, where 1.001 differs from 1, unlike in bfloat16."""
     arguments = make(device, dtype=torch.bfloat16)
     wide = {"norm_weights": tuple(x.float() for x in arguments["norm_weights"])}
     expected, out = run(arguments), run(arguments | wide)
@@ -259,7 +259,7 @@ def test_a_layer_without_attention(device):
 
 
 def test_addresses_have_64_bits(last_of):
-    """The last of so many streams that their states are more than 2^31 numbers does what it does alone."""
+    """The last of many streams, with more than 2^31 numbers of state together, gives the same as alone."""
     small = make("cpu", batch=1, key_dim=256, value_dim=256)
     of_rows = ("qkv", "conv_state", "a", "b", "state")
 
@@ -324,7 +324,7 @@ def test_what_is_not_a_number_scores_1(score, threshold, device):
 
 @pytest.mark.parametrize("score", ["cosine", "l2", "residual"])
 def test_an_empty_state_and_values_of_zero(score, device):
-    """What nothing is known of scores as in PyTorch: 0.5 for the cosine with a vector of zeros."""
+    """Zero vectors score as in PyTorch, 0.5 by the cosine."""
     arguments = make(device, score=score)
     arguments["state"].zero_()
     arguments["qkv"][1] = 0
@@ -343,8 +343,8 @@ def test_one_table_of_angles_serves_all_rows(device):
 
 
 def test_follows_the_mixer_token_by_token(device, tiny_config, choose_kernels):
-    """Six tokens through a layer of the model, its cache included, and through the kernel's states."""
-    choose_kernels(lambda op, *tensors: None)  # the mixer is to run PyTorch on a GPU too
+    """Six tokens through a layer of the model with its cache, and through the kernel with its states."""
+    choose_kernels(lambda op, *tensors: None)  # on a GPU the mixer must run PyTorch too
     config = tiny_config(num_hidden_layers=1, head_dim=16, value_head_dim=24)
     mixer = HAMForCausalLM(config).eval().to(device).model.layers[0].mixer
     mixer.threshold.data.uniform_(0.3, 0.7)
@@ -418,7 +418,7 @@ def test_bad_arguments_are_refused(changes, message):
 
 @pytest.fixture
 def calls(choose_kernels, device):
-    """Makes the model decode by kernels, on a CPU too, and lists those that were called."""
+    """Makes the model decode with kernels, on a CPU too, and lists the calls."""
     names = []
 
     def kernel(op, *tensors):
@@ -441,7 +441,7 @@ GROUPED = {
 
 
 def decoded(model, ids, prompt, **options):
-    """Logits of a prompt in one piece and the rest token by token, and the cache."""
+    """Logits of a prompt in one call and the rest token by token, and the cache."""
     cache = HAMCache(model.config)
     pieces = [ids[:, :prompt], *(ids[:, t : t + 1] for t in range(prompt, ids.shape[1]))]
     with torch.no_grad():
@@ -498,7 +498,7 @@ def test_a_model_decodes_the_same(overrides, options, device, tiny_config, calls
 def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
     overrides, updates, device, tiny_config, calls, choose_kernels
 ):
-    """Value heads that share a key, and a norm over all heads: then only the other layer takes the kernels."""
+    """With value heads that share a key, or a norm over all heads, only the other layer uses the kernels."""
     config = tiny_config(layer_types=["hybrid", "linear_attention"], **overrides)
     model = HAMForCausalLM(config).eval().to(device)
     ids = torch.randint(1, 97, (2, 14), device=device)
@@ -514,7 +514,7 @@ def test_layers_that_the_kernels_do_not_know_are_pytorch_s(
 
 
 def test_padding_among_decoded_tokens(device, tiny_config, calls, choose_kernels):
-    """A row that has ended is fed padding while the other goes on, as `generate` does."""
+    """A finished row gets padding while the other continues, as in `generate`."""
     model = HAMForCausalLM(tiny_config()).eval().to(device)
     ids = torch.randint(1, 97, (2, 12), device=device)
     mask = torch.ones_like(ids)
@@ -538,7 +538,7 @@ def test_padding_among_decoded_tokens(device, tiny_config, calls, choose_kernels
 
 
 def test_a_step_that_the_kernel_cannot_take_is_left_to_pytorch(device, tiny_config, calls):
-    """Gradients, a cache that is to be rolled back, and attention weights."""
+    """Steps with gradients, with a cache that records its past, and with attention weights."""
     model = HAMForCausalLM(tiny_config(num_hidden_layers=1)).eval().to(device)
     ids = torch.randint(1, 97, (2, 9), device=device)
 
@@ -556,7 +556,7 @@ def test_a_step_that_the_kernel_cannot_take_is_left_to_pytorch(device, tiny_conf
 
 
 def test_a_step_back_equals_never_having_gone(device, tiny_config, calls):
-    """Drafts are taken back exactly, although steps before them updated the states in place."""
+    """A rollback of drafts is exact, although earlier steps updated the states in place."""
     model = HAMForCausalLM(tiny_config()).eval().to(device)
     ids = torch.randint(1, 97, (1, 20), device=device)
     _, cache = decoded(model, ids[:, :14], 11)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds a model on the kernels to the same model on PyTorch, and the choice between the two to its rules."""
+"""Compares a model on the kernels with the same model on PyTorch, and checks the choice between the two."""
 
 import itertools
 import types
@@ -15,24 +15,24 @@ from ham_hf import HAMForCausalLM, attention_ham, ops_ham
 
 TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention")
 OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update", "decode_mix_append")
-# What runs on the kernels, too, because an op takes what these return.
+# Ops that run on the kernels too, because an op takes their results.
 COMPANIONS = {"ragged_decode_attention": ("slab_table",), "decode_mix_append": ("slab_table", "decode_update")}
 EACH = pytest.mark.parametrize("on_kernels", [*OPS, "all"], indirect=True)
 TRAINED = pytest.mark.parametrize("on_kernels", [*TRAINED_OPS, "all"], indirect=True)  # decoding has no gradient
-# Ten seconds each under the interpreter.
+# Each takes ten seconds under the interpreter.
 ALL = pytest.mark.parametrize("on_kernels", [pytest.param("all", marks=pytest.mark.slow)], indirect=True)
 # Absolute for logits, relative to the largest of the parameter for gradients, in float32. Measured: 2e-7 and 2e-6.
 LOGITS, GRADIENT = 1e-6, 2e-5
 LENGTH, PADDING = 70, 9
-# A threshold, and whether the first row is padded: a single token has a kernel of its own only where no mask is given.
+# A threshold, and true if the first row is padded: a single token has its own kernel only without a mask.
 TURNS = ((0.0, False), (0.45, True), (0.5, False), (2.0, True))
-# A prefill of more than two pages; more tokens than decoding reads uncompacted; a draft; two single tokens.
+# A prefill of more than two pages; more tokens than decoding reads without compaction; a draft; two single tokens.
 ENDS = (40, 57, 60, 61, 62)
 
 
 @pytest.fixture
 def on_kernels(request, monkeypatch, choose_kernels):
-    """A function that sends one op, or all, to the kernels and counts the calls; until then PyTorch has everything."""
+    """A function that sends one op, or all, to the kernels and counts the calls; before, all runs on PyTorch."""
     chosen = OPS if request.param == "all" else (request.param,)
     missing = [op for op in chosen if not hasattr(ham_kernels, op)]
     if missing:
@@ -51,7 +51,7 @@ def on_kernels(request, monkeypatch, choose_kernels):
         return calls
 
     choose_kernels(lambda op, *tensors: None)
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)  # within a block PyTorch does not read what was compacted
+    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)  # within one block PyTorch reads no compacted tokens
     return switch
 
 
@@ -70,7 +70,7 @@ def inputs(device="cpu"):
 
 
 def kept(cache):
-    """Which tokens each layer holds: (stream, position), in order."""
+    """Tokens that each layer holds: (stream, position), in order."""
     stored = [layer.store.tokens() for layer in cache.layers]
     return [torch.stack([x.streams, x.positions.long()], 1).tolist() for x in stored]
 
@@ -129,7 +129,7 @@ def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels, device):
 @TRAINED
 def test_gradients_are_those_of_pytorch(tiny_config, on_kernels, device):
     model = tiny_model(tiny_config, device)
-    arguments = inputs(device)  # without a threshold, so that the learned ones are at work and have a gradient
+    arguments = inputs(device)  # without a threshold, so that the learned ones apply and have a gradient
     expected = loss_and_gradients(model, **arguments)
     assert len(expected[1]) >= len(list(model.parameters())) - 4, "parameters without a gradient prove nothing"
     calls = on_kernels()
@@ -179,13 +179,13 @@ def test_tensors_on_a_cpu_never_reach_the_kernels(tiny_config, monkeypatch):
 
 
 def on_gpu(dtype=torch.float32, head_dim=16):
-    """What the choice looks at, of a tensor on a GPU that need not be there."""
+    """Stand-in for a tensor on a GPU, with the attributes that the choice reads."""
     return types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(2, head_dim))
 
 
 @pytest.fixture
 def platform(monkeypatch):
-    """A function that says what `ham_kernels` has against the GPU."""
+    """A function that sets the problem that `ham_kernels` reports for the GPU."""
     ops_ham._warn_without_kernels.cache_clear()
 
     def set_problem(problem):

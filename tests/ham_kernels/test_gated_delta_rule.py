@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds the kernels of the gated delta rule to the token loop in float64: outputs, prediction, state, gradients."""
+"""Compares the gated delta rule's kernels with the token loop in float64: outputs, prediction, state, gradients."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu")
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
-    """What a kernel leaves unwritten in its buffers shows."""
+    """Fills new buffers with NaN, so that numbers a kernel leaves unwritten show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -47,7 +47,7 @@ def amid_nan(x):
 
 def random_inputs(batch, length, kv_heads, group, key_dim, value_dim, dtype=torch.float32, device="cpu", state=True):
     q = l2norm(torch.randn(batch, length, kv_heads * group, key_dim))
-    # Keys that lie close together: their inverse is far from the identity.
+    # Keys lie close together, so that the inverse is far from the identity.
     k = l2norm(torch.randn(batch, length, kv_heads, key_dim) + 0.5)
     v = torch.randn(batch, length, kv_heads, value_dim)
     g = -0.2 * torch.rand(batch, length, kv_heads)
@@ -103,11 +103,11 @@ def call(function, **kwargs):
 
 
 def compare(inputs, assert_error_within, seq_idx=None, chunk_size=64, through_prediction=False):
-    """Every result against the float64 token loop, within twice the error of the same maths in PyTorch.
+    """Compares every result with the float64 token loop, within twice the error of the same maths in PyTorch.
 
-    On a GPU within four times that in float32, which PyTorch multiplies exactly before it adds. The kernels multiply
-    pairs of TF32 numbers: 24 bits of each factor, but not the product of the two small halves, and the tensor cores
-    cut their sums off where float32 rounds them.
+    On a GPU the bound for float32, which PyTorch multiplies exactly before it adds, is four times that error. The
+    kernels multiply pairs of TF32 numbers: 24 bits of each factor, but without the product of the two small halves,
+    and tensor cores truncate their sums where float32 rounds them.
     """
     q, v = inputs[0], inputs[2]
     factor = 4.0 if v.is_cuda and v.dtype == torch.float32 else 2.0
@@ -119,7 +119,7 @@ def compare(inputs, assert_error_within, seq_idx=None, chunk_size=64, through_pr
     )
     wide = [x.double() for x in inputs]
     exact = with_gradients(call(naive_gated_delta_rule_with_prediction, seq_idx=seq_idx), wide, *given)
-    # Documents do not change what rounding costs: their baseline is one document.
+    # Documents do not change the rounding error, so their baseline is one document.
     plain = with_gradients(call(plain_chunks, chunk=chunk_size), inputs, *given)
     alone = exact
     if seq_idx is not None:
@@ -130,7 +130,7 @@ def compare(inputs, assert_error_within, seq_idx=None, chunk_size=64, through_pr
 
 
 def compare_step(inputs, assert_error_within):
-    """One token without gradients: within twice the error of the recurrence in PyTorch."""
+    """One token without gradients, within twice the error of the recurrence in PyTorch."""
     with torch.no_grad():
         actual = call(gated_delta_rule_with_prediction)(*inputs)
         exact = call(naive_gated_delta_rule_with_prediction)(*(x.double() for x in inputs))
@@ -198,7 +198,7 @@ def test_gradients_through_the_prediction(dtype, length, group, state, lengths, 
 
 @pytest.mark.parametrize("decay", ["strong", "mixed"])
 def test_decays_keep_their_digits_beside_those_that_forget_everything(decay, device):
-    """A decay is the difference of two sums of up to 3,200, where float32 ends at 2e-4."""
+    """A decay is the difference of two sums of up to 3,200, which float32 holds to 2e-4."""
     *inputs, g, beta, state = (x.detach() for x in random_inputs(1, 70, 2, 1, 32, 32, device=device))
     strong = -1 - 49 * torch.rand_like(g)
     g = strong if decay == "strong" else torch.where(torch.rand_like(g) < 0.3, strong, -1e-3 * torch.rand_like(g))
@@ -275,14 +275,14 @@ def error_of_scores(inputs, score, **options):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("value_dim", [32, 80])
 def test_scores_in_place_of_predictions(value_dim, score, length, device):
-    """Also of values wider than a tile, and of two heads: measured 3e-7 at most."""
+    """Also with values wider than a tile, and with two heads; measured at most 3e-7."""
     inputs = random_inputs(2, length, 2, 1, 32, value_dim, device=device)
     assert error_of_scores(inputs, score, chunk_size=16) < 1e-6
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_neither_scores_nor_predictions_are_rounded_to_half_precision(score, device):
-    """In bfloat16 a step errs by what float32 loses; a prediction rounded to bfloat16 would make it 1e-4 and more."""
+    """A step in bfloat16 has float32's error; a prediction rounded to bfloat16 would make it 1e-4 or more."""
     inputs = random_inputs(16, 1, 2, 1, 32, 48, dtype=torch.bfloat16, device=device)
     assert error_of_scores(inputs, score) < 1e-6
 
@@ -322,7 +322,7 @@ def products(device, monkeypatch):
 
 
 def without_and_with_prediction(inputs, **options):
-    """Both results of the op, each behind the gradients of its output and final state where it has any."""
+    """Both results of the op, each followed by its gradients if it has any."""
     results = []
     for predict in (False, True):
         o, prediction, state = call(gated_delta_rule_with_prediction, predict=predict, **options)(*inputs)
@@ -343,7 +343,7 @@ def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
 
 
 def test_a_prediction_that_is_left_out_is_not_computed(products):
-    """Of each chunk and half of the keys: keys times state and keys; of the whole, that times updates."""
+    """Products per chunk and half of the keys: keys times state and keys; per chunk, the latter times updates."""
     inputs = [x.detach() for x in random_inputs(1, 40, 3, 1, 32, 32)]
     numbers = []
     for predict in (False, True):
@@ -367,7 +367,7 @@ def test_a_step_may_leave_the_prediction_out(device, monkeypatch):
 
 
 def test_documents_and_padding_score_as_they_predict(device):
-    """What a document's first token finds is nothing: a score of 0.5, also after padding in front."""
+    """A document's first token finds nothing stored and scores 0.5, also after padding."""
     q, k, v, g, beta = (x.detach() for x in random_inputs(1, 40, 1, 1, 32, 48, device=device, state=False))
     seq_idx = (torch.arange(40, device=device) >= 21).long()[None]
     beta[:, 0] = g[:, 0] = 0
@@ -477,12 +477,12 @@ def borders_kernel(out, borders, chunk, sequence, T, NT, HK: tl.constexpr, K: tl
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_addresses_have_64_bits(packed, device):
-    """Of tokens and of states, in a batch of long rows."""
+    """Addresses of tokens and of states in a batch of long rows."""
     T, HK, K, row = 2**20, 16, 128, 5
     NT = T // 64
     table = torch.tensor([row * T, (row + 1) * T, row * NT, row, row], device=device)
     out = torch.empty(3, dtype=torch.int64, device=device)
-    # Packed, the first entries of the table serve as borders of a chunk as well.
+    # In the packed case the first entries of the table also serve as borders of a chunk.
     borders_kernel[(1,)](
         out, table if packed else None, 0 if packed else row * NT, 0 if packed else row, T, NT, HK, K, packed
     )
@@ -522,7 +522,7 @@ def test_real_shapes_on_the_gpu(dtype, kv_heads, group, key_dim, value_dim, pack
     ],
 )
 def test_every_tile_shape_that_tuning_may_choose(kernel, tile, dim, assert_error_within, monkeypatch):
-    """The other tests run the first of each."""
+    """The other tests run the first tile shape of each kernel."""
     tuned = TUNED_KERNELS[kernel]
     monkeypatch.setattr(tuned, "configs", [tuned.tiles[tile]])
     length = 1 if kernel == "step_fwd_kernel" else 150

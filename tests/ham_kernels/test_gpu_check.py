@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds `make gpu-check` to what it promises, as far as a machine without a GPU can: a fault is found and reported."""
+"""Checks, without a GPU, that `make gpu-check` finds and reports faults."""
 
 import json
 import pathlib
@@ -111,7 +111,7 @@ def test_a_benchmark_keeps_the_rows_it_had(ending, outcome, gpu_check, monkeypat
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_stage_that_is_stopped_may_write_down_what_it_has(gpu_check, tmp_path, handler):
-    """Also where the check itself runs in the background, where a shell has it ignore SIGINT."""
+    """Also in the background, where a shell makes the check ignore SIGINT."""
     program = f"import time\ntry: time.sleep(60)\nfinally: open({str(tmp_path / 'written')!r}, 'w').write('all')"
     before = signal.signal(signal.SIGINT, handler)
     try:
@@ -131,7 +131,7 @@ def test_what_is_missing_is_named(gpu_check, monkeypatch, tmp_path, capsys):
     tests, _, *benchmarks = gpu_check.run_all(400, True, gpu_check.stage_names())
     assert tests["outcome"] == "not run: pytest is missing; carry the wheels of " + gpu_check.WHEELS["pytest"]
     assert "carry the wheels of flash-linear-attention" in capsys.readouterr().out
-    # None of them took any time here, so the last may have all that there is.
+    # None of them took any time here, so the last gets all that is left.
     assert benchmarks[-1]["seconds"] == pytest.approx(400, abs=5)
     (only,) = gpu_check.run_all(400, True, ["bench_mixer"])
     assert only["seconds"] == pytest.approx(400, abs=5)
@@ -176,7 +176,7 @@ def test_the_comparison_of_models_finds_a_wrong_kernel(benchmarks, monkeypatch):
 
     assert all(r["meets"] for r in parity.run("cpu", length=48, new_tokens=3))
 
-    # What the second model of each comparison runs on attends with a wrong scale.
+    # The second model of each comparison attends with a wrong scale.
     from ham_hf import attention_ham
 
     right = attention_ham.sparse_prefix_attention
@@ -228,7 +228,7 @@ def test_the_benchmark_of_the_compaction_compares_the_same(device, benchmarks, m
 def test_the_benchmark_of_the_delta_rule_compares_the_same(
     there, device, benchmarks, monkeypatch, arithmetic_as_on_a_gpu
 ):
-    """With fla, of which the backward may be refused, and without."""
+    """With fla, which may refuse its backward, and without."""
     import bench_gated_delta_rule as bench
 
     monkeypatch.setattr(bench, "DEVICE", device)
@@ -256,7 +256,7 @@ def test_the_benchmark_of_the_delta_rule_compares_the_same(
 
 
 def test_the_benchmark_of_the_mixer_compares_the_same(benchmarks, monkeypatch):
-    """Where everything is kept, both sides of it are one function, of which fla may refuse the backward."""
+    """With everything kept, both sides compute the same; fla may refuse its backward."""
     import bench_mixer as bench
 
     monkeypatch.setattr(bench, "DEVICE", "cpu")

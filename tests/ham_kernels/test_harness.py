@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds the tests' own tools to what they promise: a kernel that errs must fail its test."""
+"""Checks the tests' own tools: a kernel that errs must fail its test."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_poison_refuses_what_nan_cannot_fill(tensor, poisoned):
 
 
 def off_by(exact, size):
-    """`exact` in float32, with errors of this size and either sign."""
+    """`exact` in float32, with errors of this size and of either sign."""
     return (exact + size * (2 * torch.randint(0, 2, exact.shape) - 1)).float()
 
 
@@ -106,19 +106,19 @@ def test_few_numbers_tell_nothing(assert_error_within):
 
 
 def cut(x, bits):
-    """`x` rounded to so many bits after the leading one: 10 are TF32, 7 bfloat16."""
+    """`x` rounded to `bits` after the leading one: 10 for TF32, 7 for bfloat16."""
     scale = 2.0 ** (bits - x.abs().clamp(min=1e-30).log2().floor())
     return (x * scale).round() / scale
 
 
 def attention(q, k, v, visible, logits_of=torch.matmul, values_of=torch.matmul):
-    """Masked softmax attention in parts that a mistake can be planted in."""
+    """Masked softmax attention in parts, so that a test can plant a mistake in one."""
     logits = logits_of(q, k.mT) * q.shape[-1] ** -0.5
     return values_of(logits.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
 def in_another_order(a, b):
-    """A product that adds up in another order than BLAS: one term after the other, the last first."""
+    """A product that adds up its terms one by one from the last, unlike BLAS."""
     return sum(a[..., i, None] * b[..., i, None, :] for i in reversed(range(a.shape[-1])))
 
 
@@ -133,7 +133,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("seed", range(25))
 def test_other_sums_pass_and_mistakes_do_not(seed, assert_error_within):
-    """At every seed: a bound that fails now and then is loosened sooner or later."""
+    """Holds at every seed: a bound that fails now and then would be loosened sooner or later."""
     torch.manual_seed(seed)
     q, k, v = torch.randn(3, 4, 40, 24)
     visible = torch.ones(40, 40, dtype=torch.bool).tril()

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds the folder `kernels` to what Hugging Face's kernel-builder and the package `kernels` make of it."""
+"""Checks the folder `kernels` against Hugging Face's kernel-builder, the package `kernels` and setuptools."""
 
 import ast
 import inspect
@@ -18,12 +18,12 @@ import ham_kernels
 
 FOLDER = pathlib.Path(__file__).parents[2] / "kernels"
 SOURCE = FOLDER / "torch-ext" / "ham_kernels"
-# What a Python kernel may import besides itself and the standard library; fla serves one op where it is installed.
+# Packages that a Python kernel may import besides itself and the standard library.
 IMPORTS = {"torch", "triton", "fla"}
 
 
 def imported(file):
-    """The top-level packages that a file imports, and how many levels its relative imports climb."""
+    """The top-level packages that a file imports, and the levels that its relative imports climb."""
     names, levels = set(), set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -68,14 +68,14 @@ def test_setuptools_packs_every_folder():
 
 
 def test_the_package_kernels_reads_and_loads_the_folder(tmp_path):
-    # Not `kernels` itself: this repository's folder answers to that name where nothing is installed.
+    # Not `kernels` itself: without the package, that name finds this repository's folder.
     pytest.importorskip("kernels._rust", reason="the package `kernels` is not installed")
     from kernels._rust import Build
 
     import kernels
 
-    Build.open(FOLDER)  # an error for what kernel-builder would not take
-    # What kernel-builder writes for a kernel of Python files: a folder a backend.
+    Build.open(FOLDER)  # raises an error if kernel-builder would refuse it
+    # kernel-builder writes one folder per backend for a kernel of Python files.
     backend = "cuda" if torch.version.cuda else "cpu"
     variant = tmp_path / "build" / f"torch-{backend}"
     shutil.copytree(SOURCE, variant, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Holds the decoding kernel to the dense softmax over each stream's tokens, wherever its pages lie."""
+"""Compares the decoding kernel with the dense softmax over each stream's tokens, wherever its pages lie."""
 
 import importlib
 
@@ -21,7 +21,7 @@ from ham_kernels.ragged_decode_attention import (
     split_sizes,
 )
 
-# The package names its op as the file is named.
+# The package gives the function this name.
 module = importlib.import_module("ham_kernels.ragged_decode_attention")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -61,7 +61,7 @@ def make(device, owners, fill, groups=1, key_dim=16, value_dim=16, page=16, dtyp
 
 
 def exact(*arguments, scale=None):
-    """What the op is to compute, in float64."""
+    """The definition of the op, in float64."""
 
     def double(x):
         return type(x)(map(double, x)) if isinstance(x, (list, tuple)) else x.double() if x.is_floating_point() else x
@@ -70,7 +70,7 @@ def exact(*arguments, scale=None):
 
 
 def without_nan(*arguments):
-    """The same arguments for PyTorch, which multiplies unused slots by zero."""
+    """The same arguments without NaN, for PyTorch, which multiplies unused slots by zero."""
     *others, (tail_k, tail_v, fill) = arguments
     return *others, (tail_k.nan_to_num(), tail_v.nan_to_num(), fill)
 
@@ -145,7 +145,7 @@ def test_several_tokens_in_several_splits(device, monkeypatch, assert_error_with
 
 
 def test_more_splits_while_there_are_few_tiles():
-    """With one tile a split, splits are short enough to fill the chip; with many they need not be."""
+    """With one tile per split, splits are short enough to fill the chip; with many they may be longer."""
     pages, streams = 4096, 16
     assert split_sizes(pages, streams, 1, 1)[0] == 8
     assert split_sizes(pages, streams, 128, 1)[0] == 8
@@ -155,7 +155,7 @@ def test_more_splits_while_there_are_few_tiles():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits(dtype, device, assert_error_within):
-    """Logits far beyond what exp can take, of which one wins in some streams."""
+    """Logits far beyond the range of exp; in some streams one wins."""
     q, *others = make(device, [[0, 1, 0, 0, 0, 0, 0, 0]], [3, 4, 0], dtype=dtype)
     arguments = (100 * q, *others)
     out = ragged_decode_attention(*arguments)
@@ -174,7 +174,7 @@ def test_logits_beneath_the_tokens_own(device):
 
 
 def test_several_splits_a_stream(device, monkeypatch, assert_error_within):
-    """With room for few splits each is as long as one may be, the last of a stream shorter; pages lie in any order."""
+    """With few splits each has the largest length, except the last of a stream; pages lie in any order."""
     monkeypatch.setattr(module, "WANTED_PROGRAMS", 1)
     long = 2 * MAX_SPLIT_PAGES + 5
     owners = [1] * long + [0] + [3] * (MAX_SPLIT_PAGES + 1)
@@ -194,7 +194,7 @@ def test_there_are_never_more_splits_than_planned():
 
 
 def test_many_streams(device, monkeypatch, assert_error_within):
-    """More streams than the plan adds up at once; most of them hold nothing but themselves."""
+    """More streams than the plan adds up at once; most of them hold no tokens."""
     monkeypatch.setattr(module, "PLAN_BLOCK", 16)
     arguments = make(device, [[0, 49, 49, 33, 32, 31, 17]], [n % 3 for n in range(50)], 1, 8, 8, page=4)
     out = ragged_decode_attention(*arguments)
@@ -202,7 +202,7 @@ def test_many_streams(device, monkeypatch, assert_error_within):
 
 
 def test_an_index_spares_the_sort(device):
-    """Ranks and counts that a store knows give the same, also when its last slab has room left over."""
+    """Ranks and counts from a store give the same, also when its last slab has free pages."""
     *new, pages, tail = make(device, [[0, 1, 0], [1, 0, 1, 2, 2, 0, 0]], [3, 4, 5])
     expected = ragged_decode_attention(*new, pages, tail)
     (_, counts), ranks = index_pages(pages, 3)
@@ -211,7 +211,7 @@ def test_an_index_spares_the_sort(device):
     assert counts.tolist() == [5 * 16, 3 * 16, 2 * 16]
     index = slab_table([(*slab, rank) for slab, rank in zip(pages, ranks, strict=True)]), counts
     assert torch.equal(ragged_decode_attention(*new, pages, tail, index=index), expected)
-    # Three pages fewer: those of the last slab behind them must not be looked at.
+    # Three pages fewer: the pages behind them in the last slab must not be read.
     owner, rank = pages[1][2], ranks[1]
     counts = counts - 16 * torch.bincount(owner[4:].long(), minlength=3)
     owner[4:], rank[4:] = 10**6, 10**6
@@ -221,7 +221,7 @@ def test_an_index_spares_the_sort(device):
 
 
 def append(store, counts, start):
-    """Puts `counts[n]` random tokens more into stream `n`."""
+    """Appends `counts[n]` random tokens to stream `n`."""
     streams = torch.repeat_interleave(torch.tensor(counts))
     total = len(streams)
     fields = (torch.randn(total, store.key_dim), torch.randn(total, store.value_dim), torch.rand(total))
@@ -230,7 +230,7 @@ def append(store, counts, start):
 
 
 def assert_reads(store):
-    """The kernel reads exactly what the store holds, by what the store itself knows of its pages."""
+    """Checks that the kernel reads exactly the store's tokens, with the store's own index."""
     streams, device = store.num_streams, store.device
     pages = [(x["keys"], x["values"], x["owner"]) for x in store.pages()]
     fields = ("keys", "values", "owner", "rank")
@@ -352,7 +352,7 @@ def test_addresses_of_pages_have_64_bits(last_of):
 
 
 def test_addresses_of_streams_and_splits_have_64_bits(last_of):
-    """The last of very many streams, which holds a page in the last of very many splits, reads what it reads alone."""
+    """The last of very many streams, with a page in the last of very many splits, gives the same as alone."""
     length, page, dim = 16, 16, 256
     sizes = {"K": dim, "V": dim, "PAGE": page, "BLOCK_K": dim, "BLOCK_V": dim}
     q, k, v, tail_k, tail_v = torch.randn(5, 1, length, dim).half()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu")
 
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
-    """Tiles so small that a hundred tokens need several of them, whole and cut ones; the shipped ones on a GPU."""
+    """Tiles so small that a hundred tokens need several, full and cut ones; on a GPU the shipped ones."""
     if "gpu" not in request.keywords:
         for name, shapes in tiles.TILES.items():
             monkeypatch.setitem(tiles.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
@@ -38,7 +38,7 @@ def small_tiles(request, monkeypatch):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Records the steps of the kernels' loops: a list of (name, where it starts, whether it was masked)."""
+    """Records the steps of the kernels' loops: a list of (name, start, masked)."""
     if not INTERPRETED:
         pytest.skip("only the interpreter's steps can be recorded")
     taken = []
@@ -62,7 +62,7 @@ def steps(monkeypatch):
 
 
 def branches(steps, name):
-    """Which branches a kernel took."""
+    """The branches that a kernel took."""
     return {masked for step, _, masked in steps if step == name}
 
 
@@ -91,7 +91,7 @@ def counted(keep):
 
 
 def dense(q, k, v, k_kept, v_kept, begin, end, until=None, scale=None):
-    """The definition, as one softmax over the columns and oneself. Returns outputs and log-sum-exp."""
+    """The definition, as one softmax over the columns and the query itself. Returns outputs and log-sum-exp."""
     groups = q.shape[2] // k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v, begin, end = (x.repeat_interleave(groups, dim=2) for x in (k, v, begin, end))
@@ -117,7 +117,7 @@ def evaluate(function, inputs, spans, grads, dtype, **options):
 
 
 def check(inputs, spans, assert_error_within, but=(), factor=2.0, **options):
-    """Holds the kernel to the dense softmax in float64, with PyTorch's own error at this precision as the measure."""
+    """Compares the kernel with the dense softmax in float64; PyTorch's error at this precision sets the bound."""
     q, _, v = inputs[:3]
     grads = (torch.randn(*q.shape[:3], v.shape[3], device=q.device), torch.randn(q.shape[:3], device=q.device))
     ours = evaluate(sparse_prefix_attention, inputs, spans, grads, q.dtype, return_lse=True, **options)
@@ -177,7 +177,7 @@ def test_masked_and_unmasked_tiles_are_both_taken(steps, device, assert_error_wi
 
 
 def test_work_is_proportional_to_what_is_kept(steps, device):
-    """Of 96 queries, the first 20 kept, each tile of 32 visits two tiles of 16 columns."""
+    """With the first 20 of 96 tokens kept, each tile of 32 queries visits two tiles of 16 columns."""
     keep = (torch.arange(96, device=device) < 20).view(1, -1, 1)
     inputs = make_inputs(device, length=96, heads=1, columns=96)
     sparse_prefix_attention(*inputs, *counted(keep))
@@ -254,7 +254,7 @@ def test_cached_columns_before_the_new_ones(groups, device, assert_error_within)
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_evicted_columns(dtype, device, assert_error_within):
-    """A column is seen up to its eviction, also when that is at once, or was before the first of these queries."""
+    """A column is seen until its eviction, which may come at once, or before the first of these queries."""
     length, width = 70, 5
     keep = torch.rand(1, length, 2, device=device) < 0.7
     begin, end = (x.to(dtype) for x in counted(keep))
@@ -276,11 +276,11 @@ def test_columns_that_stay_need_no_mask(steps, device):
 
 @pytest.mark.parametrize(("size", "but"), [(2, ()), (3, ("k",))])
 def test_large_logits_and_a_scale(size, but, device, assert_error_within):
-    """Most weights are nearly 0 or 1, and few rows have an error at all: it takes many of them.
+    """Most weights are nearly 0 or 1, so few rows have an error at all, and the test needs many.
 
-    The gradient of a token's own key is its weight times `do . (v - o)`. With nearly all weight on itself `o` is `v`
-    but for its own rounding, where PyTorch takes from `do . v` the same product that it added. From logits of 50 on
-    that is up to 2.5 times PyTorch's error, as in any attention that keeps `o` and not the weights.
+    The gradient of a token's own key is its weight times `do . (v - o)`. With nearly all weight on itself, `o` is `v`
+    except for rounding, while PyTorch subtracts from `do . v` the same product that it added. From logits of 50 on
+    that is up to 2.5 times PyTorch's error, as in any attention that saves `o` and not the weights.
     """
     inputs = [x.detach().mul(size).requires_grad_() for x in make_inputs(device, batch=8, length=40, columns=40)]
     keep = torch.rand(8, 40, 2, device=device) < 0.7
@@ -288,7 +288,7 @@ def test_large_logits_and_a_scale(size, but, device, assert_error_within):
 
 
 def test_weights_of_nearly_one_keep_their_digits(device, assert_error_within):
-    """The log-sum-exp of logits in the hundreds loses more to rounding than such a weight does in PyTorch."""
+    """Rounding the log-sum-exp of logits in the hundreds would cost more than PyTorch's error of such a weight."""
     inputs = [x.detach().mul(6).requires_grad_() for x in make_inputs(device, batch=8, length=40, columns=40)]
     keep = torch.rand(8, 40, 2, device=device) < 0.7
     check(inputs, counted(keep), assert_error_within, but=("o", "lse", "q", "k", "k_kept"), scale=0.7)
@@ -382,7 +382,7 @@ def addresses_kernel(out, stream, T, HK: tl.constexpr, GROUP: tl.constexpr, K: t
 
 
 def test_addresses_have_64_bits(device):
-    """Of the longest rows, as the kernels add them up: the last query rows of a head of the third row of a batch."""
+    """Addresses, as the kernels add them up, of the last query rows of a head in the third of the longest rows."""
     T, HK, GROUP, K, BLOCK = MAX_LENGTH, 16, 4, 128, 16
     out = torch.empty(BLOCK, dtype=torch.int64, device=device)
     addresses_kernel[(1,)](out, 2 * HK + 5, T, HK, GROUP, K, BLOCK)
@@ -397,7 +397,7 @@ def test_addresses_have_64_bits(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("groups", "K", "V"), [(1, 128, 128), (4, 64, 64), (3, 96, 192), (2, 256, 256)])
 def test_real_shapes_on_the_gpu(dtype, groups, K, V, assert_error_within):
-    """A float32 product of the kernel is one chain of sums over up to 6,124 rows, which cuBLAS adds up in blocks."""
+    """The kernel adds up a float32 product in one chain of up to 6,124 rows, cuBLAS in blocks."""
     length, cached = 1531, 300
     factor = 4.0 if dtype == torch.float32 else 2.0
     keep = torch.rand(2, length, 3, device="cuda") < torch.tensor([1.0, 0.5, 0.02], device="cuda")
@@ -412,7 +412,7 @@ def test_real_shapes_on_the_gpu(dtype, groups, K, V, assert_error_within):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_new_length_neither_compiles_nor_tunes(monkeypatch):
-    """Within a bucket of lengths, forward and backward run what they ran before."""
+    """Within a bucket of lengths, forward and backward reuse the compiled kernels."""
 
     def attend(length):
         keep = torch.rand(1, length, 2, device="cuda") < 0.7
@@ -435,7 +435,7 @@ def test_a_new_length_neither_compiles_nor_tunes(monkeypatch):
 @pytest.mark.parametrize("tile", range(4))
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_tile_shape_that_tuning_may_choose(kernel, tile, dim, assert_error_within, monkeypatch):
-    """The other tests run the first of each."""
+    """The other tests run the first tile shape of each kernel."""
     tuned = tiles.with_tiles(KERNELS[kernel], kernel, 2, dim, torch.cuda.get_device_capability() == (9, 0))
     assert len(tuned.tiles) <= 4
     if tile >= len(tuned.tiles):

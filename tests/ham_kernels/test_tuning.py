@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Counts what the kernels would tune and compile as lengths grow, and holds the refusal of platforms to its table."""
+"""Counts tunings and compilations of the kernels as lengths grow, and checks which platforms they refuse."""
 
 import inspect
 import subprocess
@@ -16,12 +16,12 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 import ham_kernels  # noqa: E402
 from ham_kernels import tuning  # noqa: E402
 
-# Of one bucket, 129 to 256: odd, a multiple of 16, and its end.
+# Lengths of one bucket, 129 to 256: an odd one, a multiple of 16, and its end.
 LENGTHS = (131, 160, 256)
 
 
 def compile_key(kernel, args, kwargs):
-    """What Triton compiles a launch by: constants, types, and of integers whether they are 1 or a multiple of 16."""
+    """Triton's key for compiling a launch: constants, types, and for integers if they are 1 or a multiple of 16."""
     signature = inspect.signature(kernel.fn)
     options = {name: kwargs.pop(name) for name in list(kwargs) if name not in signature.parameters}
     bound = signature.bind(*args, **kwargs)
@@ -44,7 +44,7 @@ def compile_key(kernel, args, kwargs):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The sets of keys by which launches since were tuned, and compiled."""
+    """The sets of keys of all launches since: those of tuning, and those of compilation."""
     tuned, compiled = set(), set()
     run_tuner = Autotuner.run
 

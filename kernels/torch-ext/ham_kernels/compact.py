@@ -1,8 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Compaction: the kept tokens of each row and head, in order and without gaps, so that attention pays for them only.
+"""Compaction: gathers the kept tokens of each row and head, in order, so that attention computes only those.
 
-Two passes number the tokens: chunks of tokens are counted, then each chunk adds up what lies before it and scans
-itself. Chunks are independent, so few heads fill the chip as well as many. A third kernel moves the rows.
+The first kernel counts the kept tokens of each chunk. The second adds up the counts before a chunk, and scans it.
+Chunks are independent, so a few heads fill the chip as well as many. The third kernel moves the rows.
 """
 
 from typing import Any
@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from .tuning import check_platform
 
-# Elements that one program holds at once: 16 of each of 256 threads.
+# Elements that one program holds at once: 16 for each of 256 threads.
 TILE_ELEMENTS = 4096
 NUM_WARPS = 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. `HK` heads, `T` tokens and `M` columns of a row; a stream is a row's head.
+# Kernels. A row has `HK` heads, `T` tokens and `M` columns; a stream is one head of one row.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +66,7 @@ def compact_kept_fwd_kernel(
     d = tl.arange(0, BLOCK_D)
     kept = tl.load(keep + (row * T + t) * HK + head, mask=t < T, other=0) != 0
     column = tl.load(before + (row * T + t) * HK + head, mask=t < T, other=0)
-    # Tokens that are not kept fill the columns past the kept ones, with zeros: each column is written once.
+    # Dropped tokens write zeros to the columns past the kept ones, so each column is written once.
     column = tl.where(kept, column, tl.load(total + stream) + t - column)
     inside = (t < T) & (column < M)
     source = x + row * stride_b + head * stride_h + t[:, None] * stride_t + d[None, :]
@@ -97,13 +97,13 @@ def compact_kept_bwd_kernel(
 
 
 def _tile(size: int) -> tuple[int, int]:
-    """Tile of `TILE_ELEMENTS` whose second side covers `size`."""
+    """Sides of a tile of `TILE_ELEMENTS`; the second covers `size`."""
     side = triton.next_power_of_2(size)
     return max(1, TILE_ELEMENTS // side), side
 
 
 def count_before(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens kept before each, `[B, T, Hk]` int64, and by each head, `[B, Hk]` int32; `keep` is contiguous."""
+    """Tokens kept before each token, `[B, T, Hk]` int64, and in all, `[B, Hk]` int32; `keep` is contiguous."""
     batch, length, heads = keep.shape
     flags = keep.view(torch.uint8)
     block_t, block_h = _tile(heads)
@@ -119,10 +119,10 @@ def count_before(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def compact_kept_fwd(
     x: torch.Tensor, keep: torch.Tensor, before: torch.Tensor, total: torch.Tensor, columns: int
 ) -> torch.Tensor:
-    """`x` `[B, T, Hk, D]` as `[B, Hk, columns, D]`, zero past a head's own count."""
+    """Gathers `x` `[B, T, Hk, D]` into `[B, Hk, columns, D]`, zero past a head's own count."""
     batch, length, heads, dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    # The kernel writes a column for each token, and no more.
+    # The kernel writes one column per token; further columns must be zero beforehand.
     out = (torch.empty if columns <= length else torch.zeros)(
         batch, heads, columns, dim, dtype=x.dtype, device=x.device
     )
@@ -138,7 +138,7 @@ def compact_kept_fwd(
 
 
 def compact_kept_bwd(grad: torch.Tensor, keep: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The gradient `[B, T, Hk, D]` of tokens from that of columns, `[B, Hk, M, D]`: zero where nothing is kept."""
+    """Scatters the columns' gradient `[B, Hk, M, D]` to the tokens, `[B, T, Hk, D]`; dropped tokens get zero."""
     batch, length, heads = keep.shape
     columns, dim = grad.shape[2:]
     dx = torch.empty(batch, length, heads, dim, dtype=grad.dtype, device=grad.device)
@@ -157,7 +157,7 @@ def compact_kept_bwd(grad: torch.Tensor, keep: torch.Tensor, before: torch.Tenso
 
 
 class CompactKeptFunction(torch.autograd.Function):
-    """`compact_kept` of tensors that are not empty."""
+    """`compact_kept` for tensors that are not empty."""
 
     @staticmethod
     def forward(
@@ -202,12 +202,12 @@ def compact_kept(
     Args:
         keep: `[B, T, Hk]` bool.
         tensors: each `[B, T, Hk, D]`.
-        capacity: columns to return, at least the largest number kept: what is kept beyond is lost. `None` returns as
-            many as needed and waits for the device to know that number; a capacity never waits.
+        capacity: number of columns to return; tokens kept beyond it are lost. `None` returns as many as needed, for
+            which the host waits for the device; with a capacity it never waits.
 
     Returns:
-        each tensor as `[B, Hk, M, D]`, `M` the largest number kept or `capacity` (what lies past a head's own number
-        is zero), and `[B, T, Hk]` int64, the number of tokens kept before each.
+        each tensor as `[B, Hk, M, D]`, `M` the largest number kept or `capacity` (zero past a head's own number), and
+        `[B, T, Hk]` int64, the number of tokens kept before each token.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, device or capacity; the message names the argument.

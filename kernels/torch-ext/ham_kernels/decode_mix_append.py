@@ -17,15 +17,15 @@ from .ragged_decode_attention import SLAB_FIELDS
 from .tuning import check_platform
 
 GATE_ACTIVATIONS = ("silu", "sigmoid")
-# What the append knows of a slab: where its scores and positions lie, too.
+# Numbers of a slab for the append: also the addresses of scores and positions.
 APPEND_FIELDS = SLAB_FIELDS + 2
-# Slabs that a program looks through at once for the one of a free page.
+# Slabs that a program searches at once for the one that holds a page.
 SLAB_BLOCK = 64
 
 
 @triton.jit
 def _mixed(o, weight, place, o_v, mask, eps, V: tl.constexpr):
-    """The outputs `[heads, V]` of a memory, through their RMSNorm if there is one."""
+    """Outputs `[heads, V]` of a memory, after their RMSNorm if there is one."""
     x = tl.load(o + place, mask=mask, other=0.0).to(tl.float32)
     if weight is not None:
         x *= tl.rsqrt(tl.sum(x * x, 1) / V + eps)[:, None]
@@ -45,7 +45,7 @@ def decode_mix_append_fwd_kernel(
     HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
     SILU: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream: the mix of its memories' outputs, and its place in the pages if it is kept."""
+    """One token of one stream: mixes the outputs of its memories, and appends it to the pages if it is kept."""
     stream = tl.program_id(0).to(tl.int64)
     row = stream // HK
     o_g, o_v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
@@ -83,7 +83,7 @@ def _append(
     K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A token behind what its stream holds; one that fills the open page takes it to the next free page of a slab."""
+    """Appends a token to its stream; if it fills the open page, copies that to the next free page of a slab."""
     o_k, o_v, o_p, o_s = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, PAGE), tl.arange(0, BLOCK_S)
     in_k, in_v = o_k < K, o_v < V
     key = tl.load(k + stream * K + o_k, mask=in_k)
@@ -107,7 +107,7 @@ def _append(
             index += tl.sum((in_use & (end <= page)).to(tl.int32), 0)
         slab = slabs + index * FIELDS
         page -= tl.load(slab + 4)
-        # The last slot comes from the registers, not by way of the open page, whose writes others would have to see.
+        # The last slot comes from registers: through the open page, other threads would have to see its write.
         last = o_p == PAGE - 1
         slots = stream * PAGE + o_p
         target = page * PAGE + o_p
@@ -134,13 +134,13 @@ def _append(
 
 
 class OpenPages(NamedTuple):
-    """Where the device appends: the open pages of `N` streams, and what it must know of the full ones.
+    """The open pages of `N` streams, to which the device appends, and the table of the full ones.
 
     Attributes:
         keys, values: `[N, p, K]` and `[N, p, V]`, contiguous, `p` a power of two.
         scores, positions: `[N, p]` float32 and int32.
-        counts: `[N]` int64 tokens that each stream holds, those in full pages included.
-        full_pages: int64 scalar, how many pages of the slabs are in use, all streams together.
+        counts: `[N]` int64 tokens that each stream holds, in open and full pages.
+        full_pages: int64 scalar, number of pages in use in all slabs, over all streams.
         slabs: `slab_table` of slabs `(keys, values, owner, rank, scores, positions)`, with a free page for every
             stream whose open page lacks one token.
     """
@@ -200,24 +200,24 @@ def decode_mix_append(
     eps: float = 1e-6,
     gate_activation: str = "silu",
 ) -> torch.Tensor:
-    """Mixes what the two memories of a token put out, and appends the kept tokens to their streams' pages, in place.
+    """Mixes the outputs of a token's two memories, and appends the kept tokens to their streams' pages in place.
 
     `(sigmoid(gates[0]) RMSNorm(o_rnn) + sigmoid(gates[1]) RMSNorm(o_kv)) * silu(output_gate)`; without attention
     `RMSNorm(o_rnn) * silu(output_gate)`; or with a sigmoid in place of the SiLU. A kept token goes to the next slot of
-    its stream's open page; an open page that it fills is copied to the next free page of the slabs. One launch, no
-    backward, no waiting for the host, which sees to it that there are free pages.
+    its stream's open page; if that is then full, it is copied to the next free page of the slabs. One launch, no
+    backward; the host never waits, and must have reserved free pages.
 
     Args:
-        update: what `decode_update` returned, of `B` rows in bfloat16, float16 or float32. What has no dtype below has
-            this one.
+        update: the result of `decode_update` for `B` rows in bfloat16, float16 or float32. A tensor without a dtype
+            below has this one.
         positions: `[B]` int64 index of each token among its row's real ones.
         real_tokens: `[B]` int64 number of real tokens seen, which becomes `positions + 1`.
-        real: `[B]` bool, false for padding, which changes nothing and has unspecified outputs; `None` if all are real.
+        real: `[B]` bool, false for padding, which changes nothing and has undefined outputs; `None` if all are real.
         norm_weights: `[V]` each, of the RMSNorms of the two outputs; `None` for no norm.
         output_gate: `[B, H * V]` before its activation, or `None` for no gate.
-        o_kv: `[B, H, V]` output of the attention; it, `gates` and `pages` are `None` in a layer without.
+        o_kv: `[B, H, V]` output of the attention; `o_kv`, `gates` and `pages` are `None` in a layer without attention.
         gates: `[B, H]` each, of the RNN's and the attention's output, before the sigmoid.
-        pages: where to append (a plain tuple will do), a stream for each row and head, ordered by row.
+        pages: where to append, one stream per row and head, ordered by row; may be a plain tuple.
         eps: of the RMSNorms.
         gate_activation: `"silu"` or `"sigmoid"`, of the output gate.
 
@@ -283,7 +283,7 @@ def _check_arguments(
 
 
 def _expected_pages(k: torch.Tensor, value_dim: int, pages: OpenPages) -> dict:
-    """What `check_tensors` checks of the places to append `k` `[B, Hk, K]` to."""
+    """Tensor, shape and dtype of each field of `pages`, to which `k` `[B, Hk, K]` is appended."""
     batch, kv_heads, key_dim = k.shape
     own, index, streams, page = k.dtype, torch.int64, batch * kv_heads, pages.keys.shape[1]
     if page & (page - 1):

@@ -15,9 +15,9 @@ import triton.language as tl
 
 from .tuning import check_platform
 
-# How a token's routing score comes about: from the state's prediction, as it is handed in, or from both.
+# Sources of a token's routing score: the state's prediction, the caller, or both.
 SCORES = ("cosine", "l2", "residual", "given", "learned_error")
-# Elements of the state that a program of 8 warps holds at once, 32 a thread.
+# Elements of the state that a program of 8 warps holds at once: 32 per thread.
 STATE_TILE = 8192
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 L2_EPS = tl.constexpr(1e-6)
@@ -26,7 +26,7 @@ COSINE_EPS = tl.constexpr(1e-8)
 
 @triton.jit
 def _convolved(raw, conv_state, conv_weight, channel, mask, C: tl.constexpr, W: tl.constexpr):
-    """Causal convolution and SiLU of some channels of a row, rounded as a tensor of its own would be."""
+    """Causal convolution and SiLU of some channels of a row, rounded to the dtype of `raw`."""
     x = tl.load(raw + channel, mask=mask, other=0.0).to(tl.float32)
     x *= tl.load(conv_weight + channel * W + W - 1, mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(W - 1):
@@ -37,7 +37,7 @@ def _convolved(raw, conv_state, conv_weight, channel, mask, C: tl.constexpr, W: 
 
 @triton.jit
 def _roll(raw, conv_state, channel, mask, C: tl.constexpr, W: tl.constexpr):
-    """Moves some channels of the convolution's state on by one token."""
+    """Shifts some channels of the convolution's state by one token."""
     for i in tl.static_range(W - 2):
         tl.store(conv_state + i * C + channel, tl.load(conv_state + (i + 1) * C + channel, mask=mask), mask=mask)
     if W > 1:
@@ -48,7 +48,7 @@ def _roll(raw, conv_state, channel, mask, C: tl.constexpr, W: tl.constexpr):
 def _attention_view(
     x, partner, weight, cos, sin, dim, mask, eps, K: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr
 ):
-    """RMSNorm and rotation of `[rows, K]`; `partner` has, for every entry, the one that it is rotated with."""
+    """RMSNorm and rotation of `[rows, K]`; `partner` holds the entry with which each entry is rotated."""
     other = (dim + K // 2) % K
     if QK_NORM:
         factor = tl.rsqrt(tl.sum(x * x, 1) / K + eps)[:, None]
@@ -65,7 +65,7 @@ def _attention_view(
 def _score(
     v_square, p_square, d_square, product, beta, given, error_weight, stream, head, SCORE: tl.constexpr
 ):  # fmt: skip
-    """Routing score of a token, from sums over its value's dimensions and from what is handed in."""
+    """Routing score of a token, from sums over its value's dimensions and the caller's tensors."""
     v_norm, p_norm, d_norm = tl.sqrt(tl.sum(v_square, 0)), tl.sqrt(tl.sum(p_square, 0)), tl.sqrt(tl.sum(d_square, 0))
     if SCORE == "given":
         score = tl.load(given + stream)
@@ -79,7 +79,7 @@ def _score(
         score = tl.where(score == score, tl.minimum(tl.maximum(score, 0.0), 1.0), score)
         if SCORE == "learned_error":
             score = tl.sigmoid(tl.load(given + stream) + tl.load(error_weight + head) * score)
-    # What is not a number counts as 1, so that no threshold drops it unseen.
+    # NaN counts as 1, so that no threshold drops it unseen.
     return tl.where(score == score, score, 1.0)
 
 
@@ -146,9 +146,9 @@ def _update_state(
         S = tl.load(cells, mask=in_state, other=0.0) * decay
         prediction = tl.sum(k[:, None] * S, 0)
         S += k[:, None] * (beta * (v - prediction))[None, :]
-        # Small blocks are loaded by several threads at once, and none may find what another has written.
+        # Several threads load the same small block; all must have read it before one writes.
         tl.debug_barrier()
-        # Padding neither decays nor writes the state, were it NaN.
+        # Padding leaves the state as it is, even padding that is NaN.
         tl.store(cells, S, mask=in_state & is_real)
         for g in tl.static_range(G):
             query = tl.sum(tl.where((o_g == g)[:, None], q, 0.0), 0)
@@ -187,7 +187,7 @@ def decode_update_fwd_kernel(
     ALLOW_NEG_EIGVAL: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream: convolution, state, prediction and, if there is a SCORE, what attention takes."""
+    """One token of one stream: convolution, state, prediction and, with a SCORE, the inputs of attention."""
     stream = tl.program_id(0).to(tl.int64)
     row, head = stream // HK, (stream % HK).to(tl.int32)
     C: tl.constexpr = HK * G * K + HK * K + HK * V
@@ -236,13 +236,13 @@ def decode_update_fwd_kernel(
 
 
 class DecodeUpdate(NamedTuple):
-    """What one token leaves for attention and for the mix of the two memories.
+    """Results of one token, for attention and for the mix of the two memories.
 
     Attributes:
-        o: `[B, H, V]` output of the RNN. All that follows is `None` in a layer without attention.
+        o: `[B, H, V]` output of the RNN. The other fields are `None` in a layer without attention.
         q, k, v: `[B, H, K]`, `[B, Hk, K]` and `[B, Hk, V]` of the attention view.
         scores: `[B, Hk]` float32 routing scores.
-        keep: `[B, Hk]` bool, whether the score reaches the threshold.
+        keep: `[B, Hk]` bool, true if the score reaches the threshold.
     """
 
     o: torch.Tensor
@@ -354,13 +354,13 @@ def decode_update_fwd(
 
 
 def query_heads(qkv: torch.Tensor, state: torch.Tensor) -> int:
-    """Query heads among the channels of `qkv` `[B, C]`, beside a key and a value for each head of `state`."""
+    """Number of query heads in `qkv` `[B, C]`, which also has a key and a value for each head of `state`."""
     _, kv_heads, key_dim, value_dim = state.shape
     return (qkv.shape[1] - kv_heads * (key_dim + value_dim)) // key_dim
 
 
 def block_sizes(groups: int, key_dim: int, value_dim: int) -> dict[str, int]:
-    """The kernel's blocks: powers of two that hold the sizes, and as many columns of the state as a tile has."""
+    """The kernel's blocks: powers of two that hold the sizes, and the state columns of a tile."""
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     tile_v = min(block_v, max(1, STATE_TILE // block_k))
     return {"BLOCK_G": triton.next_power_of_2(groups), "BLOCK_K": block_k, "BLOCK_V": block_v, "TILE_V": tile_v}
@@ -379,20 +379,20 @@ def decode_update(
     """One token, from its projections to what attention reads; the convolution's and `state` are updated in place.
 
     Causal convolution and SiLU; the gated delta rule (arXiv 2412.06464) on L2-normalised queries and keys, with the
-    prediction of the value; the routing score and whether it reaches the threshold; RMSNorm and rotation of the
-    queries and keys that attention sees. One launch, no backward, no waiting for the host.
+    prediction of the value; the routing score and its comparison with the threshold; RMSNorm and rotation of the
+    queries and keys that attention sees. One launch, no backward; the host never waits.
 
-    A plain tuple will do for each of the four groups.
+    Each of the four groups may be a plain tuple.
 
     Args:
         qkv: `[B, C]` bfloat16, float16 or float32 projections: `H` queries and `Hk` keys of size `K`, then `Hk` values
-            of size `V`; `H` is a multiple of `Hk`. What has no dtype, here or in the groups, has this one.
+            of size `V`; `H` is a multiple of `Hk`. A tensor without a dtype, here or in the groups, has this one.
         convolution: state and weight.
         gates: projections and parameters of decay and write strength.
         state: `[B, Hk, K, V]` float32.
         routing: score and threshold; `None` in a layer without attention, which has neither.
         view: queries, keys and values as attention sees them; `AttentionView()` if `None`, unused without `routing`.
-        real: `[B]` bool, false for padding, which changes no state, is not kept and has unspecified outputs; `None` if
+        real: `[B]` bool, false for padding, which changes no state, is not kept and has undefined outputs; `None` if
             every row has a token.
         allow_neg_eigval: True for a write strength of `2 sigmoid(b)` instead of `sigmoid(b)`.
 
@@ -481,7 +481,7 @@ def _check_routing(routing: Routing, batch: int, kv_heads: int, device: torch.de
 
 
 def check_tensors(expected: dict, device: torch.device) -> None:
-    """`ValueError` unless every `name: (tensor, shape, dtype)` is so, contiguous, on `device`, without gradient."""
+    """Raises `ValueError` unless each tensor has its shape and dtype, is contiguous, on `device`, without gradient."""
     for name, (x, shape, dtype) in expected.items():
         if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
             raise ValueError(

@@ -1,9 +1,9 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Attention of new query tokens over each stream's paged keys: split along the keys, whatever each stream holds.
+"""Attention of new query tokens over each stream's paged keys, split along the keys, for streams of any length.
 
 The pages of a stream lie anywhere in a few slabs, and all of its new tokens see all of them. The rows of a tile are
-pairs of a token and a query head, so that several tokens fill the tensor core's tile that a single one leaves empty,
-and the keys are read once a tile. Four launches, none of which waits for the host:
+pairs of a token and a query head: several tokens fill the tensor core's tile, which a single one leaves mostly empty,
+and share one read of the keys. Four launches, none of which waits for the host:
 
 1. `split_plan_fwd_kernel` counts: where each stream's pages begin in a list, and which stream each split belongs to.
 2. `page_list_fwd_kernel` writes that list, the addresses of every page's keys and values ordered by stream. It moves
@@ -14,9 +14,9 @@ and the keys are read once a tile. Four launches, none of which waits for the ho
    page. Where the new tokens are many, they and the open page are what `sparse_prefix_attention` reads in tiles, and
    are merged as one more split.
 
-A list kept from step to step would save the first two launches, and cost the store a table padded to the longest
-stream, or one to be shifted at every sealed page. Programs that walk the pages of a slab in place would need no list,
-but would write a partial result a page and read it again: an eighth of what the page itself has.
+Keeping the list between steps would save the first two launches, but the store would need a table padded to the
+longest stream, or would have to shift it at every full page. Programs that walk the pages of a slab in place would
+need no list, but would write and read a partial result per page: an eighth of the page itself.
 """
 
 import math
@@ -30,22 +30,22 @@ from .compact import compact_kept
 from .sparse_prefix_attention import sparse_prefix_attention_fwd
 from .tuning import INTERPRETED, check_platform
 
-# Numbers of a slab: addresses of keys, values, owners and ranks, pages in the slabs before it, its own pages. Behind
-# them a table may have what others know of the slab.
+# Numbers of a slab: addresses of keys, values, owners and ranks, pages in the slabs before it, its own pages. A table
+# may have further columns.
 SLAB_FIELDS = 6
 # A split holds this many pages at most: 512 keys at 16 tokens a page, 500 times the bytes of a row's partial result.
 # With more than 8 rows it may grow with them, up to 8 times.
 MAX_SPLIT_PAGES = 32
-# Up to so many tokens of a call are read by the merge as they are; more are compacted and have a launch of their own.
+# The merge reads up to this many new tokens directly; more are compacted and have their own launch.
 NEAR_TOKENS = 16
 # Splits become shorter when there would be fewer programs than this: 4 blocks on each of an H100's 132 processors.
 WANTED_PROGRAMS = 528
-# Streams whose pages a program of the plan adds up at once.
+# Streams whose pages one program of the plan adds up at once.
 PLAN_BLOCK = 1024
-# Bytes of keys and values that a block loads at once: the 4 blocks a processor holds cover the memory's latency.
+# Bytes of keys and values that a block loads at once: the 4 blocks of a processor hide the memory's latency.
 TILE_BYTES = 2**15
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The interpreter multiplies the bits of bfloat16 as if they were integers.
+# The interpreter would multiply the bits of bfloat16 as integers.
 DOT_IN_FLOAT32 = tl.constexpr(INTERPRETED)
 
 
@@ -61,7 +61,7 @@ def split_plan_fwd_kernel(
     counts, page_start, split_start, split_stream, num_streams, split_pages, num_splits,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First page and first split of a stream, and the stream of each of its splits; the last names the unused ones."""
+    """First page and first split of a stream, and the stream of each split; the last stream marks unused ones: -1."""
     stream = tl.program_id(0)
     pages_before = tl.zeros([BLOCK], dtype=tl.int32)
     splits_before = tl.zeros([BLOCK], dtype=tl.int32)
@@ -90,13 +90,13 @@ def page_list_fwd_kernel(
     slabs, page_start, page_list, num_streams, num_pages, key_bytes, value_bytes,
     FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of keys and of values of a slab's pages, each at its stream's place in the list."""
+    """Writes the addresses of keys and values of a slab's pages to their stream's place in the list."""
     row = slabs + tl.program_id(1) * FIELDS
     page = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keys, values = tl.load(row), tl.load(row + 1)
     owners = tl.load(row + 2).to(tl.pointer_type(tl.int32))
     ranks = tl.load(row + 3).to(tl.pointer_type(tl.int32))
-    # Slabs are filled one after the other, so the number in use tells how far.
+    # Slabs are filled one after the other, so the number of pages in use shows how far.
     in_use = tl.load(page_start + num_streams) - tl.load(row + 4)
     valid = (page < tl.load(row + 5)) & (page < in_use)
     owner = tl.load(owners + page, mask=valid, other=0)
@@ -112,8 +112,8 @@ def ragged_decode_attention_fwd_kernel(
     K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of some of a stream's rows over a split of its pages: maximum (in powers of 2), sum, weighted values."""
-    # The tiles of a split follow each other, so that all but the first find its pages in the cache.
+    """Softmax of a tile of a stream's rows over a split of its pages: maximum (base 2), sum, weighted values."""
+    # The tiles of a split are consecutive, so that all but the first find its pages in the cache.
     tiles = tl.cdiv(rows, BLOCK_M)
     split = (tl.program_id(0) // tiles).to(tl.int64)
     stream = tl.load(split_stream + split).to(tl.int64)
@@ -143,7 +143,7 @@ def ragged_decode_attention_fwd_kernel(
         )
         logits = _dot(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale
         logits = tl.where(used[None, :], logits, -float("inf"))
-        # A step begins with a page in use, so the maximum is finite.
+        # Each step begins with a page in use, so the maximum is finite.
         m_new = tl.maximum(m, tl.max(logits, 1))
         weights = tl.exp2(logits - m_new[:, None])
         decay = tl.exp2(m - m_new)
@@ -167,7 +167,7 @@ def _add_keys(
     m, norm, acc, query, keys, values, slot, used, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One query's softmax, which has begun, goes on with the keys and values at the slots that are `used`."""
+    """Continues one query's softmax with the keys and values at the slots that are `used`."""
     o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     keys = tl.load(keys + slot[:, None] * K + o_k[None, :], mask=used[:, None] & (o_k < K)[None, :], other=0.0)
     values = tl.load(values + slot[:, None] * V + o_v[None, :], mask=used[:, None] & (o_v < V)[None, :], other=0.0)
@@ -186,9 +186,9 @@ def ragged_decode_merge_fwd_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row: the token itself begins the softmax; its stream's open page, the tokens before it and splits go on.
+    """One row: starts its softmax with the token itself, adds the open page, the earlier new tokens and the splits.
 
-    Where there is a `near`, that is the softmax over all of these but the splits, and `near_lse` its sum.
+    `near`, if given, is the softmax over all of these but the splits, and `near_lse` the base-2 log of its sum.
     """
     stream, row = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
     o_s, o_k, o_v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -233,7 +233,7 @@ def ragged_decode_merge_fwd_kernel(
 def index_pages(
     pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], num_streams: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.Tensor]]:
-    """The `index` of pages that come without one, by a sort, and the ranks `[P]` per slab that it points to."""
+    """Makes an `index` for pages without one, by a sort; returns it and the ranks `[P]` per slab that it points to."""
     owner = torch.cat([owner for _, _, owner in pages]).long()
     order = owner.argsort(stable=True)
     pages_of = owner.new_zeros(num_streams).index_add_(0, owner, torch.ones_like(owner))
@@ -246,10 +246,10 @@ def index_pages(
 
 
 def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """`[S, 6 + n]` int64 on the slabs' device: what the kernels know of each slab `(keys, values, owner, rank, ...)`.
+    """Table `[S, 6 + n]` int64 of slabs `(keys, values, owner, rank, ...)`, on their device, for the kernels.
 
-    Addresses of the four tensors, pages in the slabs before, own pages, addresses of `n` further tensors, of which
-    `decode_mix_append` takes scores and positions. It holds as long as the tensors live.
+    A row has the addresses of the four tensors, the pages in the slabs before, its own pages, and the addresses of `n`
+    further tensors; `decode_mix_append` needs scores and positions. It is valid while the tensors live.
     """
     rows, before = [], 0
     for slab in slabs:
@@ -257,7 +257,7 @@ def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         rows.append([*addresses[:4], before, len(slab[0]), *addresses[4:]])
         before += len(slab[0])
     device = slabs[0][0].device
-    # From pinned memory the copy does not wait for what the GPU is doing.
+    # A copy from pinned memory does not wait for the GPU.
     return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
@@ -292,7 +292,7 @@ def attend_pages(
     (streams, _, _, key_dim), rows = q.shape, q.shape[1] * q.shape[2]
     page, value_dim = tail[1].shape[1:]
     if index is None:
-        index, _ranks = index_pages(pages, streams)  # addresses do not keep the ranks alive, their name does
+        index, _ranks = index_pages(pages, streams)  # the name keeps the ranks alive, addresses do not
     num_pages = sum(len(owner) for _, _, owner in pages)
     blocks = head_blocks(key_dim, value_dim)
     tile = tile_shape(rows, page, max(blocks.values()), q.element_size())
@@ -361,10 +361,10 @@ def attend_near(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What many tokens read beside full pages, `[N, T, G, V]`, and the base-2 log of the sums `[N, T, G]`."""
+    """Attention of many tokens over all but full pages, `[N, T, G, V]`, and the base-2 log of its sums `[N, T, G]`."""
     tail_k, tail_v, fill = tail
     page = tail_k.shape[1]
-    # The open page comes first, with what is unused in front: it and the kept tokens are then one span of columns.
+    # The open page comes first, rotated so that unused slots are in front: it and the kept tokens form one span.
     slot = ((torch.arange(page, device=q.device) + fill[:, None]) % page)[..., None]
     opened = (x.gather(1, slot.expand_as(x)) for x in (tail_k, tail_v))
     kept, before = compact_kept(keep[..., None], k[:, :, None], v[:, :, None], capacity=q.shape[1])
@@ -375,11 +375,11 @@ def attend_near(
 
 
 def split_sizes(num_pages: int, num_streams: int, rows: int, tiles: int) -> tuple[int, int]:
-    """Pages a split, and how many splits there can be at most, however the pages belong to streams.
+    """Pages per split, and the largest number of splits for any distribution of the pages over streams.
 
     Args:
-        rows: queries a stream; with more of them a split's partial result is larger, so a split may be longer.
-        tiles: into which they are cut.
+        rows: queries per stream; with more of them a split's partial result is larger, so a split may be longer.
+        tiles: number of tiles of the rows.
     """
     wanted = triton.next_power_of_2(triton.cdiv(num_pages * tiles, WANTED_PROGRAMS))
     longest = MAX_SPLIT_PAGES * min(8, triton.next_power_of_2(triton.cdiv(rows, 8)))
@@ -388,7 +388,7 @@ def split_sizes(num_pages: int, num_streams: int, rows: int, tiles: int) -> tupl
 
 
 def tile_shape(rows: int, page: int, width: int, element_size: int) -> dict[str, int]:
-    """Rows and keys of a tile, and how it is run, for heads that fit into a power of two `width`."""
+    """Rows, keys, warps and stages of a tile, for heads that fit into `width`, a power of two."""
     # As many as registers hold, which tests/ham_kernels/test_compile.py checks. Tensor cores do not multiply float32
     # exactly.
     largest = min(128, 128 * 128 // width) if element_size == 2 else min(32, 32 * 128 // width)
@@ -397,13 +397,13 @@ def tile_shape(rows: int, page: int, width: int, element_size: int) -> dict[str,
     most = 128 if block_m * element_size <= 64 else 128 // element_size
     block_n = max(page, 16, min(most, TILE_BYTES // (2 * width * element_size)))
     num_warps = 8 if block_m * max(width, 128) > 64 * 128 else 4
-    # Few rows wait for memory, which many blocks on a processor hide; many rows compute. It takes Triton 5 stages to
-    # load keys while it computes, because it must have loaded their addresses before.
+    # With few rows memory is the limit, and many blocks per processor hide its latency; with many rows arithmetic is.
+    # Triton needs 5 stages to load keys while it computes, because it must load their addresses first.
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 3 if block_m < 64 else 5}
 
 
 def page_alignment(pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> int:
-    """Bytes, at most 16, of which every page's address is a multiple."""
+    """Largest power of two up to 16 that divides every page's address, in bytes."""
     sizes = (x[0].nbytes for keys, values, _ in pages[:1] for x in (keys, values) if len(x))
     return math.gcd(16, *sizes, *(x.data_ptr() for keys, values, _ in pages for x in (keys, values)))
 
@@ -420,24 +420,24 @@ def ragged_decode_attention(
 ) -> torch.Tensor:
     """Softmax attention of new tokens over their stream's pages, the kept ones before them and themselves.
 
-    It has no backward. Nothing is copied, padded to the longest stream or waited for. Beside the output it takes 16
-    bytes a page, and a query's float32 result once a stream and once more for every 512 to 4,096 keys (fewer where
-    there is little to share out); for more than 16 tokens also copies of them and of the open pages.
+    It has no backward. It copies no pages, pads no stream and never waits. Beside the output it needs 16 bytes per
+    page, and a query's float32 result once per stream and once more for every 512 to 4,096 keys (fewer where there is
+    little work to share); for more than 16 tokens also copies of them and of the open pages.
 
     Args:
         q: `[N, T, G, K]` bfloat16, float16 or float32, the `G` queries of `T` tokens in each of `N` streams (a row and
             key/value head).
         k, v: `[N, T, K]` and `[N, T, V]`, the tokens' own keys and values.
-        keep: `[N, T]` bool, which of the tokens the later ones see.
+        keep: `[N, T]` bool, true for tokens that later ones see.
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P] int32)`, contiguous: full pages and the stream
             each belongs to; `p` is a power of two.
-        tail: `(keys [N, p, K], values [N, p, V], fill [N] int)`, contiguous: each stream's open page and how much of
-            it is in use.
+        tail: `(keys [N, p, K], values [N, p, V], fill [N] int)`, contiguous: each stream's open page and the number of
+            its slots in use.
         scale: factor of the logits; `K ** -0.5` if `None`.
-        index: `(slab_table(...), counts [N] int64)`: where pages lie and how many tokens each stream holds, of which
-            those in the open page do not matter; a store knows both. Slabs are then filled one after the other, and
-            of their pages only as many are read as the counts fill. If `None`, all are, and it is worked out by a sort
-            and a small copy from the host.
+        index: `(slab_table(...), counts [N] int64)`: where pages lie, and how many tokens each stream holds (those in
+            the open page make no difference); a store knows both. Slabs must then be filled one after the other, and
+            only the pages that the counts fill are read. If `None`, all pages are read, and a sort and a small copy
+            from the host make the index.
 
     Returns:
         `[N, T, G, V]` in the dtype of `v`.

@@ -33,7 +33,7 @@ def local_bwd_kernel(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the outputs of its own chunk send to `u`, summed over a group of query heads."""
+    """Gradient of `u` through the outputs of its own chunk, summed over a group of query heads."""
     i_v, i_c = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_h = tl.program_id(1)
     start, end = chunk_bounds(borders, i_c, T, NT, BT, PACKED)
@@ -66,7 +66,7 @@ def state_bwd_kernel(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks back over the chunks with `BV` columns of the state's gradient; leaves that after each chunk, and `du`."""
+    """Walks back over the chunks with `BV` columns of the state's gradient; stores it after each chunk, and `du`."""
     i_v, i_nh = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_n, i_h = i_nh // HK, i_nh % HK
     begin, end, first, row_in, row_out = sequence_bounds(sequences, i_n, T, NT, PACKED)
@@ -122,7 +122,7 @@ def key_bwd_kernel(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a chunk's `w` in `BK` columns; that of `k` but for its part by way of `w`, `M`; a part of `G`'s."""
+    """`BK` columns of a chunk: gradients of `w` and, except through `w` and `M`, of `k`; a part of that of `G`."""
     i_k, i_c = tl.program_id(0) % tl.cdiv(K, BK), tl.program_id(0) // tl.cdiv(K, BK)
     i_h = tl.program_id(1)
     start, end = chunk_bounds(borders, i_c, T, NT, BT, PACKED)
@@ -163,7 +163,7 @@ def key_bwd_kernel(
 
     for i_q in range(GROUP):
         query = head * GROUP + i_q
-        # Row j, column i: computed, not transposed (see `__init__.py`).
+        # Row j, column i: computed directly, not transposed (see `__init__.py`).
         b_dA = tl.zeros([BT, BT], dtype=tl.float32)
         for i_v in range(0, V, BV):
             o_v = i_v + tl.arange(0, BV)
@@ -190,7 +190,7 @@ def query_bwd_kernel(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a chunk's `q` in `BK` columns; adds the outputs' part of `G`'s to `dg`."""
+    """`BK` columns of a chunk: gradient of `q`; adds the outputs' part of the gradient of `G` to `dg`."""
     i_k, i_c = tl.program_id(0) % tl.cdiv(K, BK), tl.program_id(0) // tl.cdiv(K, BK)
     i_h = tl.program_id(1)
     start, end = chunk_bounds(borders, i_c, T, NT, BT, PACKED)
@@ -224,7 +224,7 @@ def query_bwd_kernel(
         b_k = tl.load(k + head * K + offsets_k, mask=mask_k, other=0.0)
         b_dA *= decay_between(b_g, b_rest, row[:, None] >= row[None, :]) * scale
         b_dq = tl.dot(b_dA.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-        # Rows and columns must lose the same numbers, or what cancels in sums of `dg` would not.
+        # Rows and columns must round the same numbers, or terms that cancel in sums of `dg` would not.
         b_dA *= tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dg += tl.sum(b_dA, 1) - tl.sum(b_dA, 0)
         tl.store(dq + query * K + offsets_q, b_dq.to(dq.dtype.element_ty), mask=mask_k)
@@ -268,7 +268,7 @@ def wy_bwd_kernel(
     HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk through its WY form; adds those of the output stage: `dk` is completed in place."""
+    """Gradients of one chunk through its WY form, added to those of the output stage; completes `dk` in place."""
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     start, end = chunk_bounds(borders, i_c, T, NT, BT, PACKED)
     row = tl.arange(0, BT)
@@ -293,7 +293,7 @@ def wy_bwd_kernel(
     b_dM = tl.dot(b_dM, b_MT, input_precision=PRECISION).to(b_MT.dtype)
     b_g, b_rest = load_sums(gc, head + row * HK, real)
     b_dA = -tl.dot(b_MT, b_dM, input_precision=PRECISION) * decay_between(b_g, b_rest, lower)
-    # The transpose of beta_i dA_ij, for `k_j`, comes back from memory (see `__init__.py`).
+    # The transpose of beta_i dA_ij, for `k_j`, is loaded from memory (see `__init__.py`).
     dA += head * BT
     tl.store(dA + row[:, None] * (HK * BT) + row[None, :], (b_dA * b_beta[:, None]).to(b_MT.dtype), mask=real[:, None])
     tl.debug_barrier()
@@ -306,7 +306,7 @@ def wy_bwd_kernel(
         offsets, mask = row[:, None] * (HK * K) + o_k[None, :], real[:, None] & (o_k < K)[None, :]
         b_k = tl.load(k + offsets, mask=mask, other=0.0)
         b_dw = tl.load(dw + offsets, mask=mask, other=0.0)
-        # By way of beta exp(G) k and of beta_i (k_i . k_j), before the factor beta_i; then as the k_j of later tokens.
+        # Through beta exp(G) k and beta_i (k_i . k_j), before the factor beta_i; then as the k_j of later tokens.
         b_dk = tl.dot(b_MT, b_dw, input_precision=PRECISION) * b_in[:, None]
         b_dk = tl.dot(b_dA, b_k, b_dk, input_precision=PRECISION)
         b_share = tl.sum(b_dk * b_k, 1)
@@ -385,10 +385,10 @@ def wy_bwd(
 def with_next_keys(
     q: torch.Tensor, k: torch.Tensor, do: torch.Tensor, dread: torch.Tensor, chunks: Chunks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and gradients of outputs with one more head a group, which reads the next token's prediction.
+    """Adds a head to each group of queries and of output gradients; it reads the next token's prediction.
 
-    A prediction is `exp(g_t)` times what the key reads from the state after the token before: an output like others,
-    unless no token of the document comes before. `dread` `[B, T, Hk, V]` is the gradient of what the keys read.
+    A prediction is `exp(g_t)` times what the key reads from the state after the previous token: an output like any
+    other, unless the token is its document's first. `dread` `[B, T, Hk, V]` is the gradient of what the keys read.
     """
     kv_heads = k.shape[2]
     if chunks.table is not None:
@@ -411,7 +411,7 @@ def prediction_bwd(
     dg: torch.Tensor,
     dinitial_state: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Splits the heads of `with_next_keys` off `dq`, and adds to `dk`, `dg` and `dinitial_state` what they brought."""
+    """Splits the heads of `with_next_keys` off `dq`, and adds their part to `dk`, `dg` and `dinitial_state`."""
     dq = dq.unflatten(2, (k.shape[2], -1))
     through_keys = F.pad(dq[:, :-1, :, -1].float(), (0, 0, 0, 0, 1, 0))
     if initial_state is not None and dinitial_state is not None:

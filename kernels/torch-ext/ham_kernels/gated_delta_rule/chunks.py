@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Chunks of tokens: how they are cut, and the constants, tiles and decays that every kernel of the folder shares."""
+"""Chunks of tokens, and the constants, tile shapes and decays that the kernels of this folder share."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -11,20 +11,20 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256
 
-# ptxas 12.8, which Triton 3.4 to 3.7 bring, compiles some pairs of Hopper's products so that the second reads a factor
-# at an address that was never computed. It was seen where a tile of 16 columns, or one wider than what it is to hold,
-# holds all of a head, where the narrower of keys and values had the narrower tile, and in the output stage where one
-# tile holds all keys. No shape below has it: tests/ham_kernels/test_compile.py disassembles them to see.
+# ptxas 12.8, part of Triton 3.4 to 3.7, miscompiles some pairs of products for Hopper: the second reads a factor at
+# an address that was never computed. It was seen where a tile of 16 columns, or one wider than the head, holds a whole
+# head; where the narrower of keys and values had the narrower tile; and, in the output stage, where one tile holds all
+# keys. No tile shape of this folder is affected: tests/ham_kernels/test_compile.py disassembles each one.
 SMALLEST_TILE = 32
 
 
 def tile_width(dim: int, largest: int) -> int:
-    """The power of two that holds a dimension, within bounds."""
+    """Smallest power of two that holds a dimension, at least `SMALLEST_TILE` and at most `largest`."""
     return min(largest, max(SMALLEST_TILE, triton.next_power_of_2(dim)))
 
 
 def tile_configs(warps: tuple[int, ...], stages: tuple[int, ...], **tiles: tuple[int, ...]) -> list[triton.Config]:
-    """Every combination; what stands first is taken where nothing is measured."""
+    """Every combination; the first one is used where nothing is measured."""
     shapes = [dict(zip(tiles, sizes, strict=True)) for sizes in itertools.product(*tiles.values())]
     return [triton.Config(x, num_warps=w, num_stages=s) for x in shapes for w in warps for s in stages]
 
@@ -32,7 +32,7 @@ def tile_configs(warps: tuple[int, ...], stages: tuple[int, ...], **tiles: tuple
 def no_wider_than_a_head(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """Those with tiles no wider than keys and values are: others are slower, or wrong, see `SMALLEST_TILE`."""
+    """The tile shapes no wider than keys and values; wider ones are slower, or wrong, see `SMALLEST_TILE`."""
     widest = tile_width(min(constants["K"], constants["V"]), MAX_HEAD_DIM)
     return [x for x in configs if x.kwargs["BV"] <= widest] or configs[:1]
 
@@ -64,7 +64,7 @@ def chunk_bounds(borders, i_c, T, NT, BT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def sequence_bounds(sequences, i_n, T, NT, PACKED: tl.constexpr):
-    """First token of sequence `i_n` and the one past its last, its first chunk, the rows of its end states (or -1)."""
+    """Sequence `i_n`: its first token, the one past its last, its first chunk, the rows of its two states (or -1)."""
     if PACKED:
         begin = tl.load(sequences + i_n * 5)
         end = tl.load(sequences + i_n * 5 + 1)
@@ -82,13 +82,13 @@ def sequence_bounds(sequences, i_n, T, NT, PACKED: tl.constexpr):
 
 @triton.jit
 def load_sums(gc, token, mask):
-    """`G` of tokens (counted in heads): rounded, and the rest. Past the end nothing is left of what came before."""
+    """`G` of tokens (counted in heads): rounded, and the rest. A token past the end has a decay of zero."""
     return tl.load(gc + 2 * token, mask=mask, other=-1e30), tl.load(gc + 2 * token + 1, mask=mask, other=0.0)
 
 
 @triton.jit
 def decay_between(b_g, b_rest, lower):
-    """`exp(G_i - G_j)` where `lower`, 0 elsewhere; masked first: above the diagonal it may overflow."""
+    """`exp(G_i - G_j)` where `lower`, 0 elsewhere. The mask comes first: above the diagonal it may overflow."""
     b_d = (b_g[:, None] - b_g[None, :]) + (b_rest[:, None] - b_rest[None, :])
     return tl.exp2(tl.where(lower, b_d, float("-inf")))
 
@@ -102,10 +102,11 @@ def decay_to_end(gc, b_g, b_rest, last, real):
 
 
 class Chunks(NamedTuple):
-    """How the tokens of `[B, T]` fall into chunks and sequences, as every kernel takes it.
+    """Chunks and sequences of the tokens of `[B, T]`, as every kernel takes them.
 
-    Without packing each row is one sequence and all is arithmetic. With it, chunk `c` is tokens `borders[c]` to
-    `borders[c + 1]` of the flattened batch and `table` holds the five numbers of `sequence_bounds` for each document.
+    Without packing each row is one sequence, and kernels compute the bounds. With packing, chunk `c` has tokens
+    `borders[c]` to `borders[c + 1]` of the flattened batch, and `table` holds the five numbers of `sequence_bounds`
+    for each document.
     """
 
     size: int
@@ -118,13 +119,13 @@ class Chunks(NamedTuple):
 
 
 def split_rows(batch: int, length: int, size: int) -> Chunks:
-    """Chunks of rows that are one sequence each."""
+    """Chunks of rows, each of which is one sequence."""
     per_row = triton.cdiv(length, size)
     return Chunks(size, length, per_row, batch * per_row, batch)
 
 
 def split_documents(seq_idx: torch.Tensor, size: int) -> Chunks:
-    """Chunks of documents: a border wherever `seq_idx` `[B, T]` changes. Waits for the device once, to count them."""
+    """Chunks of documents, which begin where `seq_idx` `[B, T]` changes. The host waits for the device once."""
     batch, length = seq_idx.shape
     begins = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)
     torch.ne(seq_idx[:, 1:], seq_idx[:, :-1], out=begins[:, 1:])
@@ -143,7 +144,7 @@ def split_documents(seq_idx: torch.Tensor, size: int) -> Chunks:
 
 
 def chunk_constants(k: torch.Tensor, v: torch.Tensor, chunks: Chunks) -> dict[str, Any]:
-    """The constants that every kernel over chunks takes."""
+    """Arguments that every kernel over chunks takes."""
     return {
         "T": chunks.length,
         "NT": chunks.per_row,
@@ -151,6 +152,6 @@ def chunk_constants(k: torch.Tensor, v: torch.Tensor, chunks: Chunks) -> dict[st
         "K": k.shape[3],
         "BT": chunks.size,
         "PACKED": chunks.borders is not None,
-        # TF32 alone has 10 bits; three products of it restore those of float32. Of 16 bits, none is lost.
+        # TF32 has 10 bits; three products in TF32 restore those of float32. 16-bit numbers lose none.
         "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",
     }

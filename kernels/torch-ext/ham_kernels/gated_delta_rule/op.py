@@ -19,7 +19,7 @@ SCORES = ("cosine", "l2", "residual")
 
 
 class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
-    """Keeps the inputs, the gates' sums and the inverses; backward computes `w`, `u` and the states again."""
+    """Saves the inputs, the gates' sums and the inverses; backward computes `w`, `u` and the states again."""
 
     @staticmethod
     def forward(
@@ -51,7 +51,7 @@ class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
     def backward(
         ctx: Any, do: torch.Tensor | None, dprediction: torch.Tensor | None, dfinal_state: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Runs them backwards; what nobody asked a gradient of counts as zero."""
+        """Runs the stages backwards; an output that was not used has a gradient of zero."""
         q, k, v, g, beta, initial_state, gc, inverse, borders, table = ctx.saved_tensors
         chunks = ctx.chunks._replace(borders=borders, table=table)
         do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.contiguous()
@@ -131,13 +131,12 @@ def gated_delta_rule_with_prediction(
     score: str | None = None,
     predict: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The gated delta rule (arXiv 2412.06464), with what the state predicted for each token before it saw the value.
+    """The gated delta rule (arXiv 2412.06464), with the state's prediction of each value before it is stored.
 
-    Differentiable, also through the prediction, but not through a score. Everything is computed in the dtype of `v`
-    with float32 sums, the recurrence in float32. Where nothing was stored, the prediction is exactly zero. Backward
-    needs `K * V / chunk_size` numbers a token and key/value head, for the states, twice, and for a gradient of the
-    prediction as much work as another query head. One token without a gradient to compute takes a single launch, and
-    one more for a score.
+    Differentiable, also through the prediction, but not through a score. Computes in the dtype of `v` with float32
+    sums, the recurrence in float32. The prediction is exactly zero while nothing is stored. Backward stores the states
+    twice, `K * V / chunk_size` numbers per token and key/value head each; a gradient of the prediction costs as much
+    as another query head. One token without gradients takes a single launch, and one more for a score.
 
     Args:
         q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
@@ -148,12 +147,11 @@ def gated_delta_rule_with_prediction(
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
-            Giving it makes the host wait for the device once.
-        chunk_size: tokens solved at once, 16, 32 or 64; at most 32 are for float32 with `K` above 128.
+            With it the host waits for the device once.
+        chunk_size: tokens solved at once, 16, 32 or 64; float32 with `K` above 128 takes at most 32.
         score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, computed from its
-            float32; the prediction is then never written. What is not a number counts as 1.
-        predict: `False` leaves the prediction out, for one who reads neither it nor a score: nothing is computed or
-            written for it.
+            float32; the prediction is then never written. NaN counts as 1.
+        predict: `False` computes and returns no prediction, for callers that read neither it nor a score.
 
     Returns:
         `o` `[B, T, H, V]` in the dtype of `v`; `prediction` `[B, T, Hk, V]` float32, or the scores `[B, T, Hk]`
@@ -173,7 +171,7 @@ def gated_delta_rule_with_prediction(
     if v.shape[1] == 1 and not _needs_gradient(q, k, v, g, beta, initial_state):
         return step_fwd(q, k, v, g, beta, initial_state, scale, score, predict)
     if v.dtype == torch.float32 and k.shape[3] > 128:
-        chunk_size = min(chunk_size, 32)  # what a block of threads holds at once would not fit
+        chunk_size = min(chunk_size, 32)  # a block of threads could not hold a longer chunk
     chunks = (
         split_rows(v.shape[0], v.shape[1], chunk_size) if seq_idx is None else split_documents(seq_idx, chunk_size)
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Outputs, predictions and their scores: of all tokens of a chunk, and of a single token in one step."""
+"""Outputs, predictions and scores: for the tokens of a chunk, and for a single token in one step."""
 
 import torch
 import triton
@@ -19,9 +19,9 @@ from .chunks import (
     tile_width,
 )
 
-# Columns of the values that one partial sum of a score covers, whatever the tile: in chunks, and in a step.
+# Value columns per partial sum of a score, in chunks and in a step; they do not depend on the tile.
 CHUNK_COLUMNS, STEP_COLUMNS = 32, 8
-# Below this product of norms a direction is rounding noise, so the cosine counts as 0.
+# Below this product of norms the direction is rounding noise, so the cosine counts as 0.
 COSINE_EPS: tl.constexpr = tl.constexpr(1e-8)
 
 
@@ -31,7 +31,7 @@ def _read(
     HK: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OF_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What vectors `x`, `STEP` heads apart, read from the state and the updates up to their own; keys, before it."""
+    """Reads state and updates with `x`, `STEP` heads apart: up to its own update, or with `OF_KEYS` before it."""
     row, in_v = tl.arange(0, BT), o_v < V
     b_o = tl.zeros([BT, BV], dtype=tl.float32)
     b_A = tl.zeros([BT, BT], dtype=tl.float32)
@@ -58,7 +58,7 @@ def _read(
 
 @triton.jit
 def _store_moments(moments, token, i_v, b_v, b_p, real, V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr):
-    """What a score needs of values and predictions `[N, BV]`: sums over `WIDTH` columns, `[tokens, V / WIDTH, 4]`."""
+    """Stores a score's sums over `WIDTH` columns of values and predictions `[N, BV]`: `[tokens, V / WIDTH, 4]`."""
     rows: tl.constexpr = b_v.shape[0]
     parts: tl.constexpr = BV // WIDTH
     b_v = tl.reshape(b_v.to(tl.float32), [rows, parts, WIDTH])
@@ -75,7 +75,7 @@ def _store_moments(moments, token, i_v, b_v, b_p, real, V: tl.constexpr, BV: tl.
 
 @triton.jit(do_not_specialize=["count"])
 def score_fwd_kernel(moments, beta, scores, count, PARTS: tl.constexpr, SCORE: tl.constexpr, BLOCK: tl.constexpr):
-    """The scores of `count` tokens and heads: adds the partial sums in order, so that every run keeps the same."""
+    """Scores of `count` tokens and heads. Adds the partial sums in order, so that every run keeps the same tokens."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     dot = tl.zeros([BLOCK], dtype=tl.float32)
@@ -95,7 +95,7 @@ def score_fwd_kernel(moments, beta, scores, count, PARTS: tl.constexpr, SCORE: t
     else:
         residual = tl.load(beta + i, mask=mask, other=0.0) * d_norm
         score = residual / (residual + tl.maximum(v_norm, COSINE_EPS))
-    # What is not a number counts as 1, so that no threshold drops it unseen.
+    # NaN counts as 1, so that no threshold drops it unseen.
     score = tl.where(score == score, tl.minimum(tl.maximum(score, 0.0), 1.0), 1.0)
     tl.store(scores + i, score, mask=mask)
 
@@ -112,7 +112,7 @@ def output_fwd_kernel(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The prediction, its moments or neither, and a group of query heads' outputs, in `BV` columns of one chunk."""
+    """`BV` columns of one chunk: the prediction, its moments or neither, and the outputs of a group of query heads."""
     i_v, i_c = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_h = tl.program_id(1)
     start, end = chunk_bounds(borders, i_c, T, NT, BT, PACKED)
@@ -149,7 +149,7 @@ def step_fwd_kernel(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One token: the recurrence itself on `BV` columns of the state, which is read and written once."""
+    """One token: applies the recurrence to `BV` columns of the state, which it reads and writes once."""
     i_v, i_bh = tl.program_id(0) % tl.cdiv(V, BV), (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     in_k, in_v = o_k < K, o_v < V
@@ -175,14 +175,14 @@ def step_fwd_kernel(
 
 
 def read_tile_width(dim: int) -> int:
-    """Columns of keys that the output stage multiplies at once: half of what holds them, see `SMALLEST_TILE`."""
+    """Key columns that the output stage multiplies at once: half of the tile for all, see `SMALLEST_TILE`."""
     return max(16, min(64, tile_width(dim, MAX_HEAD_DIM) // 2))
 
 
 def _prediction_and_moments(
     v: torch.Tensor, score: str | None, predict: bool, columns: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Where a kernel puts what it predicts: the prediction itself, or all that a score needs of it, or nowhere."""
+    """Allocates the kernel's output: the prediction, or the sums that a score needs, or neither."""
     if not predict:
         return None, None
     if score is None:
@@ -191,7 +191,7 @@ def _prediction_and_moments(
 
 
 def score_fwd(moments: torch.Tensor, beta: torch.Tensor, score: str) -> torch.Tensor:
-    """Scores `[B, T, Hk]` float32 of the partial sums `[B, T, Hk, parts, 4]`."""
+    """Computes scores `[B, T, Hk]` float32 from the partial sums `[B, T, Hk, parts, 4]`."""
     scores, block = torch.empty_like(beta), 256
     score_fwd_kernel[(triton.cdiv(beta.numel(), block),)](
         moments, beta, scores, beta.numel(), PARTS=moments.shape[3], SCORE=score, BLOCK=block
@@ -212,7 +212,7 @@ def output_fwd(
     score: str | None,
     predict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Outputs `[B, T, H, V]`, predictions `[B, T, Hk, V]` float32, or the scores of these, or `None`."""
+    """Computes outputs `[B, T, H, V]`, and predictions `[B, T, Hk, V]` float32, their scores or `None`."""
     o = u.new_empty(*q.shape[:3], u.shape[3])
     prediction, moments = _prediction_and_moments(v, score, predict, CHUNK_COLUMNS)
     output_fwd_kernel[lambda meta: (chunks.total * triton.cdiv(u.shape[3], meta["BV"]), k.shape[2])](
@@ -236,7 +236,7 @@ def step_fwd(
     score: str | None,
     predict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Output `[B, 1, H, V]`, prediction `[B, 1, Hk, V]`, its score or `None`, and final state of one token a row."""
+    """One token per row: output `[B, 1, H, V]`; prediction `[B, 1, Hk, V]`, its score or `None`; final state."""
     batch, _, kv_heads, key_dim = k.shape
     value_dim = v.shape[3]
     o = v.new_empty(*q.shape[:3], value_dim)

@@ -31,7 +31,7 @@ def state_fwd_kernel(
     HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks the chunks of a sequence with `BV` columns of the state; leaves the state before each chunk, and `u`."""
+    """Walks the chunks of a sequence with `BV` columns of the state; stores the state before each chunk, and `u`."""
     i_v, i_nh = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
     i_n, i_h = i_nh // HK, i_nh % HK
     begin, end, first, row_in, row_out = sequence_bounds(sequences, i_n, T, NT, PACKED)
@@ -74,7 +74,7 @@ def state_fwd(
     initial_state: torch.Tensor | None,
     chunks: Chunks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`w` and updates `u` of each token, the state before each chunk `[chunks, Hk, K, V]`, each row's final state."""
+    """Computes `w` and updates `u` of each token, states before each chunk `[chunks, Hk, K, V]` and final states."""
     batch, _, kv_heads, key_dim = k.shape
     value_dim, shape = v.shape[3], chunk_constants(k, v, chunks)
     w, from_values = torch.empty_like(k), torch.empty_like(v)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The WY form of a chunk: the inverse `M = (I + A)^-1`, and `w` and `u` that it makes of keys and values."""
+"""The WY form of a chunk: the inverse `M = (I + A)^-1`, and its products `w` and `u` with keys and values."""
 
 import torch
 import triton
@@ -8,11 +8,11 @@ import triton.language as tl
 from ..tuning import tuned
 from .chunks import LOG2E, Chunks, chunk_bounds, chunk_constants, decay_between, tile_configs, tile_width
 
-# Rows solved one after another; blocks of them are merged by products.
+# Rows of a diagonal block, which are solved one after another; products merge the blocks.
 BC: tl.constexpr = tl.constexpr(16)
 
 
-# On an H200 4 warps were faster than 2 for every kernel of the forward; nobody has measured them elsewhere.
+# On an H200 4 warps were faster than 2 for every kernel of the forward pass; other GPUs are not measured.
 @tuned(tile_configs(warps=(4,), stages=(2, 3)), key=["HK", "K", "BT"])
 @triton.jit(do_not_specialize=["T", "NT"])
 def wy_inverse_fwd_kernel(

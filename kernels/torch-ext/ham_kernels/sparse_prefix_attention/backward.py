@@ -19,7 +19,7 @@ from .tiles import (
 
 # Elements of a head that a program of the self term holds at once.
 SELF_ELEMENTS, SELF_WARPS = 4096, 8
-# Columns of a program that looks up who sees them.
+# Columns per program of the kernel that looks up which queries see a column.
 SEEN_COLUMNS = 128
 
 
@@ -29,7 +29,7 @@ def sparse_prefix_attention_bwd_self_kernel(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The self term, per token and summed over its group, and `delta`: the mean of `do . v` under each softmax."""
+    """Self term of each token, summed over its group, and `delta`, the mean of `do . v` under each softmax."""
     stream = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = t < T
@@ -43,7 +43,7 @@ def sparse_prefix_attention_bwd_self_kernel(
         grad = load_tile(do, query * V, real, V, BLOCK_V).to(tl.float32)
         out = load_tile(o, query * V, real, V, BLOCK_V).to(tl.float32)
         mean = tl.sum(grad * out, 1)
-        # Of a weight near 1, what remains after `mean` is subtracted is small: the values cancel before the sum does.
+        # With a weight near 1 the difference to `mean` is small, so the values are subtracted before they are summed.
         slope = tl.sum(grad * (own_value - out), 1)
         if dlse is not None:
             from_lse = tl.load(dlse + query, mask=real, other=0.0) * LOG2E
@@ -64,7 +64,7 @@ def _add_dq(
     dq, q, do, log_sum, rest, mean, k_kept, v_kept, until, start, last, begin, end, t, masked, log2_scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What the columns `start..start + BLOCK_N` add to the gradient of a tile of queries."""
+    """Adds the part of the columns `start..start + BLOCK_N` to the gradient of a tile of queries."""
     c = tl.arange(0, BLOCK_N)
     column = start + c
     k = load_tile(k_kept + start.to(tl.int64) * K, c * K, column < last, K, BLOCK_K)
@@ -120,7 +120,7 @@ def sparse_prefix_attention_bwd_dq_kernel(
 
 @triton.jit
 def _first_above(x, bound, T, HK: tl.constexpr):
-    """Of each `bound`, the first of `T` places of `x` that exceeds it; `T` if none does."""
+    """First of `T` places of `x` that exceeds each `bound`; `T` if none does."""
     low = tl.zeros_like(bound)
     high = low + T
     while tl.max(high - low, 0) > 0:
@@ -134,7 +134,7 @@ def _first_above(x, bound, T, HK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "M"])
 def sparse_prefix_attention_bwd_seen_kernel(begin, end, until, seen, T, M, HK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """By which queries each column is seen: from, and up to but without."""
+    """First query that sees each column, and the first that no longer does."""
     stream = tl.program_id(1).to(tl.int64)
     base = (stream // HK) * T * HK + stream % HK
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -153,9 +153,9 @@ def _add_dkv(
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the rows `start..start + BLOCK_M` before `last` add to the gradients of a tile of columns.
+    """Adds the part of the rows `start..start + BLOCK_M` before `last` to the gradients of a tile of columns.
 
-    Weights and slopes are computed transposed: Triton 3.4 to 3.7.0 miscompile the product of a transposed product.
+    Computes weights and slopes transposed, because Triton 3.4 to 3.7.0 miscompile products of a transposed product.
     """
     r = tl.arange(0, BLOCK_M)
     _, base, _, query = query_rows(start, stream, T, HK, GROUP, BLOCK_M)
@@ -191,7 +191,7 @@ def sparse_prefix_attention_bwd_dkv_kernel(
     seen += 2 * stream * M
     seen_from = tl.load(seen + column, mask=column < M, other=0)
     seen_until = tl.load(seen + M + column, mask=column < M, other=0)
-    # A column that nobody sees may hold anything, and has no say in which queries see all of the tile.
+    # A column that no query sees may hold anything, and does not affect which queries see all of the tile.
     exists = seen_from < seen_until
     first = tl.min(tl.where(exists, seen_from, T), 0) * GROUP
     last = tl.max(tl.where(exists, seen_until, 0), 0) * GROUP

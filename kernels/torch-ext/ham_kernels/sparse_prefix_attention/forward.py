@@ -13,7 +13,7 @@ def _attend(
     acc, total, peak, q, k_kept, v_kept, until, start, last, begin, end, t, masked, log2_scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the columns `start..start + BLOCK_N` before `last`."""
+    """One step of the online softmax, over the columns `start..start + BLOCK_N` before `last`."""
     c = tl.arange(0, BLOCK_N)
     column = start + c
     k = load_tile(k_kept + start.to(tl.int64) * K, c * K, column < last, K, BLOCK_K)
@@ -50,7 +50,7 @@ def sparse_prefix_attention_fwd_kernel(
     v_kept += stream * M * V
     if until is not None:
         until += stream * M
-        all_last = first  # which tile every query sees whole, `begin` and `end` do not tell
+        all_last = first  # `begin` and `end` alone do not show which tiles every query sees whole
 
     queries = load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
     own_key = load_tile(k + base * K, token * K, real, K, BLOCK_K)
@@ -85,7 +85,7 @@ def sparse_prefix_attention_fwd(
     until: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs `[B, T, H, V]`; `[B, T, H]` float32: base-2 log-sum-exp, its rest, each query's weight on itself."""
+    """Computes outputs `[B, T, H, V]` and, `[B, T, H]` float32, base-2 log-sum-exp, its rest, and own weights."""
     o = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lse_rest, self_weight, log2_scale = torch.empty_like(lse), torch.empty_like(lse), scale * LOG2E.value

@@ -18,7 +18,7 @@ MAX_LENGTH = 2**24  # rows of a group, counted in 32 bits
 
 
 class SparsePrefixAttentionFunction(torch.autograd.Function):
-    """`sparse_prefix_attention` of at least one query; the log-sum-exp is in units of log 2, as the kernels use it."""
+    """`sparse_prefix_attention` for at least one query, with the kernels' base-2 log-sum-exp."""
 
     @staticmethod
     def forward(
@@ -109,8 +109,8 @@ def sparse_prefix_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of each query over a span of compacted kept tokens and itself.
 
-    Work is proportional to the spans, memory to `T`. Differentiable in `q`, `k`, `v`, `k_kept` and `v_kept`, through
-    the log-sum-exp too. Columns outside `begin[:, 0] <= c < end[:, -1]` are never read and may hold anything.
+    Work is proportional to the spans, memory to `T`. Differentiable in `q`, `k`, `v`, `k_kept` and `v_kept`, also
+    through the log-sum-exp. Columns outside `begin[:, 0] <= c < end[:, -1]` are never read and may hold anything.
 
     Args:
         q: `[B, T, H, K]` queries in float32, float16 or bfloat16; `H` is a multiple of `Hk`; `K` is at most 256.
@@ -118,9 +118,9 @@ def sparse_prefix_attention(
             of `q`; under autocast all five are cast.
         k_kept, v_kept: `[B, Hk, M, K]` and `[B, Hk, M, V]` compacted keys and values, in the dtype of `q`.
         begin, end: `[B, T, Hk]` int, query `t` sees columns `begin <= c < end`; both must not fall along `T`.
-        until: `[B, Hk, M]` int, column `c` is seen by queries `t < until` only; `None` if nothing is ever evicted.
+        until: `[B, Hk, M]` int, only queries `t < until` see column `c`; `None` if nothing is ever evicted.
         scale: positive factor of the logits; `K ** -0.5` if `None`.
-        return_lse: whether to return the log-sum-exp as well.
+        return_lse: True to return the log-sum-exp as well.
 
     Returns:
         `[B, T, H, V]` in the dtype of `v`; with `return_lse` also `[B, T, H]` float32, the natural logarithm of the

@@ -13,7 +13,7 @@ from ..tuning import next_bucket, tuned
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 # Tile shapes by kernel and by (bytes of an element, head dimension up to): (BLOCK_M query rows, BLOCK_N columns,
-# warps, stages). The first is taken where nothing is measured. None for 2 bytes and up to 128 spills, which
+# warps, stages). The first is used where nothing is measured. None for 2 bytes and up to 128 spills, which
 # tests/ham_kernels/test_compile.py checks.
 TILES = {
     "fwd": {
@@ -38,7 +38,7 @@ TILES = {
         (4, 256): [(16, 16, 4, 1)],
     },
 }
-# Compute capability 9.0 tries these first: warp groups multiply from shared memory, which leaves registers for more.
+# Compute capability 9.0 tries these first: its warp groups multiply from shared memory, which frees registers.
 HOPPER_TILES = {
     "fwd": {(2, 64): [(128, 128, 8, 2)], (2, 128): [(128, 128, 8, 2), (128, 64, 8, 3)]},
     "dq": {(2, 128): [(128, 64, 8, 2)]},
@@ -59,7 +59,7 @@ HOPPER_TILES = {
 
 @triton.jit
 def load_tile(x, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of `D` numbers at `offsets`; zero past `D`, and where not `inside`."""
+    """Loads rows of `D` numbers at `offsets`; zero past `D` and where not `inside`."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(x + offsets[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
 
@@ -73,7 +73,7 @@ def store_tile(x, offsets, values, inside, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def stream_and_tile(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Stream and tile of this program: all streams' longest tiles come first, so that none is left to the end."""
+    """Stream and tile of this program. The longest tiles of all streams come first, so none runs alone at the end."""
     tiles = tl.cdiv(length, BLOCK)
     streams = tl.num_programs(0) // tiles
     tile = tl.program_id(0) // streams
@@ -84,8 +84,8 @@ def stream_and_tile(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def query_rows(start, stream, T, HK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the rows from `start` on: their queries; where the first's token is among all tokens and heads (64 bits, of
-    queries `GROUP` times that), and how far from there each row's token and its query are.
+    """Rows from `start` on: their queries, the place of the first row's token among all tokens and heads (64 bits;
+    times `GROUP` among queries), and the distances from there to each row's token and query.
     """
     r = start % GROUP + tl.arange(0, BLOCK)
     base = ((stream // HK) * T + start // GROUP) * HK + stream % HK
@@ -95,7 +95,7 @@ def query_rows(start, stream, T, HK: tl.constexpr, GROUP: tl.constexpr, BLOCK: t
 
 @triton.jit
 def tiles_between(first, last, all_first, all_last, BLOCK: tl.constexpr):
-    """Tiles that cover `first..last`, and which of them, from and to, lie inside `all_first..all_last`."""
+    """Number of tiles that cover `first..last`, and the range of those that lie inside `all_first..all_last`."""
     inside = tl.cdiv(tl.maximum(all_first - first, 0), BLOCK)
     inside_end = inside + tl.maximum(all_last - first - inside * BLOCK, 0) // BLOCK
     return tl.cdiv(tl.maximum(last - first, 0), BLOCK), inside, inside_end
@@ -103,7 +103,7 @@ def tiles_between(first, last, all_first, all_last, BLOCK: tl.constexpr):
 
 @triton.jit
 def visible_columns(begin, end, first, last, T, M, stream, HK: tl.constexpr):
-    """Columns that some, and that all of the queries `first..last` of a stream see."""
+    """Bounds of the columns that some, and that all, of the queries `first..last` of a stream see."""
     base = (stream // HK) * T * HK + stream % HK
     last = tl.minimum(last, T - 1)
     some_first = tl.load(begin + base + first.to(tl.int64) * HK).to(tl.int32)
@@ -126,7 +126,7 @@ def with_tiles(kernel: Any, name: str, itemsize: int, width: int, hopper: bool) 
 
 
 def head_sizes(q: torch.Tensor, k_kept: torch.Tensor, v_kept: torch.Tensor) -> dict[str, int]:
-    """The arguments in capitals, but for tile shapes and lengths."""
+    """The arguments in capitals, except tile shapes and lengths."""
     heads, (kv_heads, key_dim), value_dim = q.shape[2], (k_kept.shape[1], k_kept.shape[3]), v_kept.shape[3]
     block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     return {
