@@ -141,6 +141,7 @@ def test_the_wheel_holds_no_experiment_and_no_result():
     data = {path for pattern in settings["package-data"]["ham_hf"] for path in PACKAGE.glob(pattern) if path.is_file()}
     assert data
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files -= set(PACKAGE.rglob("README.md"))  # pages of the repository
     code = {path for path in files if path.suffix == ".py"}
     assert files == code | data, "a file that is neither code nor data of the wheel"
     assert not [path for path in data if path.suffix in (".jsonl", ".png", ".csv")]
