@@ -10,7 +10,7 @@ It runs in a process of its own, because a process that has decorated kernels fo
      "num_warps": 4, "num_stages": 2}
 
 where the two dictionaries together name all of the kernel's arguments. Without OP it compiles the cases of all ops,
-with `--quick` only the first of each kernel and width `K`.
+with `--quick` only the first of each kernel.
 """
 
 import argparse
@@ -168,17 +168,17 @@ def transposes_product(ttir: str) -> bool:
     return any(reaches(x, set()) for x in left_factors)
 
 
-def first_of_each_kind(cases: list[dict[str, Any]]) -> list[int]:
-    """Numbers of the cases that are the first of their kernel and width."""
-    kinds = [(id(case["kernel"]), case["constexprs"].get("K")) for case in cases]
-    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+def first_of_each_kernel(cases: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the cases that are the first of their kernel."""
+    kernels = [id(case["kernel"]) for case in cases]
+    return [kernels.index(kernel) for kernel in dict.fromkeys(kernels)]
 
 
 def measure(cases: dict[str, list[dict[str, Any]]], architectures: list[int], quick: bool) -> list[dict[str, Any]]:
     """One measurement for each case and architecture; a case that does not compile has an `error`."""
     results = []
     for op, listed in cases.items():
-        for number in first_of_each_kind(listed) if quick else range(len(listed)):
+        for number in first_of_each_kernel(listed) if quick else range(len(listed)):
             for arch in architectures:
                 try:
                     result = compile_case(listed[number], arch)
