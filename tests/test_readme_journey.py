@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import ham_hf
-from tests.loopback_hub import LoopbackHub
+from tests.hub.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import LoopbackHub
+from tests.hub.loopback_hub import LoopbackHub
 
 SCRIPT = Path(__file__).parents[2] / "conversion_scripts/convert_transformer_to_ham.py"
 

@@ -24,7 +24,7 @@ from ham_hf.hub.card import build_card, card_in, missing_from
 from ham_hf.hub.checkpoint import read_checkpoint
 from ham_hf.hub.sources import read_sources
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HAM_TINY = ROOT / "ham_hf/checkpoints/ham-tiny"
 HAM_TINY_SOURCES = ROOT / "model_cards/ham_tiny"
 CONVERSION = {

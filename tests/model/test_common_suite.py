@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """What the common tests of Transformers' models ask, of every HAM model: they are not part of its package.
 
-Here is what `test_transformers_contract.py` and the tests of the cache do not ask already.
+Here is what the contract with Transformers and the tests of the cache do not ask already.
 """
 
 import copy

@@ -31,7 +31,7 @@ from transformers import (
 import ham_hf
 from ham_hf import HAMConfig, HAMForCausalLM, loading_ham
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(ham_hf.__file__).parent
 TINY = PACKAGE / "checkpoints" / "ham-tiny"
 OLDEST = os.environ.get("HAM_OLDEST_TRANSFORMERS")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ham_hf
-from tests.loopback_hub import Cut, LoopbackHub
+from tests.hub.loopback_hub import Cut, LoopbackHub
 
 TINY = Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
 # The client fetches pieces of 10 MiB and resumes after the last whole one: the larger shard has one and a bit.

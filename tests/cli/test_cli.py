@@ -34,7 +34,7 @@ from ham_hf.inspection.kept_tokens import Piece, numbered_text, pieces_of, print
 from ham_hf.inspection.run_table import bars, runs_table
 from ham_hf.inspection.runs import Setting, heads_that_kept, measure, prefill
 
-USAGE = Path(__file__).parents[1] / "model_cards/ham_tiny/usage.json"
+USAGE = Path(__file__).parents[2] / "model_cards/ham_tiny/usage.json"
 PROMPT = "It was a dark night, and the captain — “Ahab” — had gone below.\nNobody spoke; the wind rose, and rose."
 
 

@@ -15,7 +15,7 @@ from ham_hf import HAMForCausalLM, HAMPreTrainedModel
 from ham_hf.hub.card import MARKER
 from ham_hf.hub.push import push_folder
 
-HAM_TINY = Path(__file__).parents[1] / "ham_hf/checkpoints/ham-tiny"
+HAM_TINY = Path(__file__).parents[2] / "ham_hf/checkpoints/ham-tiny"
 SOMEONES_CARD = "---\nlicense: mit\ntags:\n- mine\n---\n\n# Mine\n"
 
 
