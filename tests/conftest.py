@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
 import ham_hf
 from ham_hf import HAMConfig, attention_ham, delta_rule_ham, ops_ham
 
+# An assertion that fails in a helper then tells as much as one in a test.
+pytest.register_assert_rewrite("tests.cache.caches", "tests.cli.calls", "tests.ops.comparison", "tests.ops.inputs")
+
 # An editable install may sit in `sys.meta_path` or on `sys.path`; this comes before both.
 HIDE_THE_PACKAGE = """
 import sys
