@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ham_hf.conversion.command import main
+
 SCRIPTS = Path(__file__).parents[2] / "conversion_scripts"
 
 
@@ -24,6 +26,18 @@ def script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def module(script) -> ModuleType:
+    """The script of Llama, Mistral and Qwen; the tests of another name theirs."""
+    return script("convert_transformer_to_ham")
+
+
+@pytest.fixture
+def convert(module) -> Callable[..., int]:
+    """A function that runs the script and returns its exit status."""
+    return lambda *arguments: main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
 
 
 @pytest.fixture

@@ -61,12 +61,6 @@ def module(script):
 
 
 @pytest.fixture
-def convert(module):
-    """A function that runs the script and returns its exit status."""
-    return lambda *arguments: main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
-
-
-@pytest.fixture
 def source(tmp_path, randomised):
     """A function that saves a random model, of which a state matters for some twenty tokens."""
 

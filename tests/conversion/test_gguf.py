@@ -113,13 +113,6 @@ def write_gguf(path, model):
 
 
 @pytest.fixture
-def convert(script):
-    """A function that runs the script and returns its exit status."""
-    module = script("convert_transformer_to_ham")
-    return lambda *arguments: main(module.CONVERSION, module.__doc__, [str(x) for x in arguments])
-
-
-@pytest.fixture
 def make(tmp_path, randomised):
     """A function that writes a random model's GGUF; returns its path and the weights in it."""
 
