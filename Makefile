@@ -21,8 +21,8 @@ BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 # The oldest Transformers that is supported; tests put this folder before the environment's own.
 OLDEST := $(VENV)/oldest
-OLDEST_TESTS := tests/model/test_transformers_contract.py tests/model/test_generation.py tests/model/test_common_suite.py \
-	tests/model/test_exactness.py tests/cache tests/hub/test_remote_code.py tests/training \
+OLDEST_TESTS := tests/model/transformers_contract tests/model/test_generation.py tests/model/common_suite \
+	tests/model/exactness tests/cache tests/hub/test_remote_code.py tests/training \
 	tests/model_cards/test_cost.py tests/model_cards/test_healing.py
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi

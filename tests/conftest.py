@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What several test files share: a small configuration, deterministic random numbers, and other people's processes."""
+"""Fixtures for every room: a small configuration, deterministic random numbers, and other people's processes."""
 
 import json
 import os
@@ -21,7 +21,15 @@ import ham_hf
 from ham_hf import HAMConfig, attention_ham, delta_rule_ham, ops_ham
 
 # An assertion that fails in a helper then tells as much as one in a test.
-pytest.register_assert_rewrite("tests.cache.caches", "tests.cli.calls", "tests.ops.comparison", "tests.ops.inputs")
+pytest.register_assert_rewrite(
+    "tests.cache.caches",
+    "tests.cli.calls",
+    "tests.model.bad_input.refusals",
+    "tests.model.exactness.calls",
+    "tests.model.transformers_contract.generation",
+    "tests.ops.comparison",
+    "tests.ops.inputs",
+)
 
 # An editable install may sit in `sys.meta_path` or on `sys.path`; this comes before both.
 HIDE_THE_PACKAGE = """

@@ -112,5 +112,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=15, deadline=None)
-
 TestStore = StoreMachine.TestCase

@@ -57,7 +57,6 @@ def test_run_hands_its_arguments_to_another_command(capsys, monkeypatch):
 
 # The installed script, for the code of this folder; and what a call imported, for calls that import next to nothing.
 COMMAND = "import sys; sys.argv[0] = '/bin/ham-hf'; from ham_hf.cli import main; sys.exit(main())"
-
 AS_A_MODULE = """
 import runpy
 sys.argv[0], sys.orig_argv = "-m", ["python", "-m", "ham_hf.cli"]

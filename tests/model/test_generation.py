@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Logits
 
 from ham_hf import HAMCache, HAMForCausalLM
 from ham_hf.generation_ham import ROUTING_ARGUMENTS, _routing
+from tests.model.models import moved, tokens
 
 VOCABULARY = 97
 
@@ -21,12 +22,9 @@ VOCABULARY = 97
 @pytest.fixture
 def model(tiny_config):
     """Two layers that keep some tokens, with logits far enough apart to compare tokens, and calibrated scores."""
-    model = HAMForCausalLM(tiny_config()).eval()
-    with torch.no_grad():
-        for name, x in model.named_parameters():
-            x.add_((0.02 if name.endswith("threshold") else 0.1) * torch.randn_like(x))
-        for layer in model.model.layers:
-            layer.mixer.score_quantiles.copy_(torch.linspace(0.3, 0.7, layer.mixer.score_quantiles.shape[-1]))
+    model = moved(HAMForCausalLM(tiny_config())).eval()
+    for layer in model.model.layers:
+        layer.mixer.score_quantiles.copy_(torch.linspace(0.3, 0.7, layer.mixer.score_quantiles.shape[-1]))
     return model
 
 
@@ -41,10 +39,6 @@ def calls(model):
 
     model.model.register_forward_pre_hook(note, with_kwargs=True)
     return seen
-
-
-def tokens(*shape):
-    return torch.randint(1, VOCABULARY, shape)
 
 
 def scores_of(model, ids, **arguments):

@@ -6,9 +6,7 @@ import torch
 
 # Absolute tolerances for values of order one. In float32 an operation is compared with its definition in float64.
 FORWARD = {torch.float64: 1e-10, torch.float32: 1e-5}
-
 BACKWARD = {torch.float64: 1e-10, torch.float32: 5e-5}
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
