@@ -27,7 +27,7 @@ def _imported_by_the_command() -> bool:
     return Path(program).stem.removesuffix("-script") == "ham-hf"
 
 
-# The command must answer `--help` or a wrong path at once: it imports PyTorch, and registers, when it needs a model.
+# `ham-hf --help` must answer at once, so the command imports PyTorch and registers classes only for a model.
 if TYPE_CHECKING or not _imported_by_the_command():
     from .auto_classes import (
         HAMCache,
@@ -42,7 +42,7 @@ if TYPE_CHECKING or not _imported_by_the_command():
 
 
 def __getattr__(name: str) -> Any:
-    """A public class in the process of a command, where it is imported, and registered, by the first use."""
+    """Imports and registers the public classes on first use, in the process of a command."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import auto_classes

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Attention over kept tokens only: compaction, new tokens beside a cache, pages of any number a head, eviction."""
+"""Attention over kept tokens only: compaction, ragged attention over a paged cache, and eviction."""
 
 import heapq
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from torch.autograd.function import once_differentiable
 
 from .ops_ham import kernel_for
 
-# Queries of an attention block, whose logits are held at once; twice as many where there are many columns.
+# Queries per attention block, whose logits are held at once; twice as many from `MANY_COLUMNS` columns on.
 QUERY_BLOCK = 64
 
 MANY_COLUMNS = 512
 
-# Streams whose kept counts lie within this ratio share one padded batch, which bounds what padding costs.
+# Streams whose kept counts lie within this ratio share one padded batch, which bounds the cost of padding.
 GROUP_RATIO = 0.75
 
-# The mask of such a batch has about this many elements a query head: larger ones leave a CPU core's own cache.
+# Mask elements per query head in such a batch, roughly: larger masks do not fit in a CPU core's own cache.
 GROUP_ELEMENTS = 2**18
 
-# Up to so many queries a stream PyTorch reads pages where they lie: the copies of queries are no larger than the keys.
+# With at most this many queries per stream PyTorch reads pages in place: copied queries are no larger than the keys.
 PAGED_QUERIES = 16
 
 
@@ -35,7 +35,7 @@ def compact_kept(keep: torch.Tensor, *tensors: torch.Tensor) -> tuple[list[torch
         tensors: each `[B, T, Hk, D]`.
 
     Returns:
-        each tensor as `[B, Hk, M, D]`, `M` the largest number kept (what lies past a head's own number is
+        each tensor as `[B, Hk, M, D]`, where `M` is the largest number kept (entries past a head's own number are
         unspecified), and `[B, T, Hk]` int64, the number of tokens kept before each.
     """
     if kernel := kernel_for("compact_kept", keep, *tensors):
@@ -60,15 +60,15 @@ def sparse_prefix_attention(
 ) -> torch.Tensor:
     """Softmax attention of each query over a span of compacted kept tokens and itself.
 
-    Column `end[t]` holds token `t` itself if that is kept. Work is proportional to the spans; backward recomputes the
+    Column `end[t]` holds token `t` itself if it is kept. Work is proportional to the spans; backward recomputes the
     weights, so memory is linear in `T`.
 
     Args:
         q: `[B, T, H, K]` queries; `H` is a multiple of `Hk`.
         k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`, each query's own key and value, which it always sees.
         k_kept, v_kept: `[B, Hk, M, K]` and `[B, Hk, M, V]` compacted keys and values.
-        begin, end: `[B, T, Hk]` int, query `t` sees columns `begin <= c < end`; both must not fall along `T`.
-        until: `[B, Hk, M]` int, column `c` is seen by queries `t < until` only; `None` if nothing is ever evicted.
+        begin, end: `[B, T, Hk]` int, query `t` sees columns `begin <= c < end`; neither may fall along `T`.
+        until: `[B, Hk, M]` int, only queries `t < until` see column `c`; `None` if nothing is ever evicted.
         scale: factor of the logits; `K ** -0.5` if `None`.
 
     Returns:
@@ -110,7 +110,7 @@ class _SparsePrefixAttention(torch.autograd.Function):
         out = v.new_empty(*q.shape[:3], v.shape[-1])
         for block in _blocks(k, v, k_kept, v_kept, begin, end, until, q.shape[1]):
             queries = q[block.streams, :, block.rows]
-            # The queries of a group are rows of one matrix, which is faster than several that share their keys.
+            # The queries of a group form one matrix, which is faster than several matrices that share their keys.
             block_out = F.scaled_dot_product_attention(
                 queries.flatten(1, 2)[:, None],
                 block.keys[:, None],
@@ -126,7 +126,7 @@ class _SparsePrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, k_kept, v_kept, begin, end, until = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        # Added up over blocks, so in float32 at least.
+        # Summed over blocks, so at least in float32.
         dtype = torch.promote_types(q.dtype, torch.float32)
         dk_kept, dv_kept = torch.zeros_like(k_kept, dtype=dtype), torch.zeros_like(v_kept, dtype=dtype)
         for block in _blocks(k, v, k_kept, v_kept, begin, end, until):
@@ -147,11 +147,11 @@ class _SparsePrefixAttention(torch.autograd.Function):
 
 
 class _Block(NamedTuple):
-    """A block of queries: of which streams, which tokens, and what they read.
+    """A block of queries: its streams, its tokens, and the keys and values that they read.
 
-    The keys `[n, t + C, K]` and values `[n, t + C, V]` are those of the block's own `t` tokens and, behind them, of
-    the `C` kept columns from before it; the mask `[n, copies, t, t + C]` is 0 where a query may look, else -inf. They
-    are views that the next block overwrites.
+    The keys `[n, t + C, K]` and values `[n, t + C, V]` start with the block's own `t` tokens, followed by the `C` kept
+    columns before it; the mask `[n, copies, t, t + C]` is 0 where a query may look, else -inf. All are views that the
+    next block overwrites.
     """
 
     streams: torch.Tensor | slice
@@ -172,11 +172,11 @@ def _blocks(
     until: torch.Tensor | None,
     copies: int = 1,
 ) -> Iterator[_Block]:
-    """Yields every block of every group of streams that see alike numbers of columns; `copies` of each mask."""
+    """Yields the blocks of each group of streams with similar numbers of columns; repeats each mask `copies` times."""
     length = end.shape[1]
     lows, highs = begin[:, ::QUERY_BLOCK].tolist(), end[:, ::QUERY_BLOCK].tolist()
     firsts, lasts, totals = begin[:, 0].tolist(), begin[:, -1].tolist(), (end[:, -1] - begin[:, 0]).tolist()
-    # A token is kept if the next one counts one more, and then stands in the column of its own count.
+    # Token `t` is kept if `end[t + 1] > end[t]`; then it is in column `end[t]`.
     kept = F.pad(end[:, 1:] > end[:, :-1], (0, 1))
     dropped = torch.zeros_like(kept, dtype=k.dtype).masked_fill_(~kept, -torch.inf)
     later = k.new_full((2 * QUERY_BLOCK, 2 * QUERY_BLOCK), -torch.inf).triu()
@@ -185,7 +185,7 @@ def _blocks(
         starts = range(0, length, size)
         streams = slice(group[0], group[0] + 1) if len(group) == 1 else torch.tensor(group, device=end.device)
         alike = len(group) == 1 and firsts[group[0]] == lasts[group[0]] and until is None
-        # Room in front for a block's own keys: they are written over columns that no later query sees.
+        # Space in front for a block's own keys, which overwrite columns that no later query sees.
         keys, values = (F.pad(x[streams], (0, 0, size, 0)) for x in (k_kept, v_kept))
         marks = [start // QUERY_BLOCK for start in starts]
         spans = [slice(min(lows[n][i] for n in group), max(highs[n][i] for n in group)) for i in marks]
@@ -199,7 +199,7 @@ def _blocks(
             inside = dropped[streams, None, rows] + later[:own, :own]
             inside.diagonal(dim1=1, dim2=2).zero_()
             if alike:
-                block_mask[..., own:size] = 0  # where a longer block masked tokens of its own
+                block_mask[..., own:size] = 0  # where a longer block masked its own tokens
             else:
                 inside.masked_fill_(~_visible_inside(begin, end, until, streams, rows), -torch.inf)
                 visible = _visible_columns(begin, end, until, streams, rows, columns)
@@ -209,7 +209,7 @@ def _blocks(
 
 
 def _block_size(columns: int) -> int:
-    """A block's queries also read all of its own keys: a short one pays beside few columns, a long one beside many."""
+    """Queries per block: they also read all of its own keys, so short blocks suit few columns, long ones many."""
     return QUERY_BLOCK if columns < MANY_COLUMNS else 2 * QUERY_BLOCK
 
 
@@ -220,7 +220,7 @@ def _visible_inside(
     streams: torch.Tensor | slice,
     rows: slice,
 ) -> torch.Tensor:
-    """`[n, t, t]` bool: which of a block's own tokens its queries may look at, were all of them kept and earlier."""
+    """`[n, t, t]` bool: the block's own tokens that its queries may see, as if all were kept and earlier."""
     begin, end = begin[streams, rows], end[streams, rows]
     visible = end.unsqueeze(1) >= begin.unsqueeze(2)
     if until is not None:
@@ -237,7 +237,7 @@ def _visible_columns(
     rows: slice,
     columns: slice,
 ) -> torch.Tensor:
-    """`[n, t, C]` bool: which of the columns from before a block its queries may look at."""
+    """`[n, t, C]` bool: the columns before a block that its queries may see."""
     column = torch.arange(columns.start, columns.stop, device=end.device)
     visible = (column >= begin[streams, rows, None]) & (column < end[streams, rows.start, None, None])
     if until is not None:
@@ -261,9 +261,9 @@ def _group_alike(counts: list[int]) -> list[list[int]]:
 
 
 def slab_table(slabs: list[tuple[torch.Tensor, ...]]) -> torch.Tensor | None:
-    """Table by which the kernels find each slab `(keys, values, owner, rank, scores, positions)`; PyTorch: `None`.
+    """Table of addresses of slabs `(keys, values, owner, rank, scores, positions)` for kernels; `None` for PyTorch.
 
-    `rank` `[P]` int32 numbers the pages of each stream, from 0. The table holds as long as the tensors stay in place.
+    `rank` `[P]` int32 numbers the pages of each stream, from 0. The table is valid while the tensors stay in place.
     """
     kernel = kernel_for("slab_table", *slabs[0][:2])
     return None if kernel is None else kernel(slabs)
@@ -279,21 +279,21 @@ def ragged_decode_attention(
     scale: float | None = None,
     index: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of new tokens over paged keys of any number a head, the kept ones before them and themselves.
+    """Softmax attention of new tokens over their stream's pages, the kept new tokens before them, and themselves.
 
-    Nothing is padded to the longest stream. What is stored is not copied, save by PyTorch for a gradient or where a
-    stream has more than `PAGED_QUERIES` queries, and then for a few streams at a time.
+    Nothing is padded to the longest stream. Pages are not copied, except by PyTorch for a gradient or for more than
+    `PAGED_QUERIES` queries per stream, and then for a few streams at a time.
 
     Args:
         q: `[N, T, G, K]`, the `G` queries of `T` tokens in each of `N` streams (a row and key/value head).
         k, v: `[N, T, K]` and `[N, T, V]`, the tokens' own keys and values.
-        keep: `[N, T]` bool, which of the tokens the later ones see.
+        keep: `[N, T]` bool, the tokens that later ones see.
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
-        tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
+        tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and the number of its tokens.
         scale: factor of the logits; `K ** -0.5` if `None`.
-        index: `(slab_table(...), counts [N] int64)`: where the slabs lie and how many tokens each stream holds, which
-            spares the kernel a sort; `None` if it is not known. With it the last pages may be free: of all, slab by
-            slab, only as many are read as the counts fill.
+        index: `(slab_table(...), counts [N] int64)`: the slabs' addresses and the number of tokens in each stream,
+            which save the kernel a sort; `None` if unknown. With an index the last pages may be free: only the pages
+            that the counts fill are read, slab by slab.
 
     Returns:
         `[N, T, G, V]` in the dtype of `v`.
@@ -304,7 +304,7 @@ def ragged_decode_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if index is not None:
         pages = _pages_in_use(pages, int((index[1] // tail[0].shape[1]).sum()))
-    # A backward pass reads what the forward read, and by then pages may have been added to the same slabs.
+    # A gradient needs copies: by the backward pass, pages may have been added to the same slabs.
     where_they_lie = q.shape[1] * q.shape[2] <= PAGED_QUERIES and not needs_gradient
     form = _attend_page_by_page if where_they_lie else _attend_stream_by_stream
     return form(q, k, v, keep, pages, tail, scale)
@@ -319,7 +319,7 @@ def _attend_page_by_page(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
 ) -> torch.Tensor:
-    """`ragged_decode_attention` by a softmax whose parts are the pages: copies no keys, but the queries for each."""
+    """`ragged_decode_attention` as a softmax over pages: copies the queries for each page, but no keys."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     tail_k, tail_v, fill = tail
     (length, groups), page = q.shape[1:3], tail_k.shape[1]
@@ -356,10 +356,10 @@ def _attend_stream_by_stream(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
 ) -> torch.Tensor:
-    """`ragged_decode_attention` that copies what a few streams hold at a time, of those that hold alike numbers."""
+    """`ragged_decode_attention` over copies of the pages, for a few streams of similar length at a time."""
     tail_k, tail_v, fill = tail
     streams, page = tail_k.shape[:2]
-    # Each stream's open page comes first, with what is unused in front: all that it holds is then one span of columns.
+    # Each stream's open page comes first, unused slots in front, so that the stream's tokens are one span of columns.
     slot = ((torch.arange(page, device=q.device) + fill[:, None]) % page)[..., None]
     opened = [x.gather(1, slot.expand_as(x)) for x in (tail_k, tail_v)]
     pages = [(opened[0], opened[1], torch.arange(streams, device=q.device)), *pages]
@@ -381,7 +381,7 @@ def _attend_stream_by_stream(
 
 
 def _places_of_pages(owners: list[torch.Tensor], streams: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`[N]` pages of each stream, and for each slab's pages `[P]` which of its stream's they are."""
+    """`[N]` number of pages of each stream and, per slab, `[P]` rank of each page within its stream."""
     owner = torch.cat(owners).long()
     held = torch.bincount(owner, minlength=streams)
     order = owner.argsort(stable=True)
@@ -441,15 +441,15 @@ def attend_new(
     cached: KeptColumns | None = None,
     seq_idx: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of new tokens over cached columns, the kept ones among themselves, and themselves.
+    """Attention of new tokens over cached columns, the kept new tokens before them, and themselves.
 
     Args:
         q: `[B, n, H, K]` queries of the last `n` tokens, which may be all.
         k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
         keep: `[B, T, Hk]` bool.
         scores: `[B, T, Hk]` routing scores, read only with a budget.
-        budget: kept tokens per head after which the lowest score leaves, or `None`.
-        cached: what a cache holds already, no more than `budget` per head.
+        budget: most kept tokens per head, beyond which the lowest score is dropped, or `None`.
+        cached: tokens already in a cache, at most `budget` per head.
         seq_idx: `[B, T]` int, the document of each token; without a cache only.
 
     Returns:
@@ -477,16 +477,16 @@ def attend_new(
 def eviction_times(
     keep: torch.Tensor, scores: torch.Tensor, budget: int, cached: KeptColumns | None = None
 ) -> torch.Tensor | None:
-    """For each column, the first query that no longer sees it because the budget evicted it: the lowest score leaves.
+    """For each column, the first query that no longer sees it because the budget evicted it, lowest score first.
 
     Args:
         keep: `[B, T, Hk]` bool, the new tokens that are admitted.
         scores: `[B, Hk, M]` their scores, compacted.
-        budget: how many tokens a head may hold.
-        cached: what it holds already, no more than `budget`.
+        budget: most tokens that a head may hold.
+        cached: tokens that it already holds, at most `budget`.
 
     Returns:
-        `[B, Hk, M]` int64 (cached columns first): queries `t <` this see the column. `None` if nothing is evicted.
+        `[B, Hk, M]` int64 (cached columns first): earlier queries see the column. `None` if nothing is evicted.
     """
     batch, length, heads = keep.shape
     added = keep.sum(1)
@@ -497,7 +497,7 @@ def eviction_times(
     until = torch.full((batch * heads, width + scores.shape[2]), length + 1)
     for stream in range(batch * heads):
         row, head = divmod(stream, heads)
-        # The column breaks ties of scores, and grows with the position: of equal scores the oldest leaves.
+        # The column breaks ties and grows with the position: the oldest of equal scores leaves.
         heap: list[tuple[float, int]] = []
         if cached is not None:
             first = width - int(held[row, head])

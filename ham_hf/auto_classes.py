@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The public classes; importing it registers them with Transformers' Auto classes, and the card with `push_to_hub`."""
+"""The public classes; importing this file registers them with the Auto classes and sets their `push_to_hub`."""
 
 from transformers import (
     AutoConfig,
@@ -22,7 +22,7 @@ from .modeling_ham import (
     HAMPreTrainedModel,
 )
 
-# Set here, as this file does not travel: remote code pushes as Transformers does, without a card of ours.
+# Set here because this file does not travel: remote code pushes as Transformers does, without our model card.
 HAMPreTrainedModel.push_to_hub = push_to_hub  # type: ignore[assignment, method-assign]
 
 AutoConfig.register("ham", HAMConfig)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The file of a HAMCache: its format, and the checks before memory is taken for what it holds."""
+"""The file of a HAMCache: its format, and checks that run before memory is allocated for its contents."""
 
 import errno
 import hashlib
@@ -17,7 +17,7 @@ from .configuration_ham import LINEAR_SHAPE, HAMConfig
 from .files_ham import whole_file
 
 FILE_FORMAT, FILE_VERSION = "ham_cache", "2"
-# The fields of a configuration that decide what a cache holds for given tokens and weights.
+# Configuration fields that, with tokens and weights, determine the contents of a cache.
 CONTENT_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -47,14 +47,14 @@ CONTENT_FIELDS = (
     "router",
     "router_hidden_size",
 )
-# Values of each parameter that a fingerprint reads.
+# Number of values that a fingerprint reads from each parameter.
 SAMPLES = 8
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """A digest of some values of each parameter, by its name: it tells two decoders of one configuration apart.
+    """Digests of a few values of each parameter, by name; they tell apart two models of one configuration.
 
-    A parameter whose values are not at hand (offloaded, quantised, sharded) has an empty digest, which equals any.
+    A parameter whose values cannot be read (offloaded, quantised, sharded) has an empty digest, which matches any.
     """
     digests = {}
     for name, x in model.named_parameters():
@@ -69,7 +69,7 @@ def _digest_of_sample(x: torch.Tensor) -> str:
 
 
 def check_same_model(argument: str, known: dict[str, str], found: dict[str, str]) -> None:
-    """`ValueError` unless two fingerprints are of one model."""
+    """Raises `ValueError` unless both fingerprints belong to one model."""
     different = sorted(name for name in known.keys() & found.keys() if "" not in (known[name], found[name]))
     different = [name for name in different if known[name] != found[name]] or sorted(known.keys() ^ found.keys())
     if different:
@@ -89,7 +89,7 @@ def write_cache(
     """Writes the file of a cache, whole or not at all.
 
     Args:
-        path: where to; a file that is there is replaced.
+        path: the file; an existing one is replaced.
         tensors: contiguous tensors by name.
         config: the configuration of the model that filled the cache.
         seen_tokens: tokens seen, padding included.
@@ -111,7 +111,7 @@ def write_cache(
 
 
 def checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over all that a file holds: tensors with their names, dtypes and shapes, and its other metadata."""
+    """SHA-256 of a file's tensors, their names, dtypes and shapes, and the file's other metadata."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
@@ -123,11 +123,11 @@ def checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
 def read_cache(
     path: str | os.PathLike, config: HAMConfig, device: torch.device
 ) -> tuple[int, dict[str, str] | None, dict[str, torch.Tensor]]:
-    """Reads the file of a cache of a model of `config`: tokens seen, the model's fingerprint or `None`, tensors.
+    """Reads a cache file for a model of `config`; returns tokens seen, the model's fingerprint or `None`, and tensors.
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if it is no cache, damaged, of another version or of a model of another configuration.
+        ValueError: if it is damaged or not a cache, or if its version or the model's configuration differs.
     """
     path = os.fspath(path)
     not_a_cache = f"`path` {path!r} is not a cache written by `HAMCache.save`"
@@ -148,11 +148,11 @@ def read_cache(
             check_same_contents("path", contents, config)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{not_a_cache}, whole: {error}.") from error
+        raise ValueError(f"{not_a_cache}, or is not whole: {error}.") from error
     if foreign := [name for name in tensors if not _names_a_part(name, config)]:
-        raise ValueError(f"`path` {path!r} holds {foreign[0]!r}, which is part of no layer.")
+        raise ValueError(f"`path` {path!r} holds {foreign[0]!r}, which belongs to no layer.")
     if recorded != checksum(tensors, metadata):
-        raise ValueError(f"`path` {path!r} is damaged: its checksum is not that of its contents.")
+        raise ValueError(f"`path` {path!r} is damaged: its checksum does not match its contents.")
     return seen_tokens, known, {name: x.to(device) for name, x in tensors.items()}
 
 
@@ -161,25 +161,26 @@ def _names_a_part(name: str, config: HAMConfig) -> bool:
 
 
 def _check_metadata(not_a_cache: str, metadata: dict[str, str]) -> tuple[int, dict[str, Any], dict[str, str] | None]:
-    """Tokens seen, the configuration's fields and the model's fingerprint; `ValueError` if they make no sense."""
+    """Tokens seen, configuration fields and the model's fingerprint; raises `ValueError` if they are invalid."""
     try:
         contents, known = json.loads(metadata.get("config", "")), json.loads(metadata.get("model", ""))
         seen_tokens = int(metadata.get("seen_tokens", ""))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{not_a_cache}, whole: {error}.") from error
+        raise ValueError(f"{not_a_cache}, or is damaged: {error}.") from error
     named = known is None or (isinstance(known, dict) and all(isinstance(x, str) for x in known.values()))
     if not isinstance(contents, dict) or not named or not 0 <= seen_tokens <= torch.iinfo(torch.int32).max:
-        raise ValueError(f"{not_a_cache}, whole: of configuration {contents!r}, after {seen_tokens} tokens.")
+        raise ValueError(f"{not_a_cache}, or is damaged: configuration {contents!r} and {seen_tokens} tokens seen.")
     return seen_tokens, contents, known
 
 
 def check_saved_layer(
     where: str, state: dict[str, torch.Tensor], config: HAMConfig, layer_type: str, seen_tokens: int
 ) -> None:
-    """Refuses what no layer gives as its `state_dict`, before memory is taken for it.
+    """Checks a saved layer's `state_dict` before memory is allocated for it.
 
     Raises:
-        ValueError: `where`, and which tensor is missing, too many, of another shape or dtype, or contradicts others.
+        ValueError: names `where` and the tensor that is missing, unexpected, of a wrong shape or dtype, or
+            contradicts others.
     """
     layer_shape = config.layer_shape(layer_type)
     heads, key_dim, value_dim = layer_shape.value_heads, layer_shape.key_dim, layer_shape.value_dim
@@ -222,10 +223,10 @@ def check_saved_layer(
 
 
 def _check_saved_tokens(where: str, state: dict[str, torch.Tensor], seen: torch.Tensor, keeps_all: bool) -> None:
-    """`ValueError` unless the tokens of each stream are as many as counted, and in order; `seen` `[N]` per stream."""
+    """Raises `ValueError` unless each stream has as many tokens as counted, in order; `seen` `[N]` its real tokens."""
     counts, streams, positions = state["counts"], state["streams"], state["positions"]
     fits = counts == seen if keeps_all else (counts >= 0) & (counts <= seen)
-    # Only now may memory be taken for as many tokens as are counted.
+    # Compare the sum before `repeat_interleave` allocates memory for the counted tokens.
     fits = fits.all() and counts.sum() == len(streams)
     if not fits or not torch.equal(streams, torch.repeat_interleave(counts)):
         raise ValueError(f"{where}: `counts`, `streams` and `real_tokens` contradict each other.")
@@ -236,7 +237,7 @@ def _check_saved_tokens(where: str, state: dict[str, torch.Tensor], seen: torch.
 
 
 def check_saved_padding(where: str, padding: torch.Tensor | None, real_tokens: torch.Tensor, seen_tokens: int) -> None:
-    """`ValueError` unless `padding` `[B, n]` bool leaves each row as many real tokens as it counts."""
+    """Raises `ValueError` unless `padding` `[B, n]` bool agrees with the number of real tokens `[B]` of each row."""
     if padding is None:
         fits = bool((real_tokens == seen_tokens).all())
     else:
@@ -253,7 +254,7 @@ def cache_contents(config: HAMConfig) -> dict[str, Any]:
 
 
 def check_same_contents(argument: str, contents: dict[str, Any], config: HAMConfig) -> None:
-    """`ValueError` if the cache that `argument` gives, of a model of `contents`, does not fit a model of `config`."""
+    """Raises `ValueError` if a cache with these `contents`, given as `argument`, does not fit a model of `config`."""
     expected = cache_contents(config)
     wrong = [
         f"`{name}` {contents.get(name)} instead of {expected[name]}"

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class CacheGuard:
-    """Watches over an object of several parts that a call changes one after the other.
+    """Guards an object whose parts a call changes one after the other.
 
     Attributes:
         broken: the call that stopped between two parts and why, or `None`.
@@ -19,11 +19,11 @@ class CacheGuard:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Gives a copy everything but the lock."""
+        """Copies everything but the lock."""
         return {"broken": self.broken}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Makes a copy that nobody is changing."""
+        """Restores a copy with a free lock."""
         self.broken = state["broken"]
         self._lock = threading.Lock()
 
@@ -36,7 +36,7 @@ class CacheGuard:
             )
 
     def forgive(self) -> None:
-        """Lets an object be changed again that a call left halfway."""
+        """Clears the record of a call that stopped halfway."""
         self.broken = None
 
     @contextlib.contextmanager

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""HAMCache, the memories of all layers: what Transformers calls, what it costs, saving and loading."""
+"""HAMCache, the memories of all layers: Transformers' interface, memory use, saving and loading."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ from .configuration_ham import HAMConfig
 from .paged_store_ham import PagedStore
 from .routing_ham import check_threshold
 
-# Shortage of free pages at which a store makes a new slab ahead of need, and at which it does when another has to.
+# Shortage of free pages at which a store makes a new slab on its own, and at which it does when another store does.
 GROWS, GROWS_WITH_OTHERS = 0.75, 0.25
 
 
 def _trimmed(padding: torch.Tensor) -> torch.Tensor | None:
-    """`[B, n]` bool up to the last column that holds padding, `None` if none does; a GPU is not waited for."""
+    """`[B, n]` bool up to the last column with padding, `None` without any; unchanged on a GPU, to avoid a wait."""
     if padding.device.type != "cpu":
         return padding
     columns = padding.any(0).nonzero()
@@ -39,14 +39,14 @@ def _trimmed(padding: torch.Tensor) -> torch.Tensor | None:
 
 
 class HAMCache(Cache):
-    """Cache of a HAM model: `generate` makes one itself; pass it on as `cache` to continue a conversation.
+    """Cache of a HAM model. `generate` makes one by itself; pass one as `cache` to continue a conversation.
 
-    Two numbers are kept apart: tokens seen (`get_seq_length`), which positions come from, and tokens kept
-    (`kept_tokens`), which memory is paid for.
+    Two numbers differ: tokens seen (`get_seq_length`), which determine positions, and tokens kept (`kept_tokens`),
+    which take memory.
 
-    A call that fails before it changed anything leaves the cache as it was. One that stops later (an exception, an
-    interrupt) leaves it half-changed: every use but `reset` then raises `RuntimeError`. So does a second call while
-    one is under way. A cache holds no autograd graph: gradients stop at it, as in truncated backpropagation.
+    A call that fails before it changes anything leaves the cache as it was. A call that stops later (an exception, an
+    interrupt) leaves it half-changed: every use but `reset` then raises `RuntimeError`. A second call during another
+    one raises it too. A cache holds no autograd graph: gradients stop at it, as in truncated backpropagation.
 
     Args:
         config: the model's `HAMConfig`.
@@ -64,7 +64,7 @@ class HAMCache(Cache):
     layers: list[HAMCacheLayer]  # type: ignore[assignment]
 
     def __init__(self, config: HAMConfig, offloading: bool = False):
-        # By name, because the files of a checkpoint's remote code may each see a class of their own.
+        # Compared by name, because a checkpoint's remote code may load a class of its own.
         if getattr(config, "model_type", None) != HAMConfig.model_type:
             raise TypeError(f"`config` must be a HAMConfig, got {type(config).__name__}.")
         if not isinstance(offloading, bool):
@@ -72,7 +72,7 @@ class HAMCache(Cache):
         super().__init__(layers=[HAMCacheLayer() for _ in range(config.num_hidden_layers)])
         self.config = config
         self.offload_layers = offloading
-        # The model that filled the cache, and what is known of that one if it is no longer there.
+        # The model that filled the cache, and its fingerprint in case the model is gone.
         self._model: weakref.ref[nn.Module] | None = None
         self._fingerprint: dict[str, str] | None = None
         # `[B, n]` bool, true for padding among the first `n` tokens seen; every later one is real.
@@ -81,7 +81,7 @@ class HAMCache(Cache):
         self._guard = CacheGuard()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Gives a copy the model's fingerprint instead of the model."""
+        """Replaces the model by its fingerprint in a copy."""
         return vars(self) | {"_model": None, "_fingerprint": self._known_fingerprint()}
 
     def _stores(self) -> list[PagedStore | None]:
@@ -163,7 +163,7 @@ class HAMCache(Cache):
         return self._fingerprint if model is None else fingerprint(model)
 
     def reset(self) -> None:
-        """Forgets everything, also that a call stopped halfway."""
+        """Empties the cache, and clears the record of a call that stopped halfway."""
         self._guard.forgive()
         with self.changing("reset"):
             self._forget()
@@ -174,10 +174,10 @@ class HAMCache(Cache):
         self.holds_cut_graph = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens, which must have been recorded; earlier ones become final.
+        """Removes the last `-tokens_to_remove` tokens, which must have been recorded; earlier ones become final.
 
         Raises:
-            ValueError: if the number is positive, or reaches further back than what was recorded.
+            ValueError: if the number is positive, or exceeds the recorded tokens.
         """
         with self.changing("crop"):
             super().crop(tokens_to_remove)
@@ -185,7 +185,7 @@ class HAMCache(Cache):
                 self._padding = _trimmed(self._padding[:, : self.layers[0].seen_tokens])
 
     def stop_past_recording(self) -> None:
-        """Makes every token final, and ends what `activate_past_recording` began."""
+        """Makes every token final, and ends the recording that `activate_past_recording` began."""
         for layer in self.layers:
             layer.stop_past_recording()
 
@@ -214,15 +214,15 @@ class HAMCache(Cache):
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reserve(self, layer_idx: int | None = None) -> None:
-        """Sees to it that the device can append one more token to every head of every row by itself.
+        """Ensures that the device can append one more token to every head of every row by itself.
 
-        For as many steps as the free pages surely suffice nothing is done. Then the host waits for the device and
-        looks at all layers. They grow together, because a captured step does not outlive growth: when one has used up
-        three quarters of what it had, all that have used up a quarter.
+        Does nothing while the free pages are sure to suffice. Otherwise the host waits for the device and checks all
+        layers. Layers grow together, because growth invalidates a captured step: when one has used three quarters of
+        its spare pages, every layer that has used a quarter grows too.
 
         Args:
-            layer_idx: the layer that is to append next, all of them if `None`. Within a step the room of layers before
-                it may have ended with this very token, and must not make the host wait.
+            layer_idx: the layer that appends next, or `None` for all layers. Within a step, earlier layers may have
+                used their last reserved step with this very token, which must not make the host wait.
         """
         stores = [store for store in self._stores() if store is not None]
         next_one = None if layer_idx is None else self.layers[layer_idx].store
@@ -242,7 +242,7 @@ class HAMCache(Cache):
         return torch.stack([empty if s is None else s.counts.view(batch, heads).cpu() for s in stores])
 
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
-        """Of one layer, for each row and head, the sorted positions (among real tokens) that are kept, int32."""
+        """Sorted positions (among real tokens) of one layer's kept tokens, for each row and head, int32."""
         stores = self._stores()
         if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
             raise TypeError(f"`layer_idx` must be an int, got {layer_idx!r}.")
@@ -256,11 +256,11 @@ class HAMCache(Cache):
         return [list(parts[i : i + heads]) for i in range(0, len(parts), heads)]
 
     def kv_usage(self) -> torch.Tensor:
-        """`[layers, B, Hk]` float32 fraction of the tokens seen (padding aside) that is kept."""
+        """`[layers, B, Hk]` float32 fraction of the real tokens seen that is kept."""
         return self.kept_tokens().float() / self.layers[0].real_tokens.cpu().clamp(min=1)[None, :, None]
 
     def memory_bytes(self) -> int:
-        """Bytes of memory that the cache really holds: allocated storage, unused slots included."""
+        """Bytes of storage that the cache has allocated, unused slots included."""
         self._guard.check()
         storages = {}
         if self._padding is not None:
@@ -283,7 +283,7 @@ class HAMCache(Cache):
         return self.get_seq_length() * self.batch_size * per_token * itemsizes
 
     def prune(self, threshold: float | list[float] | torch.Tensor) -> None:
-        """Forgets what lies below a threshold: what remains is what it would have kept at the same scores.
+        """Drops tokens with scores below a threshold, which leaves those it would have kept at the same scores.
 
         Args:
             threshold: as in `generate`; `ValueError` or `TypeError` as there.
@@ -315,13 +315,13 @@ class HAMCache(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: HAMConfig, device: torch.device | str = "cpu") -> "HAMCache":
-        """Reads a cache written by `save`; `config` must be the one of the model that filled it.
+        """Reads a cache written by `save`; `config` must be that of the model that filled it.
 
         The first call of a model compares its dtype and a sample of its weights with those that filled the cache.
 
         Raises:
             OSError: if there is no such file.
-            ValueError: if it is damaged, not a cache, of another version, or of a model of another configuration.
+            ValueError: if it is damaged or not a cache, or if its version or the model's configuration differs.
         """
         cache, device = cls(config), torch.device(device)
         seen_tokens, known, tensors = read_cache(path, config, device)

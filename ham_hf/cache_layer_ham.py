@@ -23,9 +23,9 @@ class LayerStep:
         positions: `[B, T]` index among the real tokens of the row.
         real: `[B, T]` bool, false for padding, or `None`.
         conv_inputs: `[B, T, C]` inputs of the short convolution.
-        conv_state: `[B, W - 1, C]` its state after the call.
+        conv_state: `[B, W - 1, C]` state of the convolution after the call.
         rnn: `(k, v, g, beta)` as `gated_delta_rule_with_prediction` takes them.
-        recurrent_state: `[B, Hk, K, V]` float32 state after the call, one a value head.
+        recurrent_state: `[B, Hk, K, V]` float32 state after the call, one per value head.
         keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]` of the attention view.
         scores: `[B, T, Hk]` float32 routing scores.
         keep: `[B, T, Hk]` bool.
@@ -48,7 +48,7 @@ class LayerStep:
         return self.positions.shape[1]
 
     def first(self, length: int) -> "LayerStep":
-        """The inputs of the first `length` tokens; states, which belong to the whole, are dropped."""
+        """The inputs of the first `length` tokens, without the states, which belong to the whole step."""
         fields: dict[str, Any] = {name: x[:, :length] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         fields |= {"conv_state": None, "recurrent_state": None}
         rnn = None if self.rnn is None else tuple(x[:, :length] for x in self.rnn)
@@ -56,7 +56,7 @@ class LayerStep:
 
     @classmethod
     def joined(cls, steps: list["LayerStep"]) -> "LayerStep":
-        """Successive steps as one; their states are dropped."""
+        """Joins successive steps into one, without their states."""
         names = ("conv_inputs", "keys", "values", "scores", "keep", "positions")
         fields: dict[str, Any] = {name: _cat([getattr(step, name) for step in steps]) for name in names}
         if any(step.real is not None for step in steps):
@@ -71,7 +71,7 @@ class LayerStep:
         return cls(rnn=rnn, **fields)
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerStep":
-        """The same with every tensor changed."""
+        """The step with `change` applied to every tensor."""
         return LayerStep(**map_tensors(change, vars(self)))
 
     def kept(self) -> KeptTokens:
@@ -105,11 +105,11 @@ def _scatter_columns(
 def _attend_stored(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, store: PagedStore
 ) -> torch.Tensor:
-    """Attention of new tokens over a store, the kept ones among themselves, and themselves; shapes of `attend_new`."""
+    """Attention of new tokens over a store, the kept new tokens before them, and themselves, as in `attend_new`."""
     heads = k.shape[2]
     q, k, v, keep = (x.transpose(1, 2).flatten(0, 1) for x in (q.unflatten(2, (heads, -1)), k, v, keep))
     index = store.index()
-    # Given an index the operation counts the pages in use itself, and whole slabs are the same until the store grows.
+    # With an index the operation counts the used pages itself, and whole slabs stay the same until the store grows.
     slabs = store.pages() if index is None else store.slabs
     pages = [(x["keys"], x["values"], x["owner"]) for x in slabs]
     tail = (store.tail["keys"], store.tail["values"], store.fill)
@@ -120,8 +120,8 @@ def _attend_stored(
 class HAMCacheLayer(CacheLayerMixin):
     """One layer's memories: convolution state, recurrent state and, unless it is linear, the paged kept tokens.
 
-    `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing: what
-    attention reads is given by `attend`.
+    `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing; `attend`
+    computes attention.
     """
 
     is_sliding = False
@@ -130,17 +130,17 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        # Grows with every change, so that a call that stopped halfway can be told from one that changed nothing.
+        # Number of changes: it tells a call that stopped halfway from one that changed nothing.
         self.changes = 0
         self.reset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Makes a copy that can be written, also one made in inference mode."""
+        """Restores a writable copy, also of tensors made in inference mode."""
         steps = [step.mapped(writable) for step in state["_steps"]]
         vars(self).update(map_tensors(writable, state) | {"_steps": steps})
 
     def reset(self) -> None:
-        """Forgets everything, as if newly made."""
+        """Empties the layer, as if newly made."""
         self.changes += 1
         self.record_past = False
         self.conv_state: torch.Tensor | None = None
@@ -184,26 +184,26 @@ class HAMCacheLayer(CacheLayerMixin):
         scores: torch.Tensor,
         budget: int | None,
     ) -> torch.Tensor:
-        """Attention of new tokens over what is kept here, the kept ones among themselves, and themselves.
+        """Attention of new tokens over this layer's kept tokens, the kept new tokens before them, and themselves.
 
         Args:
-            q: `[B, n, H, K]`, of all tokens or, while nothing is kept here, of the last `n`.
+            q: `[B, n, H, K]`, of all new tokens or, while the layer has no store, of the last `n`.
             k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
             keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
-            budget: kept tokens per head after which the lowest score leaves, or `None`.
+            budget: most kept tokens per head, beyond which the lowest score is dropped, or `None`.
 
         Returns:
             `[B, n, H, V]`.
         """
         if not self.is_initialized or self.store is None:
             return attend_new(q, k, v, keep, scores, budget)
-        # With a budget stored tokens leave in the course of a call; it also bounds what padding costs.
+        # With a budget, stored tokens may be dropped during a call; the budget also bounds the cost of padding.
         if budget is None or q.shape[1] == 1:
             return _attend_stored(q, k, v, keep, self.store)
         batch, _, heads, _ = k.shape
         held = self.store.tokens()
         largest = int(self.store.counts.max())
-        # Right-aligned, so that what a query sees of the cache and of the new tokens is one span of columns.
+        # Right-aligned, so that the cached and new tokens that a query sees are one span of columns.
         column = ranks(held.streams, self.store.counts) + (largest - self.store.counts)[held.streams]
         keys, values, kept_scores = (
             _scatter_columns(x, held.streams, column, batch, heads, largest)
@@ -213,7 +213,7 @@ class HAMCacheLayer(CacheLayerMixin):
         return attend_new(q, k, v, keep, scores, budget, cached)
 
     def dense_keys(self, past_real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept keys at their columns among all tokens seen, `[B, Hk, S, K]`, and `[B, Hk, S]` bool where there is one.
+        """Kept keys at their columns among all tokens seen, `[B, Hk, S, K]`, and the mask `[B, Hk, S]` of kept tokens.
 
         Args:
             past_real: `[B, S]` bool, false for padding; `None` if every token seen was real.
@@ -223,7 +223,7 @@ class HAMCacheLayer(CacheLayerMixin):
         held = store.tokens()
         columns = held.positions.long()
         if past_real is not None:
-            # The p-th real token of a row stands where the p-th true entry of its mask is.
+            # The p-th real token of a row is in the column of the p-th true entry of its mask.
             order = (~past_real).to(torch.uint8).argsort(dim=1, stable=True)
             columns = order[held.streams // heads, columns]
         keys = _scatter_columns(held.keys, held.streams, columns, batch, heads, self.seen_tokens)
@@ -236,7 +236,7 @@ class HAMCacheLayer(CacheLayerMixin):
         return self.store
 
     def update(self, step: LayerStep, budget: int | None = None) -> None:  # type: ignore[override]
-        """Takes in what one forward computed; with `budget`, a head that is full drops its lowest scores.
+        """Stores the results of one forward; with `budget`, a full head drops its lowest scores.
 
         A cache keeps no autograd graph alive: gradients stop here.
         """
@@ -272,12 +272,12 @@ class HAMCacheLayer(CacheLayerMixin):
             self.enforce_budget(budget)
 
     def enforce_budget(self, budget: int) -> None:
-        """Drops the lowest scores of every head above `budget` tokens; of scores equal to the bit, the oldest."""
+        """Drops the lowest scores of every head with more than `budget` tokens; the oldest of equal scores first."""
         if self.store is None or int(self.store.counts.max()) <= budget:
             return
         self.changes += 1
         tokens = self.store.tokens()
-        # Tokens come ordered by stream and position: stable sorts by score and then by stream rank the oldest first.
+        # Tokens are ordered by stream and position, so stable sorts by score and then by stream put the oldest first.
         order = tokens.scores.argsort(stable=True)
         order = order[tokens.streams[order].argsort(stable=True)]
         streams = tokens.streams[order]
@@ -286,11 +286,11 @@ class HAMCacheLayer(CacheLayerMixin):
         self.store = self.store.rebuilt(tokens.select(survives))
 
     def open_pages(self) -> tuple[torch.Tensor, ...] | None:
-        """The tensors that the kernel of a decoding step appends to, `None` in a linear layer; `reserve` made room."""
+        """Tensors that the kernel of a decoding step appends to, `None` in a linear layer; call `reserve` first."""
         return None if self.store is None else self.store.open_pages()
 
     def addressed(self) -> list[torch.Tensor | None]:
-        """Tensors at whose addresses a decoding step on the device works: while they are the same, so may it be."""
+        """Tensors whose addresses a captured CUDA graph has baked in; the graph is valid while they are unchanged."""
         store = self.store
         stored = [] if store is None else [store.counts, *(store.index() or ())[:1]]
         return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
@@ -332,23 +332,22 @@ class HAMCacheLayer(CacheLayerMixin):
                 )
 
     def activate_past_recording(self) -> None:
-        """Remembers what later forwards add, until `crop`, so that it can be taken back exactly.
+        """Records the tokens that later forwards add, until `crop`, so that they can be removed exactly.
 
-        What is remembered is dense, dropped tokens included: assisted generation holds a whole prompt until its first
-        `crop`.
+        The record is dense, dropped tokens included: assisted generation holds a whole prompt until its first `crop`.
         """
         self.record_past = True
 
     def stop_past_recording(self) -> None:
-        """Makes every token final and remembers no more."""
+        """Makes every token final and stops recording."""
         self.record_past = False
         self._base, self._steps = None, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens, and makes the ones before them final.
+        """Removes the last `-tokens_to_remove` tokens, and makes the ones before them final.
 
         Raises:
-            ValueError: if the number is positive, or reaches further back than what was recorded.
+            ValueError: if the number is positive, or exceeds the recorded tokens.
         """
         removed = _check_crop(tokens_to_remove)
         recorded = sum(step.length for step in self._steps)
@@ -371,7 +370,7 @@ class HAMCacheLayer(CacheLayerMixin):
             self._replay(LayerStep.joined(steps).first(recorded - removed))
 
     def _replay(self, step: LayerStep) -> None:
-        """Takes in inputs whose states after them are not known."""
+        """Stores a step again, and recomputes the states after its inputs."""
         conv_state = recurrent_state = None
         if step.conv_inputs is not None and self.conv_state is not None:
             conv_state = convolution_state(step.conv_inputs, self.conv_state, step.real)
@@ -387,7 +386,7 @@ class HAMCacheLayer(CacheLayerMixin):
         """Keeps the rows at `indices` `[n]` (int, repeats allowed, or a bool mask); earlier tokens become final."""
         if not self.is_initialized:
             return
-        # Where the tensors are: an offloaded layer is not on the device it works on.
+        # The tensors' own device: an offloaded layer is not on the device it works on.
         device = self.real_tokens.device
         everyone = torch.arange(self.batch_size, device=device)
         rows = everyone[checked_rows(indices, self.batch_size).to(device)]
@@ -429,7 +428,7 @@ class HAMCacheLayer(CacheLayerMixin):
         return [x for x in own if isinstance(x, torch.Tensor)] + stored
 
     def state_bytes(self) -> int:
-        """Bytes of what does not grow: convolution and recurrent state."""
+        """Bytes of the convolution and recurrent states, which do not grow."""
         return sum(x.nbytes for x in (self.conv_state, self.recurrent_state) if x is not None)
 
     def to(self, device: torch.device) -> None:
@@ -459,7 +458,7 @@ class HAMCacheLayer(CacheLayerMixin):
         return {name: x for name, x in state.items() if x is not None}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], seen_tokens: int) -> None:
-        """Takes over what `state_dict` gave and `check_saved_layer` checked."""
+        """Restores a `state_dict` that `check_saved_layer` has checked."""
         self.reset()
         self.real_tokens = state["real_tokens"]
         self.conv_state, self.recurrent_state = state.get("conv_state"), state.get("recurrent_state")

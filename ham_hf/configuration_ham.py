@@ -19,13 +19,13 @@ from transformers.utils import logging
 from .numbers_ham import with_plain_numbers
 
 if TYPE_CHECKING:
-    # Never run. Transformers saves, and fetches, what a file names so together with it: a saved configuration brings
-    # the code of the models, and what that imports.
+    # Never run. Transformers saves and fetches the siblings that a file imports together with it, so a saved
+    # configuration brings the code of the models and their imports.
     from .modeling_ham import HAMModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
-# What each Auto class loads from the code saved beside a configuration, where `ham_hf` is not installed.
+# Class that each Auto class loads from the code saved beside a configuration, if `ham_hf` is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_ham.HAMConfig",
     "AutoModel": "modeling_ham.HAMModel",
@@ -44,7 +44,7 @@ OUTPUT_GATES = ("silu", "sigmoid")
 LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 
 # Sizes far above those of any model. A configuration that asks for more is damaged or hostile, and is refused before a
-# list or a module is made of it; what it may ask for is then compared with the size of the checkpoint's files.
+# list or a module is made of it; smaller sizes are later compared with the size of the checkpoint's files.
 LARGEST = {
     "vocab_size": 2**28,
     "hidden_size": 2**20,
@@ -60,7 +60,7 @@ LARGEST = {
     **dict.fromkeys(LINEAR_SHAPE, 2**16),
 }
 MOST_LABELS = 2**17
-# What Transformers reads without a check, and stumbles over when it is of another type.
+# Types of fields that Transformers reads without a check, and fails on if they are of another type.
 INHERITED_TYPES = {
     "_attn_implementation": str,
     "attn_implementation": str,
@@ -78,7 +78,7 @@ INHERITED_TYPES = {
 }
 # Keys under which Transformers would look for other configurations, to use them in place of this one.
 OTHER_CONFIGURATIONS = {"decoder", "generator", "per_layer_config", "text_config", "text_encoder"}
-# What the frequencies of each type of RoPE are computed from, besides its base.
+# Parameters that each type of RoPE computes its frequencies from, besides the base.
 ROPE_NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -86,7 +86,7 @@ ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
-# The smallest that each number among them may be. Above the largest, powers of it overflow.
+# Smallest value of each number among them. Above the largest, its powers overflow.
 ROPE_SMALLEST = {
     "factor": 1,
     "original_max_position_embeddings": 2,
@@ -102,8 +102,7 @@ ROPE_LARGEST = 1e15
 
 # Thresholds are computed in floating point, where larger integers are rounded, and the largest overflow.
 LARGEST_THRESHOLD = 2**53
-# Keys that configurations have from old releases of Transformers, from other parts of it and from tools; generation's
-# are known besides.
+# Known keys of old releases of Transformers, of its other parts and of tools; those of GenerationConfig are known too.
 OTHER_KEYS = (
     "add_cross_attention attn_implementation auto_map compression_config cross_attention_hidden_size custom_pipelines "
     "experts_implementation finetuning_task forced_decoder_ids fusion_config gradient_checkpointing is_causal "
@@ -112,8 +111,8 @@ OTHER_KEYS = (
     "tie_last_hidden_states tokenizer_class torch_dtype torchscript transformers_weights use_bfloat16 xla_device"
 ).split()
 
-# Types of the fields that a caller may leave `None`, most of which `__post_init__` fills in. A type checker is told
-# `Any` for `None`, so that it does not ask those who read a finished configuration whether a field is there.
+# Types of the fields that a caller may leave `None`; `__post_init__` fills in most of them. Type checkers see `Any`
+# for `None`, so that code which reads a finished configuration need not check for `None`.
 if TYPE_CHECKING:
     FilledInt = int | Any
     FilledStrings = list[str] | Any
@@ -123,7 +122,7 @@ else:
 
 
 def check_target_kv_usage(target: Any, scope: str, num_layers: int) -> None:
-    """Refuses what thresholds of a `scope` cannot be driven to: `None` holds them, a list has one entry per layer.
+    """Checks a target usage for thresholds of a `scope`: `None` holds them, a list has one entry per layer.
 
     Raises:
         TypeError: if it is neither `None`, a number nor a list of numbers.
@@ -159,12 +158,12 @@ class LayerShape(NamedTuple):
 
     @property
     def channels(self) -> list[int]:
-        """Of queries, keys and values, in the order in which the convolution has them."""
+        """Channels of queries, keys and values, in the order of the convolution."""
         return [self.query_heads * self.key_dim, self.key_heads * self.key_dim, self.value_heads * self.value_dim]
 
     @property
     def out_channels(self) -> int:
-        """Of the mixed output: each query head has its own, or each value head where several share a key."""
+        """Channels of the mixed output: some for each query head, or for each value head where several share a key."""
         return max(self.query_heads, self.value_heads) * self.value_dim
 
 
@@ -188,51 +187,52 @@ class HAMConfig(PreTrainedConfig):
         max_position_embeddings (`int`, *optional*, defaults to 32768): Longest sequence the model was made for.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
         rms_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every RMSNorm.
-        use_cache (`bool`, *optional*, defaults to `True`): Whether the model returns a cache.
-        tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head reuses the embedding matrix.
+        use_cache (`bool`, *optional*, defaults to `True`): If `True`, the model returns a cache.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`): If `True`, the head reuses the embedding matrix.
         rope_parameters (`dict`, *optional*): RoPE of the attention view, such as `{"rope_type": "default",
             "rope_theta": 10000.0}`, the default; `None` leaves positions out (NoPE). With types whose frequencies
-            depend on the length (`"dynamic"`, `"longrope"`) a prompt given in pieces is not the prompt given whole.
-            With `"partial_rotary_factor"` only that part of a head rotates: the first dimensions of each half of it,
-            see `mixer_ham.partial_rotary_order`.
-        attention_bias (`bool`, *optional*, defaults to `False`): Whether the q, k, v and output projections have
+            depend on the length (`"dynamic"`, `"longrope"`) a prompt given in pieces has other outputs than the whole
+            prompt. With `"partial_rotary_factor"` only that part of a head rotates: the first dimensions of each half
+            of it, see `mixer_ham.partial_rotary_order`.
+        attention_bias (`bool`, *optional*, defaults to `False`): If `True`, the q, k, v and output projections have
             biases.
-        mlp_bias (`bool`, *optional*, defaults to `False`): Whether the projections of the MLP have biases.
+        mlp_bias (`bool`, *optional*, defaults to `False`): If `True`, the projections of the MLP have biases.
         layer_types (`list[str]`, *optional*): One of `"hybrid"` (HAM), `"linear_attention"` (Gated DeltaNet only) and
             `"full_attention"` (softmax over every token) per layer. Defaults to `"hybrid"` everywhere.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal depthwise convolution of q, k and v.
-        attention_conv (`bool`, *optional*, defaults to `True`): Whether the attention reads the convolved q, k, v
-            (else the raw projections, as a Transformer does).
-        qk_norm (`bool` or `str`, *optional*, defaults to `True`): Whether q and k of the attention pass a learned
-            RMSNorm per head; `"projection"` takes one over the channels of all heads, as OLMo 2 does.
-        rnn_output_norm (`bool`, *optional*, defaults to `True`): Whether the RNN's output is RMS-normalised.
-        kv_output_norm (`bool`, *optional*, defaults to `True`): Whether the attention's output is RMS-normalised.
-        zero_centered_norms (`bool`, *optional*, defaults to `False`): Whether the weights of every norm but those of
-            the memories' outputs hold what is added to 1, as those of Qwen3-Next do.
-        output_norm_eps (`float`, *optional*): Epsilon of these two norms. Defaults to `rms_norm_eps`.
-        output_gate (`bool` or `str`, *optional*, defaults to `True`): Whether the mixed output is multiplied by
-            `silu(W_z x)` (`True` or `"silu"`) or `sigmoid(W_z x)` (`"sigmoid"`).
-        linear_output_gate (`bool` or `str`, *optional*): The same of `"linear_attention"` layers. Defaults to
+        attention_conv (`bool`, *optional*, defaults to `True`): If `True`, the attention reads the convolved q, k, v;
+            else it reads the raw projections, as a Transformer does.
+        qk_norm (`bool` or `str`, *optional*, defaults to `True`): Learned RMSNorm of the attention's q and k, per head
+            with `True`; `"projection"` takes one over the channels of all heads, as OLMo 2 does.
+        rnn_output_norm (`bool`, *optional*, defaults to `True`): If `True`, the RNN's output is RMS-normalised.
+        kv_output_norm (`bool`, *optional*, defaults to `True`): If `True`, the attention's output is RMS-normalised.
+        zero_centered_norms (`bool`, *optional*, defaults to `False`): If `True`, the weights of every norm except
+            those of the memories' outputs are offsets from 1, as in Qwen3-Next.
+        output_norm_eps (`float`, *optional*): Epsilon of the norms of the memories' outputs. Defaults to
+            `rms_norm_eps`.
+        output_gate (`bool` or `str`, *optional*, defaults to `True`): Gate that multiplies the mixed output:
+            `silu(W_z x)` (`True` or `"silu"`), `sigmoid(W_z x)` (`"sigmoid"`) or none (`False`).
+        linear_output_gate (`bool` or `str`, *optional*): The same gate in `"linear_attention"` layers. Defaults to
             `output_gate`.
         linear_num_key_heads (`int`, *optional*): Number of query heads, and of key heads, in `"linear_attention"`
-            layers. Given with the next three or not at all: then these layers have the shapes of the others.
+            layers. Give it with the next three or give none of them: then these layers have the shapes of the others.
         linear_num_value_heads (`int`, *optional*): Number of value heads there, a multiple of `linear_num_key_heads`;
-            the RNN state lives per value head, and each key head serves as many consecutive ones.
+            the RNN state lives per value head, and each key head serves the same number of consecutive value heads.
         linear_key_head_dim (`int`, *optional*): Size of a query or key there.
         linear_value_head_dim (`int`, *optional*): Size of a value there.
-        allow_neg_eigval (`bool`, *optional*, defaults to `False`): Whether the RNN's write strength is
+        allow_neg_eigval (`bool`, *optional*, defaults to `False`): If `True`, the RNN's write strength is
             `2 sigmoid(W_b x)` instead of `sigmoid(W_b x)`, so that its transition may have negative eigenvalues
             (arXiv 2411.12537).
-        attention_post_norm (`bool`, *optional*, defaults to `False`): Whether layers with attention normalise what the
-            mixer and the MLP put out instead of what they take in, as OLMo 2 does.
+        attention_post_norm (`bool`, *optional*, defaults to `False`): If `True`, layers with attention normalise the
+            outputs of the mixer and the MLP instead of their inputs, as OLMo 2 does.
         router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
             (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
         router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
         target_kv_usage (`float` or `list[float]`, *optional*, defaults to 0.5): Fraction of tokens that training
-            drives the thresholds to keep: one value, or one per hybrid layer, which the scope `"model"` has no use
-            for. `None` holds the thresholds where they are.
-        threshold_scope (`str`, *optional*, defaults to `"head"`): Whether each `"head"`, the mean of each `"layer"` or
-            the mean of the whole `"model"` is to meet `target_kv_usage`.
+            drives the thresholds to keep: one value, or one per hybrid layer, except with the scope `"model"`. `None`
+            holds the thresholds where they are.
+        threshold_scope (`str`, *optional*, defaults to `"head"`): Unit whose usage meets `target_kv_usage`: each
+            `"head"`, the mean of each `"layer"` or the mean of the whole `"model"`.
         threshold (`float` or `list[float]`, *optional*): Threshold used when a call gives none: one value, or one per
             hybrid layer. `None` uses the learned thresholds.
 
@@ -316,11 +316,11 @@ class HAMConfig(PreTrainedConfig):
         if self.layer_types is None and self.num_hidden_layers <= LARGEST["num_hidden_layers"]:
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
-        # TRL reads it of every model that is none of Transformers' own, from a folder without code, too.
+        # TRL reads `auto_map` of every model outside Transformers, also from a folder without code.
         self.auto_map = getattr(self, "auto_map", None) or {}
 
     def _check_inherited(self, extra: dict[str, Any]) -> None:
-        """Refuses what Transformers would stumble over, or take over, when it reads the fields and `extra` keys."""
+        """Refuses fields and `extra` keys that Transformers would fail on, or would let replace code of ours."""
         for name, value in (vars(self) | extra).items():
             expected = INHERITED_TYPES.get(name, object)
             if value is not None and not isinstance(value, expected):
@@ -351,7 +351,7 @@ class HAMConfig(PreTrainedConfig):
         self._warn_of_unknown(extra)
 
     def _warn_of_unknown(self, extra: dict[str, Any]) -> None:
-        """Warns of keys that nobody reads, once each: a slip of the pen, or a field of a newer version."""
+        """Warns once of each key that nothing reads: a typo, or a field of a newer version."""
         fields = [x.name for x in dataclasses.fields(self)]
         known = {*fields, *OTHER_KEYS, *vars(GenerationConfig())}
         for name in extra:
@@ -365,26 +365,26 @@ class HAMConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads `config.json` as Transformers does; `OSError` if it is no JSON or nested too deeply."""
+        """Reads `config.json` as Transformers does; raises `OSError` if it is not JSON or nested too deeply."""
         try:
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except RecursionError as error:
             raise OSError(f"The config file of {pretrained_model_name_or_path} is nested too deeply.") from error
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Completes `rope_parameters` as Transformers does, but lets `None` stand: it means no positions here."""
+        """Completes `rope_parameters` as Transformers does, but keeps `None`, which means no positions here."""
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and kwargs.get("rope_theta") is None:
             return kwargs
         given = kwargs.get("rope_scaling") or self.rope_parameters or {}
         if any(layer_type in given for layer_type in LAYER_TYPES):
-            # One set of parameters for each kind of layer, which HAM does not have: to be refused with all else.
+            # One set of parameters for each type of layer, which HAM does not have: validation refuses it later.
             self.rope_parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
 
     @property
     def num_hybrid_layers(self) -> int:
-        """Number of layers that route tokens: those a list of thresholds has an entry for."""
+        """Number of layers that route tokens; a list of thresholds has one entry for each."""
         return self.layer_types.count("hybrid")
 
     def layer_shape(self, layer_type: str) -> LayerShape:
@@ -404,7 +404,7 @@ class HAMConfig(PreTrainedConfig):
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Saves as Transformers does, together with the code that loads every HAM model without `ham_hf`."""
-        # Entries of another repository ("repository--module.Class") were for the code that lies there.
+        # Entries of another repository ("repository--module.Class") belong to the code there.
         entries = getattr(self, "auto_map", None) or {}
         self.auto_map = AUTO_MAP | {name: value for name, value in entries.items() if "--" not in str(value)}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""A decoding step as a CUDA graph: on a GPU the launches of a step cost more than a small model's arithmetic."""
+"""A decoding step as a CUDA graph: a small model spends more time on kernel launches than on arithmetic."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ GROWING_ROPE = ("dynamic", "longrope")
 DEVICE = "cuda"
 
 
-# The tensors at whose addresses a step works; `None` for what a layer does not have.
+# Tensors whose addresses a captured step has baked in; `None` for those that a layer does not have.
 Addressed = list[torch.Tensor | None]
 
 
 class Recording(NamedTuple):
-    """A captured step, the logits that it writes, and what it found at the addresses it works at."""
+    """A captured step, the logits that it writes, and the tensors whose addresses it has baked in."""
 
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
@@ -28,16 +28,15 @@ class Recording(NamedTuple):
 
 
 class CapturedStep:
-    """One token a row through a model and its cache, replayed from a CUDA graph.
+    """Runs one token per row through a model and its cache, replayed from a CUDA graph.
 
-    The first call runs as usual, which compiles what is not yet compiled; the second is captured and every later one
-    replayed. When the cache has grown, or was changed by anything else, the next two calls do so again. The host waits
-    for the GPU only when the pages that the cache has in reserve might not do for another token: the more it holds,
-    the more it has in reserve.
+    The first call runs as usual, which compiles the kernels; the second is captured, and every later one replays it.
+    After the cache has grown, or something else has changed it, the next two calls do this again. The host waits for
+    the GPU only when the cache's spare pages might not suffice for another token; a fuller cache has more of them.
 
-    Rows may have been padded in the prompt; from here on every row has a token at each step. `kv_budget`, gradients,
-    packed rows and drafts that may be taken back are not captured: call the model. Of the model itself the graph knows
-    only where its weights lie: to move, cast, swap or wrap them, or its layers, takes a new `CapturedStep`.
+    Rows of the prompt may have been padded; from here on every row has a token at each step. For `kv_budget`,
+    gradients, packed rows and drafts that may be removed, call the model instead. The graph knows only the addresses
+    of the weights: make a new `CapturedStep` after moving, casting, swapping or wrapping weights or layers.
 
     Args:
         model: in evaluation mode, on one CUDA device; layers `"hybrid"` and `"linear_attention"`.
@@ -45,7 +44,7 @@ class CapturedStep:
         threshold, kv_usage: as in `generate`.
 
     Raises:
-        TypeError, ValueError: for what cannot be captured.
+        TypeError, ValueError: for a model or a cache that cannot be captured.
 
     Example:
     ```python
@@ -122,7 +121,7 @@ class CapturedStep:
         return self.model(self._tokens, cache=self.cache, threshold=self._threshold).logits[:, -1]
 
     def _record(self, addressed: Addressed) -> Recording:
-        """Captures a step, of which only the host's part takes place: it counts the token that the replay will add."""
+        """Captures a step: nothing runs on the device, and the host counts the token that the replay will add."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._step()

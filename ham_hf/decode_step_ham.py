@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""One token through a mixer in kernels: one before attention, one behind it that also appends to the cache."""
+"""One token through a mixer in two kernels: one before attention, one after it that also appends to the cache."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,24 +28,24 @@ def has_decoding_kernels(mixer: "HAMMixer") -> bool:
 def decoding_kernels(
     mixer: "HAMMixer", hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer, appends: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any] | None] | None:
-    """The kernels of a single token, before attention and, if it `appends`, behind it; `None` if PyTorch computes it.
+    """The kernels for a single token, before attention and, if it `appends`, after it; `None` if PyTorch computes it.
 
     Args:
         hidden_states: `[B, T, D]`.
         tokens: the layout of the new tokens.
-        cache: the layer's.
-        appends: False where the host appends: a full head drops tokens, an offloaded layer moves its pages.
+        cache: the layer's cache.
+        appends: False if the host appends, because a full head drops tokens or an offloaded layer moves its pages.
     """
     one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
-    # They update the states in place, which a cache that is to be rolled back needs as they were.
+    # The kernels update states in place; a cache that may be rolled back needs the old states.
     if not one_token or not has_decoding_kernels(mixer) or mixer.training or cache.record_past:
         return None
     if cache.conv_state is None or cache.recurrent_state is None:
         return None
-    # What accelerate offloads is there only while the module that owns it runs.
+    # accelerate loads an offloaded weight only while the module that owns it runs.
     if mixer.conv.weight.is_meta:
         return None
-    # Quantized projections may put out another type than the convolution has, which PyTorch promotes.
+    # Quantized projections may output another dtype than the convolution has, which PyTorch promotes.
     if cache.conv_state.dtype != mixer.conv.weight.dtype:
         return None
     update = decode_kernel("decode_update", cache.recurrent_state)
@@ -63,9 +63,9 @@ def decode_step(
     cache: HAMCacheLayer,
     retention: Retention,
 ) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
-    """`HAMMixer.forward` for a single token: a kernel before attention and, if there is one, a kernel behind it.
+    """`HAMMixer.forward` for a single token: a kernel before attention and, if there is one, a kernel after it.
 
-    With the second kernel nothing waits for the host while the cache has room `reserve`d.
+    With the second kernel nothing waits for the host while the cache has reserved pages left.
     """
     update, append = kernels
     x = hidden_states.squeeze(1)

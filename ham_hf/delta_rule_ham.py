@@ -1,12 +1,12 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The gated delta rule, chunkwise and linear in memory, with what the state predicts for each token."""
+"""The gated delta rule, chunkwise and linear in memory, with the state's prediction of each token's value."""
 
 import torch
 
 from .ops_ham import exporting, kernel_for
 from .routing_ham import error_score
 
-# The chunkwise delta rule works on this many tokens, over all rows and heads, at once: more leave a CPU's cache.
+# Tokens, over all rows and heads, that the chunkwise delta rule handles at once: more do not fit in a CPU's cache.
 SEGMENT_TOKENS = 8192
 
 
@@ -23,10 +23,10 @@ def gated_delta_rule_with_prediction(
     score: str | None = None,
     predict: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with what the state predicted for each token.
+    """The gated delta rule (arXiv 2412.06464) in its chunkwise WY form, with the state's prediction for each token.
 
     Within a chunk the pseudo-values `u_t = beta_t (v_t - vhat_t)` solve `(I + diag(beta) A) U = diag(beta) (V - V0)`,
-    where `A` holds the decayed products of keys below the diagonal and `V0` what the chunk's initial state predicts.
+    where `A` holds the decayed products of keys below the diagonal and `V0` the predictions of the initial state.
     The prediction is then `A U + V0`, a product without cancellation: it is exactly zero where nothing was stored.
 
     Args:
@@ -38,10 +38,10 @@ def gated_delta_rule_with_prediction(
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
         seq_idx: `[B, T]` int, document of each token, constant over padding; the state is cleared where it changes.
-        chunk_size: tokens solved at once; by default what is fastest, 64 in the kernel and 32 in PyTorch.
-        score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead, outside the graph, in
-            which the predictions themselves are.
-        predict: `False` leaves the predictions out, for one who reads neither them nor a score.
+        chunk_size: tokens solved at once; by default the fastest number, 64 in the kernel and 32 in PyTorch.
+        score: `"cosine"`, `"l2"` or `"residual"` returns that score of each prediction instead. Scores have no
+            gradient, predictions have one.
+        predict: `False` skips the predictions, for callers that read neither them nor a score.
 
     Returns:
         `o` `[B, T, H, V]`, predictions `[B, T, Hk, V]` and final state `[B, Hk, K, V]`, all in float32 or wider; with
@@ -104,7 +104,7 @@ def _delta_rule(
     chunk: int,
     predict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The gated delta rule over segments of whole chunks, short enough to be worked on in the cache of a CPU."""
+    """The gated delta rule over segments of whole chunks, short enough to fit in a CPU's cache."""
     length = q.shape[1]
     if chunk >= length:
         return _delta_rule_chunks(q, k, v, g, beta, state, seq_idx, scale, length, predict)
@@ -155,7 +155,7 @@ def _delta_rule_chunks(
 
     products = (k @ k.mT * within).tril(-1)
     k_in, k_out = k * from_start[..., None], k * to_end[..., None]
-    # The solver works on columns: a transposed system is one that it takes and gives in the layout of ours.
+    # The solver works on columns: a transposed system lets it read and write our layout directly.
     solved = torch.linalg.solve_triangular(
         (products * beta[..., None]).mT,
         (torch.cat([v, k_in], -1) * beta[..., None]).mT,
@@ -167,7 +167,7 @@ def _delta_rule_chunks(
     to_state, across = k_out.flatten(1, 2).mT, across.flatten(1, 2)[..., None, None]
     shape, state = state.shape, state.flatten(0, 1)
     state_of_chunk, update_of_chunk = [], []
-    # Taken apart at once: the gradient of an index fills a tensor of all chunks.
+    # Unbound once: the gradient of each index would fill a tensor of all chunks.
     of_chunks = (x.unbind() for x in (from_values, from_state, to_state, across))
     for values, reads, writes, decay in zip(*of_chunks, strict=True):
         state_of_chunk.append(state)
@@ -175,7 +175,7 @@ def _delta_rule_chunks(
         state = torch.baddbmm(state * decay, writes, update_of_chunk[-1])
     states, updates = torch.cat(state_of_chunk), torch.cat(update_of_chunk)
 
-    # One matrix a stream and chunk from here on: `[N * B * Hk, rows, columns]`.
+    # One matrix per stream and chunk from here on: `[N * B * Hk, rows, columns]`.
     prediction = None
     if predict:
         prediction = torch.baddbmm(k_in.flatten(0, 2) @ states, products.flatten(0, 2), updates)
@@ -208,7 +208,7 @@ def _unseen(chunk: int, documents: torch.Tensor | None, device: torch.device) ->
 
 
 def _document_borders(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per chunk: which tokens read the state before it, which reach that after it, and whether a state crosses it."""
+    """Per chunk, bools: tokens that read the state before it, tokens that write the one after it, and if it passes."""
     before = torch.cat([documents[:1, ..., :1], documents[:-1, ..., -1:]])
     after = documents[..., -1:]
     return documents == before, documents == after, (before == after).squeeze(-1)

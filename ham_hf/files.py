@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Writes texts and copies whole or not at all, for the tools."""
+"""Writes and copies files whole or not at all, for the tools."""
 
 import shutil
 from pathlib import Path

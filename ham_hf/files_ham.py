@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# How the name of the folder of an unfinished file ends; only a process that was killed leaves one.
+# Suffix of the folder of an unfinished file; only a process that was killed leaves one.
 UNFINISHED = ".partial"
 
 
@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Folders that killed processes left are removed. Permissions are those of any new file, by the umask.
 
     Raises:
-        OSError: that names `path`, for a folder that is missing or has this name, a full disk, a lack of rights.
+        OSError: naming `path`, for a missing folder, a folder of this name, a full disk or missing permissions.
     """
     prefix = f".{path.name}."
     try:
@@ -40,7 +40,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with _folder_beside(path, prefix) as folder:
             unfinished = folder / path.name
             unfinished.touch(exist_ok=False)
-            # safetensors would keep what it writes to the owner alone.
+            # safetensors makes its files readable by the owner only.
             permissions = stat.S_IMODE(unfinished.stat().st_mode)
             yield unfinished
             os.chmod(unfinished, permissions)
@@ -56,14 +56,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _folder_beside(path: Path, prefix: str) -> Iterator[Path]:
-    """A new folder beside `path` that this process holds; those that nobody holds any more are removed."""
+    """A new folder beside `path` that this process holds; removes folders that no process holds any more."""
     for left in path.parent.iterdir():
         if left.name.startswith(prefix) and left.name.endswith(UNFINISHED):
             _remove_abandoned(left)
     with contextlib.ExitStack() as stack:
         while True:
             folder = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
-            # Until it is held another process may take it for abandoned.
+            # Until this process holds it, another may take it for abandoned.
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
                 stack.enter_context(_held(folder))
                 if folder.is_dir():
@@ -77,7 +77,7 @@ def _folder_beside(path: Path, prefix: str) -> Iterator[Path]:
 def _remove_abandoned(folder: Path) -> None:
     if fcntl is None:  # nobody can tell
         return
-    # Somebody holds it, has just removed it, or it is a file of the user's.
+    # Another process holds it or has just removed it, or it is a user's file.
     with contextlib.suppress(BlockingIOError, FileNotFoundError, NotADirectoryError), _held(folder):
         shutil.rmtree(folder)
 

@@ -25,15 +25,15 @@ from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
 from .inputs_ham import CACHE_NAME, given_cache, name_cache
 
-# What decides which tokens are kept, in a call of `generate` or of `forward`, or in a generation configuration.
+# Arguments that decide which tokens are kept, in a call of `generate` or `forward` or in a generation configuration.
 ROUTING_ARGUMENTS = ("threshold", "kv_usage", "kv_budget")
-# What `generate` was asked for, of each model that generates in this context.
+# Routing arguments of the running `generate` of each model, in this context.
 _routing: ContextVar[Mapping[Any, dict[str, Any]]] = ContextVar("ham_routing", default=MappingProxyType({}))
 
 
 @contextmanager
 def routed(model: Any, routing: dict[str, Any]) -> Iterator[None]:
-    """Lets `routing` hold for calls of `model` and of its base model that say nothing of it themselves."""
+    """Applies `routing` to calls of `model` and of its base model that give no routing arguments themselves."""
     token = _routing.set({**_routing.get(), model: routing, model.base_model: routing})
     try:
         yield
@@ -42,10 +42,10 @@ def routed(model: Any, routing: dict[str, Any]) -> Iterator[None]:
 
 
 def with_routing(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a forward call, and what the running `generate` of this very model was asked for.
+    """Adds the routing arguments of this model's running `generate` to the keyword arguments of a forward call.
 
-    Logits processors and decoding loops call the model without handing these arguments on. A call that gives one of
-    them is left as it is.
+    Logits processors and decoding loops call the model without these arguments. A call that gives one of them is
+    left as it is.
 
     Raises:
         ValueError: if thresholds were given one per row, and this call has other rows.
@@ -87,9 +87,9 @@ def _check_cache_implementation(implementation: str | None) -> None:
 
 
 def _check_continuation(cache: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses a prompt that does not go beyond what the cache holds: Transformers takes it for the whole conversation.
+    """Refuses a prompt no longer than the tokens in the cache: Transformers takes it for the whole conversation.
 
-    Only a mask of all tokens tells that a prompt holds no more than the new ones.
+    A prompt may hold only the new tokens if its mask covers all tokens.
     """
     for prompt in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
         if isinstance(prompt, torch.Tensor) and prompt.ndim > 1:
@@ -107,10 +107,10 @@ def _check_continuation(cache: Any, inputs: Any, kwargs: dict[str, Any]) -> None
 
 
 class EarlyExitDrafts(AssistedCandidateGenerator):
-    """Drafts made by the first layers of the model itself, `assistant_early_exit` of them.
+    """Drafts made by the first `assistant_early_exit` layers of the model itself.
 
-    Transformers' own lowers `config.num_hidden_layers` while it drafts, for other threads too, and for good if a draft
-    fails. Here the cache of the drafts says how many layers there are.
+    Transformers' own class lowers `config.num_hidden_layers` while it drafts, for other threads too, and for good if a
+    draft fails. Here the cache of the drafts determines the number of layers.
     """
 
     def __init__(self, *, assistant_model: Any, generation_config: GenerationConfig, **kwargs: Any):
@@ -119,7 +119,7 @@ class EarlyExitDrafts(AssistedCandidateGenerator):
         if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:
             raise ValueError(f"`assistant_early_exit` must be an int between 1 and {most} (layers), got {layers!r}.")
         super().__init__(assistant_model=assistant_model, generation_config=generation_config, **kwargs)
-        # Else the drafts would be drafted, too.
+        # Otherwise the drafts would be made with drafts, too.
         self.generation_config.assistant_early_exit = None
         cache = HAMCache(assistant_model.config)
         del cache.layers[layers:]
@@ -128,7 +128,7 @@ class EarlyExitDrafts(AssistedCandidateGenerator):
 
 
 class EndedRows(StoppingCriteriaList):
-    """Stopping criteria that remember which tokens were chosen for rows that had ended: these count as padding.
+    """Stopping criteria that remember the tokens chosen for rows that had already ended; these count as padding.
 
     Attributes:
         fillers: `[B, n]` bool of the tokens generated so far, true where a row had ended before; `None` at first.
@@ -149,7 +149,7 @@ class EndedRows(StoppingCriteriaList):
         return ends
 
     def padding(self) -> torch.Tensor | None:
-        """`fillers`, or `None` if the host sees that no row had ended; a GPU is not waited for."""
+        """`fillers`, or `None` if the host knows that no row had ended; it does not wait for a GPU to find out."""
         if self.fillers is None or len(self.fillers) == 1:
             return None
         if self.fillers.device.type == "cpu" and not bool(self.fillers[:, -1].any()):
@@ -158,7 +158,7 @@ class EndedRows(StoppingCriteriaList):
 
 
 class HAMGenerationMixin(GenerationMixin):
-    """The differences of `generate` for a HAM: its own cache, and thresholds that reach every forward call."""
+    """`generate` for a HAM: its own cache, and thresholds that reach every forward call."""
 
     config: HAMConfig
 
@@ -166,7 +166,7 @@ class HAMGenerationMixin(GenerationMixin):
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generates as Transformers does; the cache of a `ModelOutput` is called `cache` under every release."""
         if kwargs.get("cache_implementation") == "paged":
-            # Which leads to continuous batching, before the configuration is prepared and checked.
+            # Transformers would start continuous batching before it prepares and checks the configuration.
             _check_cache_implementation("paged")
         cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
@@ -176,27 +176,27 @@ class HAMGenerationMixin(GenerationMixin):
             return name_cache(super().generate(inputs, generation_config, *args, **kwargs))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: Transformers' continuous batching brings a cache of its own, which keeps every token."""
+        """Raises `NotImplementedError`: Transformers' continuous batching uses a cache that keeps every token."""
         raise NotImplementedError(
             f"{type(self).__name__} has no continuous batching: Transformers' paged cache would keep what HAM drops. "
             "Give `generate` a batch of rows, padded on the left."
         )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused as `init_continuous_batching` is."""
+        """Raises `NotImplementedError`, as `init_continuous_batching` does."""
         self.init_continuous_batching()
 
     def _routing_of_call(self, generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The routing of a call of `generate`: `threshold` or `kv_usage`, and `kv_budget`, those that are set.
+        """The routing arguments in force for a call of `generate`: `threshold` or `kv_usage`, and `kv_budget`, if set.
 
-        An argument of `generate` comes before the configuration given to it, that before the call within which this
-        one is made by the same model (the drafts of an assistant), that before `config.threshold`, and that before
-        the model's own generation configuration. `None` sets nothing. `threshold` and `kv_usage` decide the same, so
-        the one that comes first hides the other, too.
+        Precedence, highest first: an argument of `generate`, the configuration given to it, the enclosing call of the
+        same model (which makes the drafts of an assistant), `config.threshold`, the model's own generation
+        configuration. `None` sets nothing. `threshold` and `kv_usage` decide the same thing, so the first one found
+        hides the other, too.
         """
         own = vars(self.generation_config)
         if self.config.threshold is not None:
-            # Else `from_pretrained(path, threshold=...)` would be lost on a checkpoint with a default of its own here.
+            # Otherwise a checkpoint's own generation default would override `from_pretrained(path, threshold=...)`.
             own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
         configuration = {} if generation_config is None else vars(generation_config)
         routing: dict[str, Any] = {}
@@ -208,7 +208,7 @@ class HAMGenerationMixin(GenerationMixin):
         return routing
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the generation configuration; what is saved next is marked as the model's own, see `__init__`."""
+        """Loads the generation configuration, and clears its mark `_from_model_config`, see `HAMForCausalLM`."""
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
         self.generation_config._from_model_config = None
 
@@ -222,16 +222,16 @@ class HAMGenerationMixin(GenerationMixin):
             generation_config, *args, **kwargs
         )
         _check_cache_implementation(prepared.cache_implementation)
-        # An assistant model is given this configuration, too.
+        # An assistant model receives this configuration, too.
         for name in ROUTING_ARGUMENTS:
             vars(prepared).pop(name, None)
         return prepared, model_kwargs | routing
 
-    # Transformers calls it with names only.
+    # Transformers passes keyword arguments only.
     def _get_candidate_generator(  # type: ignore[override]
         self, *, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> CandidateGenerator:
-        """Leaves an assistant model to its own generation configuration: it has other layers, or is no HAM."""
+        """Hides the routing arguments from an assistant model: it has other layers, or is not a HAM."""
         own = (*ROUTING_ARGUMENTS, "tokens_in_cache")
         others = {name: value for name, value in model_kwargs.items() if name not in own}
         if kwargs["generation_config"].assistant_early_exit is not None:
@@ -269,7 +269,7 @@ class HAMGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Any:
-        """Generates; without an end-of-sequence token Transformers feeds rows that have ended what they predict."""
+        """Generates, and tracks rows that have ended at an end-of-sequence token: Transformers feeds them padding."""
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = kwargs["ended_rows"] = EndedRows(stopping_criteria)
         return super()._sample(  # type: ignore[misc]
@@ -277,9 +277,9 @@ class HAMGenerationMixin(GenerationMixin):
         )
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates with drafts; the cache records what it may have to take back during this call only.
+        """Generates with drafts; the cache records tokens that may have to be removed during this call only.
 
-        Transformers would feed the whole prompt again, so the first call is told how much of it the cache holds.
+        Transformers would feed the whole prompt again, so the first call receives the number of tokens in the cache.
         """
         cache = kwargs.get(CACHE_NAME)
         if not isinstance(cache, HAMCache):
@@ -302,9 +302,9 @@ class HAMGenerationMixin(GenerationMixin):
         assistant_tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Marks what is fed to rows that have ended as padding, and leaves out what no forward call takes.
+        """Marks tokens fed to rows that have ended as padding, and drops arguments that no forward call takes.
 
-        The tokenizers are there for `stop_strings`.
+        The tokenizers serve `stop_strings`.
         """
         if tokens_in_cache and kwargs.get("is_first_iteration"):
             next_sequence_length = input_ids.shape[1] - tokens_in_cache
@@ -316,7 +316,7 @@ class HAMGenerationMixin(GenerationMixin):
         if inputs.get("attention_mask") is None and (
             padding is not None or (isinstance(cache, HAMCache) and cache.past_real() is not None)
         ):
-            # Transformers drops a mask of ones only; what the cache holds must not contradict it all the same.
+            # Transformers drops only a mask of ones, which must still agree with the padding in the cache.
             new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             seen = 0 if cache is None else cache.get_seq_length()
             inputs["attention_mask"] = new.new_ones((new.shape[0], seen + new.shape[1]), dtype=torch.long)

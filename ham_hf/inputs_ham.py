@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What a forward call accepts: checks of its arguments, and the layout of its tokens."""
+"""Checks of a forward call's arguments, and the layout of its tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,12 @@ from .ops_ham import exporting
 logger = logging.get_logger(__name__)
 
 
-# Transformers 5.24 renamed the cache in calls, outputs and generation; this release's name for it.
+# Name of the cache in calls, outputs and generation of the installed Transformers; release 5.24 renamed it.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class EitherCacheName:
-    """An output whose cache is called `cache` under every release; `past_key_values` is Transformers' to answer."""
+    """An output with the attribute `cache` under every release; Transformers itself provides `past_key_values`."""
 
     if CACHE_NAME != "cache":
 
@@ -33,14 +33,14 @@ class EitherCacheName:
 
 
 def name_cache(output: Any) -> Any:
-    """Calls the cache of one of Transformers' own outputs `cache` too, under releases that call it otherwise."""
+    """Adds the attribute `cache` to one of Transformers' own outputs, under releases that name it otherwise."""
     if CACHE_NAME != "cache" and isinstance(output, ModelOutput) and not hasattr(output, "cache"):
         output.cache = output.get(CACHE_NAME)
     return output
 
 
 def given_cache(cache: HAMCache | None, past_key_values: HAMCache | None) -> HAMCache | None:
-    """The cache of a call that may have named it either way; `ValueError` for one that names two."""
+    """The cache of a call that may use either name for it; raises `ValueError` if it uses both."""
     if past_key_values is None:
         return cache
     if cache is not None:
@@ -52,7 +52,7 @@ def given_cache(cache: HAMCache | None, past_key_values: HAMCache | None) -> HAM
 
 @dataclass
 class TokenLayout:
-    """Which of a call's tokens are real, and where they belong.
+    """Layout of a call's tokens: padding, positions and documents.
 
     Attributes:
         positions: `[B, T]` int64 index among the real tokens of the row's document.
@@ -67,7 +67,7 @@ class TokenLayout:
     past_real: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenLayout":
-        """The same on another device, as accelerate's device maps ask of a layer's inputs."""
+        """Moves the layout to another device; accelerate's device maps call this for a layer's inputs."""
         tensors = {name: x for name, x in vars(self).items() if x is not None}
         return TokenLayout(**{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
 
@@ -81,7 +81,7 @@ def token_layout(
     cache: HAMCache | None,
     seq_idx: torch.Tensor | None = None,
 ) -> TokenLayout:
-    """Works out the layout of `[batch, length]` new tokens; the arguments are those of `HAMModel.forward`, checked."""
+    """Computes the layout of `[batch, length]` new tokens from the checked arguments of `HAMModel.forward`."""
     seen = 0 if cache is None else cache.get_seq_length()
     seen_real = None if cache is None else cache.real_tokens
     past_real = None if cache is None else cache.past_real()
@@ -97,19 +97,19 @@ def token_layout(
         return TokenLayout(positions + seen_real.to(device)[:, None], real, seq_idx, past_real)
     if seq_idx is not None:
         first = torch.searchsorted(seq_idx.contiguous(), seq_idx.contiguous())
-        # How many real tokens come before each; a document may begin with padding.
+        # Number of real tokens before each token; a document may begin with padding.
         before = positions if real is None else positions + ~real
         positions = positions - before.gather(1, first)
     return TokenLayout(positions.clamp(min=0), real, seq_idx, past_real)
 
 
 def reads_mask(attention_mask: torch.Tensor, length: int) -> bool:
-    """True if the host looks at a mask: a look stalls a GPU, which pays once per prompt, not once per new token."""
+    """True if the host reads a mask: reading stalls a GPU, which is worth it per prompt, not per new token."""
     return (length > 1 or attention_mask.device.type == "cpu") and not exporting()
 
 
 def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
-    """`[B, T]` document of each token, a new one where positions of real tokens fail to rise; `None` if none does."""
+    """`[B, T]` document of each token, a new one where positions of real tokens fail to rise; `None` if all rise."""
     if real is None:
         starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
     else:
@@ -118,14 +118,14 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
         last = F.pad(torch.where(real, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
         starts = real & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
     if exporting():
-        # A program must serve packed rows and others alike.
+        # An exported program must serve packed rows and others alike.
         return starts.long().cumsum(1)
     documents = int(starts.sum())
     if not documents:
         return None
     tokens = torch.ones_like(starts) if real is None else real
     if documents == int((tokens.sum(1) - 1).clamp(min=0).sum()):
-        # Documents of one token may be meant; a slip is more likely, and in training nothing else would tell of it.
+        # One-token documents are possible; a mistake is more likely, and nothing else in training would reveal it.
         logger.warning_once(
             "`position_ids` rise nowhere, so each token is read as a document of its own, that sees no other. Leave "
             "them out to have the tokens of a row counted."
@@ -134,7 +134,7 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
 
 
 def check_checkpointing(model: Any, cache: HAMCache | None) -> None:
-    """Refuses a cache where layers are computed again in the backward pass, which would take every token in twice."""
+    """Refuses a cache with gradient checkpointing, which recomputes layers and would store every token twice."""
     if cache is not None and _is_checkpointed(model):
         raise ValueError(
             "`cache` cannot be filled with gradient checkpointing, which computes layers again in the backward pass. "
@@ -143,15 +143,15 @@ def check_checkpointing(model: Any, cache: HAMCache | None) -> None:
 
 
 def wants_cache(model: Any, use_cache: bool | None, packed: bool, by_positions: bool) -> bool:
-    """True if a call that was given no cache makes one: `use_cache`, or else `config.use_cache`, decides.
+    """True if a call without a cache makes one: `use_cache`, or else `config.use_cache`, decides.
 
-    Packed rows and checkpointed layers have none, which is told where somebody may miss it.
+    Packed rows and checkpointed layers get none; a warning says so if the caller may expect one.
 
     Args:
         model: the `HAMModel`.
         use_cache: the argument of the call.
-        packed: whether a row holds several documents.
-        by_positions: whether only `position_ids` say so, by failing to rise.
+        packed: True if a row holds several documents.
+        by_positions: True if only `position_ids` say so, by failing to rise.
 
     Raises:
         ValueError: for packed rows and `use_cache=True`.
@@ -186,7 +186,7 @@ def _is_checkpointed(model: Any) -> bool:
 
 
 def checked_flags(kwargs: dict[str, Any], last_n: int, config: HAMConfig) -> bool:
-    """Refuses unknown keyword arguments, and outputs that exclude each other; returns whether attention is wanted."""
+    """Refuses unknown keyword arguments and outputs that exclude each other; returns True if attentions are wanted."""
     known = {"output_attentions", "output_hidden_states", "output_routing_scores", "output_threshold_control"}
     known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
     unknown = sorted(set(kwargs) - known)
@@ -201,7 +201,7 @@ def checked_flags(kwargs: dict[str, Any], last_n: int, config: HAMConfig) -> boo
 def last_hidden_states(
     logits_to_keep: int | torch.Tensor, output_hidden_states: bool | None, config: HAMConfig
 ) -> int:
-    """How many last hidden states a head needs: 0, which is all, where they are returned or chosen by index."""
+    """Number of last hidden states that a head needs: 0 (all) if they are returned or chosen by index."""
     if isinstance(logits_to_keep, torch.Tensor) or _is_set("output_hidden_states", output_hidden_states, config):
         return 0
     return logits_to_keep
@@ -214,7 +214,7 @@ def _is_set(name: str, flag: bool | None, config: HAMConfig) -> bool:
 def check_tokens(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, config: HAMConfig
 ) -> tuple[int, int]:
-    """Refuses all but one of `input_ids` and `inputs_embeds`, of the right type and shape; returns rows and tokens."""
+    """Checks that exactly one of `input_ids` and `inputs_embeds` is given, and fits; returns rows and tokens."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     if inputs_embeds is None:
@@ -264,7 +264,7 @@ def check_inputs(
 
 
 def _check_past(mask: torch.Tensor, past_real: torch.Tensor | None) -> None:
-    """`ValueError` unless a mask `[B, S]` of the tokens in the cache marks as padding what came in as padding."""
+    """Raises `ValueError` unless a mask `[B, S]` of cached tokens marks the same padding as when they were stored."""
     expected = torch.ones_like(mask) if past_real is None else past_real.to(mask.device)
     different = (mask != expected).nonzero()
     if len(different):
@@ -280,7 +280,7 @@ def _check_cache(batch: int, cache: HAMCache, config: HAMConfig) -> None:
     if not isinstance(cache, HAMCache):
         raise TypeError(
             f"`cache` must be a HAMCache, got {type(cache).__name__}: HAMCache(model.config). Keys and values alone, "
-            "such as the prefix of peft's prefix tuning, are none, as they have no RNN state."
+            "such as the prefix of peft's prefix tuning, do not suffice: they have no RNN state."
         )
     if cache.config is not config:
         check_same_contents("cache", cache_contents(cache.config), config)
@@ -312,7 +312,7 @@ def _check_last(name: str, number: object, accepted: str = "an int") -> None:
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"`{name}` must be {accepted}, got {number!r}.")
     if number < 0:
-        raise ValueError(f"`{name}` must be 0 (all) or positive (the last so many), got {number}.")
+        raise ValueError(f"`{name}` must be 0 (all) or positive (a number of last tokens), got {number}.")
 
 
 def _check_integers(
@@ -325,7 +325,7 @@ def _check_integers(
 ) -> torch.Tensor:
     """Returns `x` if it is an integer tensor of one of `shapes` (`None`: any size), on the CPU with values in range.
 
-    On a GPU the values are not looked at, because reading them would stall it.
+    On a GPU the values are not checked, because reading them would stall it.
     """
     sizes = " or ".join("[" + ", ".join("any" if n is None else str(n) for n in shape) + "]" for shape in shapes)
     if not isinstance(x, torch.Tensor):

@@ -24,19 +24,19 @@ HOW_TO_CONVERT = (
     "unpickling others could run code. Convert them once with `safetensors.torch.save_file(torch.load(path, "
     "weights_only=True), 'model.safetensors', metadata={'format': 'pt'})`"
 )
-# How many times the parameters in its files a model may have: quantisation packs several into one number, and those of
-# a new head are missing. A model of few needs no files at all.
+# Largest ratio of a model's parameters to those in its files: quantisation packs several into one number, and those of
+# a new head are missing. A model of few parameters always passes.
 MOST_PARAMETERS = 16
 FEW_PARAMETERS = 2**22
-# What `save_pretrained` writes: a model, or an adapter alone.
+# Configuration files that `save_pretrained` writes, for a model or for an adapter alone.
 CONFIGURATIONS = ("config.json", "adapter_config.json")
-# The permissions that safetensors gives what it writes.
+# Permissions of the files that safetensors writes.
 PRIVATE = 0o600
 SAVED_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 
 
 def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> None:
-    """Refuses, with `ValueError`, weights that are no safetensors, and an index that leads out of its folder."""
+    """Raises `ValueError` for weights that are not safetensors, and for an index that leads out of its folder."""
     foreign = [file for file in files if not file.endswith(".safetensors")]
     if foreign:
         raise ValueError(f"Weights are read from safetensors files only, got {foreign[0]!r}; {HOW_TO_CONVERT}.")
@@ -46,7 +46,7 @@ def check_files(files: list[str], sharded_metadata: dict[str, Any] | None) -> No
 
 
 def open_weights(path: str | os.PathLike) -> Any:
-    """An open safetensors file; `ValueError` that names it if it is none, or was cut off."""
+    """Opens a safetensors file; raises `ValueError`, naming the file, if it is of another format or was cut off."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -54,7 +54,7 @@ def open_weights(path: str | os.PathLike) -> Any:
 
 
 def check_size(model: nn.Module, files: list[str]) -> None:
-    """Refuses, with `ValueError`, a model far larger than its files, before memory is taken for it."""
+    """Raises `ValueError` for a model far larger than its files, before memory is allocated for it."""
     held = 0
     for file in files:
         # Opening compares the header with the size of the file.
@@ -69,13 +69,13 @@ def check_size(model: nn.Module, files: list[str]) -> None:
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Refuses, with `NotADirectoryError`, a file as the folder to save to: Transformers would log that and go on."""
+    """Raises `NotADirectoryError` if the folder to save to is a file: Transformers would log that and go on."""
     if os.path.isfile(path):
         raise NotADirectoryError(errno.ENOTDIR, "A model is saved to a folder, not to a file", os.fspath(path))
 
 
 def share_weights(folder: str | os.PathLike) -> None:
-    """Gives the weights just saved to `folder` the permissions of the configuration, which followed the umask."""
+    """Gives the weights just saved to `folder` the permissions of the configuration, which follow the umask."""
     config = next((x for x in map(Path(folder).joinpath, CONFIGURATIONS) if x.is_file()), None)
     if config is None:  # a process that saves nothing
         return
@@ -87,16 +87,16 @@ def share_weights(folder: str | os.PathLike) -> None:
 
 
 def transformers_release() -> tuple[int, int] | None:
-    """The minor release of Transformers, `None` if its version does not say."""
+    """The minor release of Transformers, such as `(5, 24)`; `None` if its version is of another form."""
     release = re.match(r"(\d+)\.(\d+)", transformers.__version__)
     return None if release is None else (int(release[1]), int(release[2]))
 
 
 def check_sharding(model: PreTrainedModel) -> None:
-    """Refuses, with `ValueError`, a tied model in half precision that FSDP2 shards under Transformers before 5.23.
+    """Raises `ValueError` for a tied model in half precision that FSDP2 shards under Transformers before 5.23.
 
-    These releases leave its head to the group of the mixers' float32 parameters, and FSDP2 takes no group of two
-    dtypes, which it would say at the first forward only.
+    These releases put its head in the group of the mixers' float32 parameters. FSDP2 takes no group of two dtypes, but
+    would fail only at the first forward.
     """
     sharded = any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
     half = model.dtype in (torch.float16, torch.bfloat16)
@@ -111,12 +111,12 @@ def check_sharding(model: PreTrainedModel) -> None:
 
 
 def warn_of_untested_transformers() -> None:
-    """Warns once in a process of a Transformers that was never tested: code travels with checkpoints, and meets it."""
+    """Warns once per process of an untested Transformers, which code that travels with checkpoints may meet."""
     release = transformers_release()
     if release is None or OLDEST_TRANSFORMERS <= release <= NEWEST_TRANSFORMERS:
         return
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
-    # A logger warns once of what it has said itself, and the code of every checkpoint has modules of its own.
+    # Transformers' logger, because the code of every checkpoint has modules, and so loggers, that would each warn.
     logging.get_logger("transformers").warning_once(
         f"HAM was tested with Transformers {oldest} to {newest}, and this is {transformers.__version__}. If anything "
         "fails, install a tested release, or newer code of HAM."
@@ -135,11 +135,11 @@ class HAMLoadingMixin:
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Self:
-        """As in Transformers, but nothing is unpickled: weights are read from safetensors files only.
+        """Loads as Transformers does, but unpickles nothing: weights are read from safetensors files only.
 
         Raises:
             ValueError: also for `use_safetensors=False` and `weights_only=False`, for files that are too small for
-                what the configuration asks for, before memory is taken for it, and see `check_sharding`.
+                the configuration, before memory is allocated, and as `check_sharding` does.
         """
         if use_safetensors is False or not weights_only:
             name, value = ("use_safetensors", use_safetensors) if weights_only else ("weights_only", weights_only)
@@ -147,7 +147,7 @@ class HAMLoadingMixin:
         loaded = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs
         )
-        # With `output_loading_info=True` a pair.
+        # `output_loading_info=True` returns a pair.
         check_sharding(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -159,16 +159,16 @@ class HAMLoadingMixin:
         load_config: LoadStateDictConfig,
         expected_keys: list[str] | None = None,
     ) -> Any:
-        # Here the files are found, wherever they were, and the model has its shapes but no memory yet.
+        # By now the files are found, and the model has its shapes but no memory.
         if state_dict is None and checkpoint_files:
             check_files(checkpoint_files, load_config.sharded_metadata)
-            # Keys are expected when an adapter is loaded, which has files of its own and is smaller than the model.
+            # Only an adapter has expected keys; its files are smaller than the model's.
             if expected_keys is None:
                 check_size(model, checkpoint_files)
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
-        # Loading replaces parameters by new ones, all of which require a gradient.
+        # Loading replaces parameters by new ones that all require a gradient.
         for module in model.modules():
             threshold = getattr(module, "threshold", None)
             if isinstance(threshold, nn.Parameter):
@@ -176,9 +176,9 @@ class HAMLoadingMixin:
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves as Transformers does, but where that fails in silence, or in other words, an `OSError` names the path.
+        """Saves as Transformers does; a failure that it hides or reports otherwise raises an `OSError` with the path.
 
-        The weights may be read by whoever may read the configuration: safetensors leaves them to the owner alone.
+        The weights get the permissions of the configuration: safetensors would let only the owner read them.
         """
         check_folder(save_directory)
         try:
@@ -188,6 +188,6 @@ class HAMLoadingMixin:
         share_weights(save_directory)
 
     def _load_and_finalize_distributed_pretrained_model(self, folder: str, *arguments: Any) -> Any:
-        # The other way in, for folders that hold the shards of several ranks; absent from Transformers 5.17.
+        # The second way to load, for folders that hold the shards of several ranks; absent from Transformers 5.17.
         check_size(self, [str(file) for file in Path(folder).glob("*.safetensors")])  # type: ignore[arg-type]
         return super()._load_and_finalize_distributed_pretrained_model(folder, *arguments)  # type: ignore[misc]

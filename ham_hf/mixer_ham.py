@@ -28,7 +28,7 @@ FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles")
 def attention_weights(
     q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
 ) -> torch.Tensor:
-    """Dense weights `[B, H, T, S]`, formed when asked for: over all tokens seen, zero where one was not kept.
+    """Dense attention weights `[B, H, T, S]` over all tokens seen, zero for tokens not kept; formed on request.
 
     Args:
         q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
@@ -52,7 +52,7 @@ def attention_weights(
 
 
 def weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The values `[B, S, Hk, V]` that dense weights `[B, H, T, S]` select: `[B, T, H, V]`, as `attend_new` gives."""
+    """Sums values `[B, S, Hk, V]` with dense weights `[B, H, T, S]`: `[B, T, H, V]`, as `attend_new` returns."""
     weights = weights.unflatten(1, (v.shape[2], -1))
     return (weights @ v.transpose(1, 2).unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
@@ -75,9 +75,9 @@ class HAMShortConvolution(nn.Module):
 
 
 class HAMRMSNorm(nn.RMSNorm):
-    """RMSNorm of `[..., D]`, in the dtype of its weight; a `zero_centered` weight holds what is added to 1.
+    """RMSNorm of `[..., D]`, in the dtype of its weight; a `zero_centered` weight is an offset from 1.
 
-    Autocast narrows what projections put out; of two dtypes PyTorch's norm would warn, and give the narrower one.
+    Autocast narrows the outputs of projections; given two dtypes PyTorch's norm would warn, and return the narrower.
     """
 
     eps: float
@@ -87,12 +87,12 @@ class HAMRMSNorm(nn.RMSNorm):
         super().__init__(size, eps)
 
     def reset_parameters(self) -> None:
-        """Starts as a norm without a weight."""
+        """Sets the weight to its neutral value."""
         nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
 
     @property
     def scale(self) -> torch.Tensor:
-        """The factors of the normalised input, `[D]`; their sum with 1 is widened, as bfloat16 would round it."""
+        """The factors of the normalised input, `[D]`; the sum with 1 is widened, because bfloat16 would round it."""
         return 1 + widened(self.weight) if self.zero_centered else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,11 +102,11 @@ class HAMRMSNorm(nn.RMSNorm):
 
 
 class HAMRotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE of all or a part of each head: cosines and sines `[B, T, K]` that turn the first dimensions of each half.
+    """RoPE of all or part of each head: cosines and sines `[B, T, K]` that rotate the first dimensions of each half.
 
-    Pairs are `(i, i + K / 2)` whatever the part, so what rotates a whole head rotates this one too; a pair that stays
-    has cosine 1 and sine 0. `partial_rotary_order` leads here from the layout in which the rotated dimensions are the
-    first of the head.
+    Pairs are `(i, i + K / 2)` for every part, so code that rotates a whole head works here too; a pair that does not
+    rotate has cosine 1 and sine 0. `partial_rotary_order` converts from the layout in which the rotated dimensions are
+    the first of the head.
     """
 
     @staticmethod
@@ -129,11 +129,12 @@ class HAMRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def partial_rotary_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
-    """The place in the usual layout of each dimension of a head of `HAMRotaryEmbedding`, `[head_dim]` int64.
+    """Index in the usual layout of each dimension of a head of `HAMRotaryEmbedding`, `[head_dim]` int64.
 
-    Usual is that the first `rotary_dim` dimensions rotate, in pairs `(i, i + rotary_dim / 2)`. Queries and keys in the
-    order given here have the same products, so this converts a checkpoint: `weight.unflatten(0, (-1, head_dim))[:,
-    order].flatten(0, 1)` of the q and k projections and of their biases, `weight[order]` of a QK-norm per head.
+    In the usual layout the first `rotary_dim` dimensions rotate, in pairs `(i, i + rotary_dim / 2)`. Queries and keys
+    in the new order have the same products, so the order converts a checkpoint: `weight.unflatten(0, (-1,
+    head_dim))[:, order].flatten(0, 1)` for the q and k projections and their biases, `weight[order]` for a QK-norm per
+    head.
     """
     rotated, still = rotary_dim // 2, (head_dim - rotary_dim) // 2
     parts = torch.arange(head_dim).split([rotated, rotated, still, still])
@@ -161,13 +162,13 @@ class Recalled(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Output of attention for new tokens, and what a cache stores of them.
+    """Output of attention for new tokens, and the tensors that a cache stores.
 
     Attributes:
         output: `[B, n, H, V]`, of the last `n` tokens or of all.
         weights: `[B, H, T, S]` where they were formed.
         keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
-        scores: `[B, T, Hk]` float32 by which a full head drops tokens.
+        scores: `[B, T, Hk]` float32; a full head drops the lowest.
         keep: `[B, T, Hk]` bool.
     """
 
@@ -187,7 +188,7 @@ class HAMMixer(nn.Module):
     """Token mixer of a layer: a Gated DeltaNet over all tokens, attention over those it predicts badly, and their mix.
 
     A `"linear_attention"` layer has only the first memory, a `"full_attention"` layer only the second, which then
-    keeps all.
+    keeps every token.
     """
 
     score_quantiles: torch.Tensor
@@ -239,7 +240,7 @@ class HAMMixer(nn.Module):
             self.register_buffer("score_quantiles", torch.zeros(key_heads, NUM_QUANTILES, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Moves and casts as PyTorch does, but leaves in float32 what bfloat16 would move: `FLOAT32_PARAMETERS`."""
+        """Moves and casts as PyTorch does, but leaves `FLOAT32_PARAMETERS` in float32."""
         # A parametrization moves a parameter into a module of its own, under a longer name.
         named = [*self.named_parameters(), *self.named_buffers()]
         own = [x for name, x in named if not set(FLOAT32_PARAMETERS).isdisjoint(name.split("."))]
@@ -254,7 +255,7 @@ class HAMMixer(nn.Module):
 
     @property
     def learns_threshold(self) -> bool:
-        """True if training moves the threshold: one that the configuration fixes takes no part in it."""
+        """True if training moves the threshold: it does not if the configuration fixes one."""
         return self.config.threshold is None
 
     def forward(
@@ -272,11 +273,11 @@ class HAMMixer(nn.Module):
         Args:
             hidden_states: `[B, T, D]` normalised input.
             position_embeddings: cosines and sines `[B or 1, T, K]` of RoPE, or `None`.
-            tokens: which tokens are real, their positions and documents.
+            tokens: the layout of the new tokens.
             retention: the rule by which a hybrid layer keeps tokens.
             cache: the cache to read and fill.
             output_attentions: forms the attention weights, which takes memory quadratic in `T`.
-            last_n: returns the output of the last so many tokens only; 0: of all.
+            last_n: returns the output of the last `last_n` tokens only; 0: of all.
 
         Returns:
             `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
@@ -339,7 +340,7 @@ class HAMMixer(nn.Module):
     def _project(
         self, hidden_states: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Queries, keys and values `[B, T, C]` before and behind the convolution, and the state it leaves."""
+        """Queries, keys and values `[B, T, C]` before and after the convolution, and its final state."""
         raw = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1)
         if cache is not None:
             cache.accept(inputs=raw)
@@ -364,7 +365,7 @@ class HAMMixer(nn.Module):
         if self.shape.value_heads > self.shape.key_heads:
             q, k = (x.repeat_interleave(self.shape.value_heads // self.shape.key_heads, dim=2) for x in (q, k))
         score = self.router.error if self.layer_type == "hybrid" else None
-        # A learned router's error is part of what it computes: then it has a gradient, which a score of the op lacks.
+        # A learned router's error needs a gradient, which the op's own score lacks.
         in_graph = self.config.router in LEARNED_ROUTERS and torch.is_grad_enabled()
         output, errors, state = gated_delta_rule_with_prediction(
             q,
@@ -402,11 +403,11 @@ class HAMMixer(nn.Module):
         output_attentions: bool,
         last_n: int,
     ) -> Attended:
-        """Routes the tokens of `[B, T, C]` queries, keys and values, and attends over those that are kept."""
+        """Routes the tokens of `[B, T, C]` queries, keys and values, and attends over the kept ones."""
         q, k, v = self._heads(qkv)
         if scores is not None and self.config.router in LEARNED_ROUTERS:
             v = self._scale_values(v, scores)
-        # Under autocast norms and rotation widen, and a cache holds keys and values of one dtype.
+        # Under autocast norms and rotation widen, but a cache holds keys and values of one dtype.
         q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
         if cache is not None:
             cache.accept(keys=k)
@@ -414,8 +415,8 @@ class HAMMixer(nn.Module):
         weights = None
         if output_attentions or exporting():
             weights = attention_weights(q, k, keep, tokens, cache)
-        # Weights that are asked for are part of the graph, but for those of a filled cache, whose pages are read as
-        # they lie; and on how many tokens are kept the shapes of an exported program must not depend.
+        # Requested weights are part of the graph, except with a filled cache, whose pages are read in place. An
+        # exported program uses them because its shapes must not depend on the number of kept tokens.
         if weights is not None and (cache is None or not cache.seen_tokens):
             output = weighted_sum(weights, v)
         else:
@@ -425,7 +426,7 @@ class HAMMixer(nn.Module):
         return Attended(output, weights, k, v, ranks, keep)
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The values `[B, T, Hk, V]` as attention reads them: a learned score has its gradient from them."""
+        """Scales values `[B, T, Hk, V]` by learned scores, which get their gradient through them."""
         return v * scores[..., None].to(v.dtype)
 
     def _attention_view(
@@ -443,7 +444,7 @@ class HAMMixer(nn.Module):
     def _route(
         self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 scores `[B, T, Hk]` that rank tokens, and which are kept; without a router all are, at 1."""
+        """Float32 scores that rank tokens and the kept tokens, `[B, T, Hk]`; without a router all are kept, at 1."""
         if scores is None:
             scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
@@ -472,15 +473,15 @@ class HAMMixer(nn.Module):
         cache: HAMCacheLayer | None,
         kv_budget: int | None,
     ) -> torch.Tensor:
-        """Attention of the last `n` new tokens over what is kept before them, `[B, n, H, V]`.
+        """Attention of the last `n` new tokens over the kept tokens before them, `[B, n, H, V]`.
 
         Args:
-            q: `[B, n, H, K]`, as attention reads it; all new tokens' where the cache holds any.
+            q: `[B, n, H, K]`, normalised and rotated; of all new tokens if the layer's cache has a store.
             k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
             keep, scores: `[B, T, Hk]` bool and float32.
             tokens: the layout of the new tokens.
-            cache: the layer's, or `None`.
-            kv_budget: tokens a head may hold, or `None`.
+            cache: the layer's cache, or `None`.
+            kv_budget: most tokens that a head may hold, or `None`.
         """
         if cache is None:
             return attend_new(q, k, v, keep, scores, kv_budget, seq_idx=tokens.seq_idx)

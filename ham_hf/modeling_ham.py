@@ -52,18 +52,18 @@ from .threshold_control_ham import AddGradient, batch_share, control_loop, label
 
 logger = logging.get_logger(__name__)
 
-# The learned threshold of a fresh model: the score of a token of which the RNN predicts nothing.
+# Learned threshold of a new model: the score of a token for which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
-# What the loss function reads; anything else would be dropped in silence.
+# Arguments that the loss function reads; it would silently drop others.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
 
 @dataclass
 class HAMModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):  # type: ignore[misc]
-    """Output of `HAMModel`: Transformers' output of a decoder, and what HAM adds.
+    """Output of `HAMModel`: Transformers' decoder output with HAM's additions.
 
     Attributes:
-        last_hidden_state: `[B, T, D]`, or of as many tokens as were to be kept.
+        last_hidden_state: `[B, T, D]`, or only the last `last_n` positions.
         cache: the `HAMCache`, or `None` without one.
         hidden_states: with `output_hidden_states=True`, one `[B, T, D]` per layer and the embeddings.
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
@@ -78,13 +78,13 @@ class HAMModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):  # type:
 
 @dataclass
 class HAMCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):  # type: ignore[misc]
-    """Output of `HAMForCausalLM`: scalar loss, logits `[B, T, vocabulary]` and what `HAMModelOutputWithPast` holds."""
+    """Output of `HAMForCausalLM`: scalar loss, logits `[B, T, vocabulary]` and fields of `HAMModelOutputWithPast`."""
 
     routing_scores: tuple[torch.Tensor, ...] | None = None
 
 
 class HAMDecoderLayer(GradientCheckpointingLayer):
-    """Residual block: mixer, then MLP, each behind its norm; with `attention_post_norm` and attention, before it.
+    """Residual block of mixer and MLP, each with a norm before it; after it with `attention_post_norm` and attention.
 
     With `last_n`, returns only the last `n` positions; earlier ones are computed only as far as the cache needs.
     """
@@ -113,12 +113,12 @@ class HAMDecoderLayer(GradientCheckpointingLayer):
         else:
             hidden_states = hidden_states + mixed
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        # Returned rather than recorded by a hook: out of a re-entrant checkpoint only what is returned has a gradient.
+        # Returned, not recorded by a hook: a re-entrant checkpoint gives a gradient only to returned tensors.
         return hidden_states if control is None else (hidden_states, control)
 
 
 class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
-    """What every HAM model shares: its configuration, its initialisation and what Transformers must know of it."""
+    """Base of every HAM model: its configuration, its initialisation and the flags that Transformers reads."""
 
     config: HAMConfig
     config_class = HAMConfig
@@ -126,7 +126,7 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HAMDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    # Packed rows equal padded ones, which Transformers asks this flag about; HAM has its own attention in either case.
+    # Transformers reads this flag as: packed rows equal padded ones. They do; HAM has its own attention in any case.
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = list(FLOAT32_PARAMETERS)
     _can_record_outputs = {
@@ -136,9 +136,9 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
     }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls `forward`; within a `generate` of this model, with what that was asked to keep unless this call says.
+        """Calls `forward`; within this model's `generate`, with its routing arguments unless the call gives its own.
 
-        Here, because what is compiled is `forward`, and Dynamo cannot read what is set for a context.
+        Done here because `forward` is compiled, and Dynamo cannot read context variables.
         """
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
@@ -170,15 +170,15 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
             init.zeros_(mixer.score_quantiles)
 
     def _init_router(self, router: HAMRouter) -> None:
-        """Logits of unit variance, whatever the sizes: where all scores lie at the threshold, all or none are kept."""
+        """Logits of unit variance for all sizes: if all scores lay at the threshold, all or none would be kept."""
         init.normal_(router.up_proj.weight, std=router.up_proj.in_features**-0.5)
-        # Of a unit normal `x`, the mean square of SiLU(x) is 0.36.
+        # The mean square of SiLU(x) is 0.36 for a unit normal `x`.
         init.normal_(router.down_proj.weight, std=(0.36 * router.down_proj.in_features) ** -0.5)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resizes as Transformers does; `ValueError`, with nothing changed, where the padding token would be lost."""
+        """Resizes as Transformers does; raises `ValueError`, changing nothing, if the padding token would be lost."""
         pad = self.config.pad_token_id
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
@@ -219,7 +219,7 @@ class HAMModel(HAMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         if all(layer.mixer.output_gate is None for layer in self.layers):
-            # Transformers warns of a rule for what is not there.
+            # Transformers warns of a rule for a module that does not exist.
             plan = self._tp_plan or {}
             self._tp_plan = {name: style for name, style in plan.items() if not name.endswith("z_proj")}
         if self.dtype in (torch.float16, torch.bfloat16):
@@ -246,18 +246,18 @@ class HAMModel(HAMPreTrainedModel):
         Args:
             input_ids: `[B, T]` int64, or `inputs_embeds` `[B, T, D]`.
             attention_mask: `[B, tokens in the cache + T]`, 0 for padding (left or right); `None` if all are real.
-            position_ids: `[B or 1, T]` int64 for RoPE; where they fail to rise a packed document begins. By default
+            position_ids: `[B or 1, T]` int64 for RoPE; a packed document begins where they fail to rise. By default
                 real tokens are counted.
             cache: a `HAMCache` to continue from; with fewer layers than the model has, only the first ones are run.
-            use_cache: whether to fill and return a cache, by default `config.use_cache`. Packed rows have none.
+            use_cache: fill and return a cache, by default `config.use_cache`. Packed rows have none.
             threshold: keep tokens whose routing score is at least this: a number, a list (one per hybrid layer), a
                 tensor `[B]` or `[layers or 1, B or 1, heads or 1]`. At most 0 keeps all, above 1 keeps none. Defaults
-                to `config.threshold`, then to the learned thresholds. In training the learned ones have no gradient
-                from a call with this argument or `kv_usage`: DDP then needs `find_unused_parameters=True`, or
+                to `config.threshold`, then to the learned thresholds. In training, a call with this argument or
+                `kv_usage` gives the learned thresholds no gradient: DDP then needs `find_unused_parameters=True`, or
                 thresholds with `requires_grad_(False)`, as they are while `config.threshold` is set.
             kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
-            kv_budget: hold at most this many tokens per key/value head; the lowest score leaves.
-            last_n: return only the last `n` positions (0: all), which spares the last layer most of its work on a
+            kv_budget: hold at most this many tokens per key/value head; the lowest scores are dropped.
+            last_n: return only the last `last_n` positions (0: all), which saves the last layer most of its work on a
                 prompt.
             past_key_values: the name of `cache` before Transformers 5.24.
             kwargs: `output_attentions`, `output_hidden_states`, `output_routing_scores` (bool); for packed rows
@@ -275,12 +275,12 @@ class HAMModel(HAMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         device = inputs_embeds.device
-        # Here rather than in each layer, where a copy that waits would stall a GPU once a layer.
+        # Copied here, not in each layer, where a blocking copy would stall a GPU once per layer.
         retention = [rule.to(device, non_blocking=device.type == "cuda") for rule in retention]
         seq_idx = packed_documents(kwargs, batch, length, device)
         tokens = token_layout(batch, length, device, attention_mask, position_ids, cache, seq_idx)
         if tokens.real is not None:
-            # Whatever stands in for padding, NaN included, must not reach a sum, were it times zero.
+            # Embeddings of padding may be NaN, and must not reach a sum, not even times zero.
             inputs_embeds = inputs_embeds.masked_fill(~tokens.real[..., None], 0)
         if cache is None:
             use_cache = wants_cache(self, use_cache, tokens.seq_idx is not None, by_positions=seq_idx is None)
@@ -337,10 +337,10 @@ class HAMModel(HAMPreTrainedModel):
     def _steer(self, hidden_states: torch.Tensor, controls: list[torch.Tensor], seen: torch.Tensor) -> torch.Tensor:
         """Closes the control loop where no language-modelling loss does: other heads, and losses made from logits.
 
-        Such a loss tells nothing of how many calls an update has, so that each adds a whole step to the thresholds.
+        Such a loss does not tell how many calls an update has, so each call moves the thresholds by a whole step.
 
         Args:
-            hidden_states: `[B, n, D]`, which the loss is made of.
+            hidden_states: `[B, n, D]`, from which the loss is computed.
             controls: of every hybrid layer, see `HAMMixer.forward`.
             seen: `[B]` float32 real tokens of each row.
         """
@@ -387,7 +387,7 @@ class HAMModel(HAMPreTrainedModel):
 
 
 def _tell_of_cut_graph(cache: HAMCache) -> None:
-    """Warns once of the second call with gradients that reads a cache: nothing flows back through it."""
+    """Warns once, at the second call with gradients that reads a cache: gradients do not flow back through it."""
     if cache.holds_cut_graph:
         logger.warning_once(
             "Gradients stop at `cache`: a HAMCache holds no autograd graph of the calls that filled it."
@@ -396,7 +396,7 @@ def _tell_of_cut_graph(cache: HAMCache) -> None:
 
 
 def _shifts_labels(model_class: type) -> None:
-    """Has Trainer shift the labels that it smooths: it goes by the names of classes, and would learn to copy."""
+    """Makes Trainer shift labels that it smooths: it goes by class names, and the model would else learn to copy."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
 
 
@@ -414,7 +414,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         self.model = HAMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Transformers reads it from the name of the class, and a subclass has its own.
+        # Transformers would derive it from the class name, which differs in a subclass.
         self.loss_type = "ForCausalLM"
         self.post_init()
         # A GenerationConfig with this mark ignores custom fields such as `threshold` when it is read from a file.
@@ -422,7 +422,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _shifts_labels(cls)  # as FSDP derives one
+        _shifts_labels(cls)  # FSDP makes a subclass
 
     @can_return_tuple
     def forward(
@@ -454,11 +454,11 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         Args:
             labels: `[B, T]` int64, -100 where no loss is wanted. In training the loss carries the thresholds' control
                 loop as a term of value zero.
-            logits_to_keep: form logits for the last so many positions only (0: all), or for the positions in a tensor.
+            logits_to_keep: form logits only for this many last positions (0: all), or for the positions in a tensor.
             loss_kwargs: `shift_labels` `[B, T]` in place of `labels`, `ignore_index` in place of -100, and
-                `num_items_in_batch`, the number of labels that count in all calls and ranks which share a batch: what
-                sums are divided by. Trainer gives the last also where it makes the loss itself, of `logits`: without
-                labels it changes nothing, and each call moves the thresholds by a whole step.
+                `num_items_in_batch`, the number of counted labels in all calls and ranks of a batch, by which sums are
+                divided. Trainer gives it also when it computes the loss itself from `logits`: without labels it
+                changes nothing, and each call moves the thresholds by a whole step.
         """
         has_loss = labels is not None or loss_kwargs.get("shift_labels") is not None
         unknown = sorted(set(loss_kwargs) - (LOSS_ARGUMENTS if has_loss else {"num_items_in_batch"}))

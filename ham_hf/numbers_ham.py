@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Numbers that callers give: Python's, NumPy's scalars and tensors without dimensions."""
+"""Numbers that callers give: Python numbers, NumPy scalars and tensors without dimensions."""
 
 from typing import Any, TypeVar
 
@@ -11,16 +11,16 @@ LARGEST_INT = 2**63 - 1
 
 
 def plain_number(x: object) -> int | float | None:
-    """`x` as a number of Python's, or `None`; NumPy's scalars and tensors without dimensions are numbers."""
+    """`x` as a Python number, or `None`; NumPy scalars and tensors without dimensions are numbers."""
     if getattr(x, "ndim", None) == 0 and hasattr(x, "item"):
         x = x.item()
     return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
 
 
 def with_plain_numbers(config_class: type[ConfigClass]) -> type[ConfigClass]:
-    """Lets every field take NumPy's scalars and tensors without dimensions, which `strict` and JSON do not know.
+    """Lets every field take NumPy scalars and tensors without dimensions, which `strict` and JSON do not know.
 
-    Integers that do not fit in 64 bits are refused here: those that come later would overflow, or fail to print them.
+    Integers that do not fit in 64 bits are refused here: later checks would overflow, or fail to print them.
     """
     checked = config_class.__setattr__
 

@@ -19,19 +19,19 @@ except ImportError as error:
     ham_kernels = None  # type: ignore[assignment]
     NO_KERNELS_BECAUSE = str(error)
 
-# The kernels hold a whole head in registers.
+# Largest head that the kernels take: they hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
 
 
 def exporting() -> bool:
-    """True if `torch.export` traces this call, not strictly: older Dynamos think so whenever they compile."""
+    """True if `torch.export` traces this call in non-strict mode; older Dynamos report an export at every compile."""
     return is_torchdynamo_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def kernel_for(op: str, *tensors: torch.Tensor) -> Callable[..., Any] | None:
-    """The kernel that runs `op` on tensors like these, or `None`: then PyTorch does.
+    """The kernel that runs `op` on tensors like these, or `None` for PyTorch.
 
-    It is PyTorch on a CPU, in float64, for wider heads and under `torch.export`.
+    Falls back to PyTorch on CPU, in float64, for heads wider than `MAX_KERNEL_HEAD_DIM` and under `torch.export`.
     """
     if exporting():
         return None
@@ -59,19 +59,19 @@ def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divides `x` `[..., D]` by the root mean square of its last dimension, and multiplies with `weight` `[D]`."""
+    """Divides `x` `[..., D]` by the root mean square of its last dimension, and multiplies by `weight` `[D]`."""
     if _in_own_passes(x):
         return _Normalise.apply(x, weight, x.shape[-1], eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _in_own_passes(x: torch.Tensor) -> bool:
-    """True if `_Normalise` serves: on a CPU PyTorch's own norm is made of operations that each fill a tensor."""
+    """True if `_Normalise` is used: on a CPU PyTorch's own norm consists of operations that each fill a tensor."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not exporting()
 
 
 class _Normalise(torch.autograd.Function):
-    """`x / sqrt(sum(x^2) / count + eps)` over the last dimension, times a weight; keeps its input and one number each.
+    """`x / sqrt(sum(x^2) / count + eps)` over the last dimension, times a weight; saves its input and one number each.
 
     Passes write in place where they can: on a CPU new memory costs more than arithmetic.
     """
@@ -104,7 +104,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
     Args:
         x: `[B, T, H, K]`.
-        cos, sin: `[B or 1, T, 1, K]`, both halves of `K` alike.
+        cos, sin: `[B or 1, T, 1, K]`, with equal halves of `K`.
 
     Returns:
         `[B, T, H, K]`.
@@ -160,9 +160,9 @@ def short_convolution(
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """`short_convolution` of `[B, W - 1 + T, C]`, where every token is real and of one document.
+    """`short_convolution` of `[B, W - 1 + T, C]`, for rows of real tokens of one document.
 
-    Of `[B, T, C]` it keeps nothing for the backward pass: to convolve again is faster than to fill new memory.
+    It saves no `[B, T, C]` output for the backward pass: convolving again is faster than filling new memory.
     """
 
     @staticmethod
@@ -212,12 +212,12 @@ def _real_first(real: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def decode_kernel(op: str, state: torch.Tensor) -> Callable[..., Any] | None:
-    """A kernel that takes one token through a part of a layer in place, or `None`: then PyTorch's operations do.
+    """A kernel that runs one token through a part of a layer in place, or `None` for PyTorch.
 
     It has no backward and no mixed precision.
 
     Args:
-        op: `"decode_update"`, what comes before attention, or `"decode_mix_append"`, what comes after.
+        op: `"decode_update"`, the part before attention, or `"decode_mix_append"`, the part after it.
         state: `[B, Hk, K, V]` recurrent state of the layer.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""PagedStore: real memory for kept tokens of any number a stream, in pages that never move."""
+"""PagedStore: memory for the kept tokens of each stream, any number of them, in pages that never move."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import torch
 
 from .attention_ham import slab_table
 
-# Small pages waste little on a head that keeps few tokens; 16 is also what matrix units want as a smallest side.
+# Small pages waste little on a head that keeps few tokens; 16 is also the smallest side that suits matrix units.
 PAGE_SIZE = 16
-# New slabs are this fraction of what is stored: unused memory stays small and the number of slabs logarithmic.
+# Size of a new slab relative to the store: unused memory stays small and the number of slabs logarithmic.
 SLAB_GROWTH = 1 / 16
 MIN_SLAB_PAGES = 4
 
@@ -44,12 +44,12 @@ class PagedStore:
     """Append-only storage of kept tokens for `num_streams` streams of any length, in pages that never move.
 
     Each stream fills an open page of its own; a full page is copied once, to the next free page of the slabs. So
-    appending is amortised O(1), no step copies what is stored, and a stream wastes less than one page plus its share
-    of the free ones, little more than one slab.
+    appending is amortised O(1), no step copies stored tokens, and a stream wastes less than one page plus its share
+    of the free pages, which are little more than one slab.
 
-    The device may append by itself, one token a stream at a time (`open_pages`). What is stored is therefore known
-    from `counts` and `full_pages` alone, which the host reads when it needs them; `reserve` gives the device room, and
-    `reserved_steps` tells for how many such steps it surely does.
+    The device may append by itself, one token per stream at a time (`open_pages`). So only `counts` and `full_pages`
+    tell what is stored, and the host reads them when it needs them; `reserve` makes free pages for the device, and
+    `reserved_steps` is the number of such steps for which they surely suffice.
     """
 
     FIELDS = ("keys", "values", "scores", "positions")
@@ -66,11 +66,11 @@ class PagedStore:
         self._slab_table: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Gives a copy everything but the table, whose addresses are those of this store's tensors."""
+        """Copies everything but the table, which holds the addresses of this store's tensors."""
         return vars(self) | {"_slab_table": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Makes a copy that can be written, also one made in inference mode."""
+        """Restores a writable copy, also of tensors made in inference mode."""
         vars(self).update(map_tensors(writable, state))
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
@@ -81,12 +81,12 @@ class PagedStore:
             "scores": torch.zeros(pages, PAGE_SIZE, dtype=torch.float32, device=device),
             "positions": torch.zeros(pages, PAGE_SIZE, dtype=torch.int32, device=device),
             "owner": torch.zeros(pages, dtype=torch.int32, device=device),
-            "rank": torch.zeros(pages, dtype=torch.int32, device=device),  # which of its stream's pages it is
+            "rank": torch.zeros(pages, dtype=torch.int32, device=device),  # index within its stream
         }
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.counts.device
 
     @property
@@ -95,7 +95,7 @@ class PagedStore:
         return self.counts % PAGE_SIZE
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that the store holds: their bytes are the bytes it costs."""
+        """Every tensor that the store holds, so that their bytes are its memory."""
         table = [] if self._slab_table is None else [self._slab_table]
         pages = [x for slab in (self.tail, *self.slabs) for x in slab.values()]
         return [self.counts, self.full_pages, *table, *pages]
@@ -108,7 +108,7 @@ class PagedStore:
         self._slab_table = None
 
     def append(self, tokens: KeptTokens) -> None:
-        """Appends tokens, ordered by stream and position, behind what their streams hold."""
+        """Appends tokens, ordered by stream and position, to their streams."""
         if tokens.streams.numel() == 0:
             return
         added = torch.bincount(tokens.streams, minlength=self.num_streams)
@@ -120,20 +120,20 @@ class PagedStore:
         else:
             self._seal(tokens, slot, pages, total)
             self.full_pages = self.full_pages + total
-        # Counted last: where memory runs out before, the store is as it was.
+        # Counted last: if memory runs out before, the store is unchanged.
         self.counts, self.reserved_steps = self.counts + added, 0
 
     def _seal(self, tokens: KeptTokens, slot: torch.Tensor, pages: torch.Tensor, total: int) -> None:
-        """Writes tokens of which some fill pages.
+        """Writes tokens, some of which fill pages.
 
         Args:
             tokens: ordered by stream and position.
-            slot: `[n]` place of each behind the start of its stream's open page.
+            slot: `[n]` offset of each from the start of its stream's open page.
             pages: `[N]` pages that each stream fills.
             total: their sum.
         """
         spans = self._room(total)
-        # Full pages are laid out stream by stream; each stream's first one begins with what its open page held.
+        # Full pages are laid out stream by stream; each stream's first one begins with the tokens of its open page.
         start = pages.cumsum(0) - pages
         complete = slot < pages[tokens.streams] * PAGE_SIZE
         sealed, rest = tokens.select(complete), tokens.select(~complete)
@@ -167,7 +167,7 @@ class PagedStore:
 
     @property
     def used(self) -> list[int]:
-        """Full pages of each slab: slabs are filled one after the other. It waits for the device."""
+        """Full pages of each slab; slabs fill one after the other. Waits for the device."""
         left, used = int(self.full_pages), []
         for slab in self.slabs:
             used.append(min(left, len(slab["owner"])))
@@ -175,12 +175,12 @@ class PagedStore:
         return used
 
     def _grow(self, pages: int) -> None:
-        """A new slab of so many pages, and not too few."""
+        """Adds a slab of `pages` pages, at least `MIN_SLAB_PAGES`."""
         self.slabs.append(self._new_pages(max(pages, MIN_SLAB_PAGES), self.device))
         self._slab_table = None
 
     def _room(self, pages: int) -> list[tuple[dict[str, torch.Tensor], int, int, int]]:
-        """The next `pages` free pages: `(slab, offset, first, last)` has those from `first` to `last` of them."""
+        """The next `pages` free pages, as `(slab, offset, first, last)`: pages `first` to `last` start at `offset`."""
         used = self.used
         begin = sum(used)
         missing = begin + pages - self.capacity
@@ -199,41 +199,41 @@ class PagedStore:
         """Fraction of the spare pages already used; 1 if the next token might find none.
 
         Args:
-            counts: `[N]` the store's, on the CPU.
+            counts: `[N]` the store's counts, on the CPU.
         """
         free, due = self._free_and_due(counts)
         if free < due or not self.slabs:
             return 1.0
         wanted = int(self.capacity * SLAB_GROWTH)
-        # The smallest slab would be more than what is missing.
+        # Even the smallest slab would exceed the shortage.
         return 0.0 if wanted - free < MIN_SLAB_PAGES else 1 - free / wanted
 
     def _free_and_due(self, counts: torch.Tensor) -> tuple[int, int]:
-        """Free pages, and how many become full if every stream keeps the next token."""
+        """Number of free pages, and of pages that become full if every stream keeps the next token."""
         free = self.capacity - int((counts // PAGE_SIZE).sum())
         return free, int((counts % PAGE_SIZE == PAGE_SIZE - 1).sum())
 
     def reserve(self, counts: torch.Tensor, grow: bool) -> None:
-        """Works out `reserved_steps`, after filling up the free pages if it is to `grow`.
+        """Computes `reserved_steps`, after adding free pages with `grow`.
 
         Args:
-            counts: `[N]` the store's, on the CPU.
-            grow: whether to make a new slab, which a `shortage` of 1 demands.
+            counts: `[N]` the store's counts, on the CPU.
+            grow: True to make a new slab, as a `shortage` of 1 requires.
         """
         free, due = self._free_and_due(counts)
         if grow:
             self._grow(max(due, int(self.capacity * SLAB_GROWTH)) - free)
             free, _ = self._free_and_due(counts)
-        # In 16 steps every stream that keeps all fills one page, in fewer those whose open page is full enough.
+        # In 16 steps a stream that keeps all tokens fills one page; in fewer, only if its open page is full enough.
         rounds, rest = divmod(free, self.num_streams)
         sealing = [int((counts % PAGE_SIZE + step >= PAGE_SIZE).sum()) for step in range(PAGE_SIZE)]
         self.reserved_steps = PAGE_SIZE * rounds + max(step for step, n in enumerate(sealing) if n <= rest)
 
     def open_pages(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that the kernel of a decoding step appends to, in its order; `reserve` made room."""
+        """Tensors that the kernel of a decoding step appends to, in its order; call `reserve` first."""
         index = self.index()
         if index is None:
-            raise ValueError("The device appends to a store that has slabs, and a kernel that knows them.")
+            raise ValueError("The device can append only to a store that has slabs, and only by a kernel.")
         return *(self.tail[name] for name in self.FIELDS), self.counts, self.full_pages, index[0]
 
     def pages(self) -> list[dict[str, torch.Tensor]]:
@@ -241,7 +241,7 @@ class PagedStore:
         return [{k: x[:n] for k, x in slab.items()} for slab, n in zip(self.slabs, self.used, strict=True) if n]
 
     def index(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The slabs' addresses and each stream's tokens, for a kernel; `None` if none wants to know."""
+        """The slabs' addresses and the number of tokens in each stream, for a kernel; `None` without kernels."""
         if self._slab_table is None and self.slabs:
             fields = ("keys", "values", "owner", "rank", "scores", "positions")
             self._slab_table = slab_table([tuple(slab[name] for name in fields) for slab in self.slabs])
@@ -274,9 +274,9 @@ class PagedStore:
         return self.rebuilt(self.tokens().select(index, streams), len(source))
 
     def replace_lowest(self, tokens: KeptTokens) -> None:
-        """Puts each token, at most one per stream, in place of its stream's lowest score unless that is higher.
+        """Replaces the lowest score of a stream by its new token, at most one per stream, unless that scores lower.
 
-        Of scores equal to the bit the oldest leaves. Those of identical tokens differ by float32 rounding.
+        The oldest of equal scores leaves. Scores of identical tokens differ by float32 rounding.
         """
         everything = [(pages, pages["owner"].long()) for pages in self.pages()]
         everything.append((self.tail, torch.arange(self.num_streams, device=self.device)))
@@ -300,7 +300,7 @@ class PagedStore:
 
     @torch.inference_mode(False)
     def mark(self) -> dict:
-        """Counters and open pages, by which `rollback` forgets every later append; full pages are never copied."""
+        """Copies counters and open pages, for `rollback` to undo later appends; full pages are never copied."""
         tail = {name: x.clone() for name, x in self.tail.items()}
         return {
             "counts": self.counts.clone(),
@@ -310,14 +310,14 @@ class PagedStore:
         }
 
     def rollback(self, mark: dict) -> None:
-        """Forgets what was appended since `mark`."""
+        """Undoes every append since `mark`."""
         self.counts, self.full_pages, self.tail = mark["counts"], mark["full_pages"], mark["tail"]
         del self.slabs[mark["slabs"] :]
         self.reserved_steps, self._slab_table = 0, None
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
-    """Nested lists, tuples and dictionaries with every tensor changed."""
+    """Applies `change` to every tensor in nested lists, tuples and dictionaries."""
     if isinstance(x, (list, tuple)):
         return type(x)(map_tensors(change, y) for y in x)
     if isinstance(x, dict):
@@ -327,7 +327,7 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
 
 @torch.inference_mode(False)
 def writable(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor, or its copy where inference mode made it, which nothing outside of that mode may write."""
+    """`x`, or a copy if it was made in inference mode: such a tensor cannot be written outside that mode."""
     return x.clone() if x.is_inference() else x
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What every HAM operation means, in plain PyTorch: token loops and dense masks that faster code is proven against."""
+"""Reference of every HAM operation in plain PyTorch: token loops and dense masks, which faster code must match."""
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ def naive_gated_delta_rule_with_prediction(
     initial_state: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gated delta rule (arXiv 2412.06464) token by token, with what the state predicted for each token.
+    """The gated delta rule (arXiv 2412.06464) token by token, with the state's prediction for each token.
 
     `vhat_t = exp(g_t) S_{t-1}^T k_t`; `S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - vhat_t)^T`; `o_t = scale S_t^T q_t`.
 
@@ -135,14 +135,14 @@ def naive_ragged_decode_attention(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Softmax of new tokens over what their stream holds in pages, the kept tokens before them, and themselves.
+    """Softmax attention of new tokens over their stream's pages, the kept new tokens before them, and themselves.
 
     Args:
         q: `[N, T, G, K]` queries of `T` tokens in each of `N` streams.
         k, v: `[N, T, K]` and `[N, T, V]`, the tokens' own keys and values.
-        keep: `[N, T]` bool, which of the tokens the later ones see.
+        keep: `[N, T]` bool, the tokens that later ones see.
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
-        tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and how much of it is in use.
+        tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and the number of its tokens.
         scale: factor of the logits; `K ** -0.5` if `None`.
 
     Returns:
@@ -162,15 +162,15 @@ def naive_ragged_decode_attention(
 
 
 def naive_surviving_tokens(scores: torch.Tensor, keep: torch.Tensor, budget: int) -> torch.Tensor:
-    """Which kept tokens remain when at most `budget` fit and the lowest score leaves (of equal scores, the oldest).
+    """Kept tokens that remain when at most `budget` fit and the lowest score leaves (the oldest of equal scores).
 
     Args:
         scores: `[T]` routing scores of one head, in order of arrival.
         keep: `[T]` bool, the tokens that were admitted.
-        budget: how many tokens fit.
+        budget: number of tokens that fit.
 
     Returns:
-        `[T, T]` bool: entry `(t, j)` tells whether token `j` is held after token `t` was seen.
+        `[T, T]` bool: entry `(t, j)` is true if token `j` is held after token `t` was seen.
     """
     length = scores.shape[0]
     held: set[int] = set()

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Scores of tokens, HAMRouter, and Retention, the rule that says what a layer keeps."""
+"""Scores of tokens, HAMRouter, and Retention, the rule by which a layer keeps tokens."""
 
 import math
 from typing import NamedTuple
@@ -17,14 +17,14 @@ NUM_QUANTILES = 65
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """`x` in float32, or as it is where that is wider."""
+    """`x` in float32, or unchanged if it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cosine_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     """Prediction error `(1 - cos(vhat, v)) / 2` in `[0, 1]` of `[..., V]` values; 0.5 where either vector is zero.
 
-    Next to a zero vector it has no gradient: that of a direction grows without bounds there.
+    Next to a zero vector it has no gradient: the gradient of a direction grows without bounds there.
     """
     dot = (v * prediction).sum(-1)
     norms = v.norm(dim=-1) * prediction.norm(dim=-1)
@@ -40,7 +40,7 @@ def l2_score(v: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
 
 
 def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """What is committed to the state: `r / (1 + r)`, `r = beta |v - vhat| / |v|` (after HOLA, arXiv 2607.02303)."""
+    """Size of the write to the state: `r / (1 + r)`, `r = beta |v - vhat| / |v|` (after HOLA, arXiv 2607.02303)."""
     residual = beta * (v - prediction).norm(dim=-1)
     return residual / (residual + v.norm(dim=-1).clamp(min=COSINE_EPS))
 
@@ -48,14 +48,14 @@ def residual_score(v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor
 def error_score(
     score: str, v: torch.Tensor, prediction: torch.Tensor, beta: torch.Tensor, in_graph: bool = False
 ) -> torch.Tensor:
-    """A score by its name, float32 or wider.
+    """Computes the score of a given name, in float32 or wider.
 
     Args:
         score: `"cosine"`, `"l2"` or `"residual"`.
         v: `[..., V]` values.
-        prediction: `[..., V]` what the state held under each key before.
+        prediction: `[..., V]` the value that the state held for each key before.
         beta: `[...]` write strengths.
-        in_graph: whether the score has a gradient; a hard decision passes none, so that it is usually cut off.
+        in_graph: True to give the score a gradient; a hard decision passes none, so it is usually cut off.
     """
     v, prediction, beta = (widened(x if in_graph else x.detach()) for x in (v, prediction, beta))
     if score == "cosine":
@@ -68,7 +68,7 @@ def error_score(
 
 
 def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> torch.Tensor:
-    """A hash of (position, layer, head) in `[0, 1)`: the control that no content explains.
+    """A hash of (position, layer, head) in `[0, 1)`: the control, independent of content.
 
     Args:
         positions: `[B, T]` int64, each token's index among the real tokens of its document.
@@ -88,7 +88,7 @@ def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> tor
 
 
 class Float32Linear(nn.Linear):
-    """A projection computed in float32 or wider, whatever its weights are: in bfloat16 many scores would tie."""
+    """A projection computed in float32 or wider for weights of any dtype: in bfloat16 many scores would tie."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = widened(x)
@@ -96,10 +96,10 @@ class Float32Linear(nn.Linear):
 
 
 class HAMRouter(nn.Module):
-    """Routing scores `[B, T, Hk]` of a layer in `[0, 1]`; a token is kept where they reach the threshold.
+    """Routing scores `[B, T, Hk]` of a layer in `[0, 1]`; a head keeps a token if its score reaches the threshold.
 
-    They are float32, or wider in a model that is. A score that is not a number counts as 1: what a broken token does
-    to the output then shows, as it would with everything kept, and no threshold drops it unseen.
+    Scores are float32, or wider in a wider model. A score that is not a number counts as 1: a broken token then shows
+    in the output, as it would with everything kept, and no threshold drops it unseen.
     """
 
     def __init__(self, config: HAMConfig, layer_idx: int):
@@ -107,7 +107,7 @@ class HAMRouter(nn.Module):
         self.kind = config.router
         self.layer_idx = layer_idx
         self.num_heads = config.num_key_value_heads
-        # Which score of the RNN's prediction this router reads, for `error_score`, or `None`.
+        # Name of the prediction's `error_score` that this router reads, or `None`.
         self.error = "cosine" if self.kind == "learned_error" else self.kind if self.kind in ERROR_ROUTERS else None
         if self.kind in LEARNED_ROUTERS:
             self.up_proj = nn.Linear(config.hidden_size, config.router_hidden_size)
@@ -129,7 +129,7 @@ class HAMRouter(nn.Module):
             positions: `[B, T]` int64 index among real tokens.
 
         Raises:
-            ValueError: for a router that reads errors and is given none.
+            ValueError: if the router reads errors and gets none.
         """
         if self.error is None:
             scores = self.without_state(hidden_states, positions).expand(*hidden_states.shape[:2], self.num_heads)
@@ -143,7 +143,7 @@ class HAMRouter(nn.Module):
         return scores.masked_fill(scores.isnan(), 1.0)
 
     def without_state(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What the RNN's state has no part in: scores of `random` and `learned`, logits of `learned_error`.
+        """The part that needs no RNN state: scores of `random` and `learned`, logits of `learned_error`.
 
         Args:
             hidden_states: `[B, T, D]`; positions: `[B, T]`.
@@ -154,18 +154,18 @@ class HAMRouter(nn.Module):
         if self.kind == "random":
             return random_score(positions, self.layer_idx, self.num_heads)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            # Nothing is read of the projections but what they give: LoRA, quantisation and offloading change the rest.
+            # Use only the outputs of the projections: LoRA, quantisation and offloading change everything else.
             logits = self.down_proj(F.silu(self.up_proj(hidden_states)))
         return logits if self.kind == "learned_error" else logits.sigmoid()
 
 
 def check_threshold(threshold: object, num_layers: int, batch_size: int, num_heads: int) -> torch.Tensor | None:
-    """Brings every accepted form of `threshold` to one float32 tensor `[layers or 1, batch or 1, heads or 1]`.
+    """Converts every accepted form of `threshold` to one float32 tensor `[layers or 1, batch or 1, heads or 1]`.
 
     Args:
         threshold: `None` (learned thresholds), a number for every layer, a list or tuple with one number per hybrid
-            layer, a tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`. NumPy's
-            scalars and tensors without dimensions are numbers, here and wherever one is accepted.
+            layer, a tensor `[batch]` with one per row, or a tensor `[layers or 1, batch or 1, heads or 1]`. NumPy
+            scalars and tensors without dimensions are numbers, here and everywhere else.
         num_layers: number of hybrid layers.
         batch_size: number of rows.
         num_heads: number of key/value heads.
@@ -202,7 +202,7 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
         tensor = torch.tensor([float(x) for x in numbers if x is not None], dtype=torch.float32, device="cpu").view(
             -1, 1, 1
         )
-    # The capture of a CUDA graph forbids to read a GPU's values: who captures has had them checked before.
+    # The capture of a CUDA graph forbids reading values on the GPU; the caller has had them checked before.
     unreadable = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
     if not unreadable and torch.isnan(tensor).any():
         raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
@@ -239,7 +239,7 @@ def _describe(x: object) -> str:
     if isinstance(x, torch.Tensor) and x.ndim:
         return f"a tensor {list(x.shape)}"
     if isinstance(x, int) and x.bit_length() > 64:
-        # Python refuses to print the largest.
+        # Python refuses to print the largest ints.
         return f"an int of {x.bit_length()} bits"
     return f"{x!r} of type {type(x).__name__}"
 
@@ -277,7 +277,7 @@ class Retention(NamedTuple):
 
     Attributes:
         threshold: `[B or 1, Hk or 1]` float32, the least score of a kept token; `None` for the layer's learned one.
-        budget: the most tokens that a head may hold, of which the lowest score leaves; `None` for any number.
+        budget: most tokens that a head may hold, beyond which the lowest score is dropped; `None` for any number.
     """
 
     threshold: torch.Tensor | None = None
@@ -293,10 +293,10 @@ class Retention(NamedTuple):
         kv_usage: float | None = None,
         kv_budget: int | None = None,
     ) -> list["Retention"]:
-        """The rule of each layer; one that does not route has an empty rule.
+        """The rule of each layer; a layer that does not route has an empty rule.
 
         Args:
-            config: the model's, whose `threshold` holds where a call gives neither `threshold` nor `kv_usage`.
+            config: the model's; its `threshold` applies if a call gives neither `threshold` nor `kv_usage`.
             quantiles: `[Hk, Q]` calibrated score quantiles of each hybrid layer, read for `kv_usage`.
             batch: number of rows.
             threshold, kv_usage, kv_budget: as `HAMModel.forward` takes them.
@@ -311,14 +311,14 @@ class Retention(NamedTuple):
             threshold = config.threshold
         thresholds = check_threshold(threshold, config.num_hybrid_layers, batch, config.num_key_value_heads)
         if kv_usage is not None and quantiles:
-            # All layers at once: a GPU is waited for to know whether they were calibrated.
+            # All layers at once: the check that they were calibrated waits for a GPU.
             stacked = torch.stack([x.to(quantiles[0].device) for x in quantiles])
             thresholds = usage_threshold(stacked, kv_usage)[:, None]
         per_layer = iter([None] * len(quantiles) if thresholds is None else thresholds.expand(len(quantiles), -1, -1))
         return [cls(next(per_layer), kv_budget) if x == "hybrid" else cls() for x in config.layer_types]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Retention":
-        """The same on another device, as accelerate's device maps ask of a layer's inputs."""
+        """Moves the rule to another device; accelerate's device maps call this for a layer's inputs."""
         if self.threshold is None:
             return self
         return self._replace(threshold=self.threshold.to(device, non_blocking=non_blocking))

@@ -10,7 +10,7 @@ from .configuration_ham import HAMConfig
 
 
 def usage_errors(usage: torch.Tensor, target: float | list[float], scope: str) -> torch.Tensor:
-    """`actual - target` usage of what `scope` holds to the target, per head.
+    """Usage minus target, per head; `scope` says over which heads usage is averaged.
 
     Args:
         usage: `[L, Hk]` measured fraction kept.
@@ -38,18 +38,18 @@ def threshold_gradients(
 ) -> torch.Tensor:
     """The gradient of each threshold `[L, Hk]`, with which any optimiser closes the loop: `target - usage`, in logits.
 
-    Too many tokens kept make the gradient negative, descent raises the threshold, and fewer are kept. Gradients of
-    several batches or ranks average to that of all of them.
+    If too many tokens are kept, the gradient is negative, descent raises the threshold, and fewer are kept. Gradients
+    of several batches or ranks average to that of all of them.
 
-    Steps are of one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1
-    raised: no score lies there, so that nothing would be gained, and a mean over heads that calls for it would carry
-    the threshold far off.
+    Steps have one length in logits, see `logit_unit`. A threshold at 0 or below is not lowered, nor one above 1
+    raised: no score lies there, so nothing would be gained, and a mean over heads that asks for it would carry the
+    threshold far off.
 
     Args:
         thresholds: `[L, Hk]` float32 in force.
         usage: `[L, Hk]` fraction of this batch that each head kept.
         target: fraction to keep, or one per layer; `None` holds the thresholds: every gradient is 0.
-        scope: whose usage is to meet the target, see `usage_errors`.
+        scope: unit whose usage meets the target, see `usage_errors`.
     """
     if target is None:
         return torch.zeros_like(usage)
@@ -59,7 +59,7 @@ def threshold_gradients(
 
 
 class AddGradient(torch.autograd.Function):
-    """Hands `x` on and gives `lever` the gradient `gradient` once a loss, of whatever scale, reaches `x`."""
+    """Returns `x`, and gives `lever` the gradient `gradient` when a loss of any scale reaches `x`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, lever: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -81,11 +81,11 @@ def real_tokens(real: torch.Tensor | None, batch: int, length: int, device: torc
 def control_loop(
     controls: Sequence[torch.Tensor], weights: torch.Tensor, config: HAMConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros `[L, Hk]` that reach the thresholds, and the gradients these are to have; layers may sit on any device.
+    """Zeros `[L, Hk]` connected to the thresholds, and the thresholds' gradients; layers may be on any device.
 
     Args:
-        controls: of every hybrid layer, see `HAMMixer.forward`.
-        weights: `[B]` of a kept token of each row in the usage, which is their sum.
+        controls: those of every hybrid layer, see `HAMMixer.forward`.
+        weights: `[B]` weight of one kept token of each row; usage is the weighted sum.
     """
     stacked = torch.stack([x.to(weights.device) for x in controls])
     levers, thresholds, kept = stacked[:, 0], stacked[:, 1].detach(), stacked[:, 2:].detach()
@@ -94,7 +94,7 @@ def control_loop(
 
 
 def labels_by_row(labels: torch.Tensor | None, loss_kwargs: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """Labels of each row that the loss counts, `[B]` float32."""
+    """Number of labels of each row that the loss counts, `[B]` float32."""
     shifted = loss_kwargs.get("shift_labels")
     counted = labels[:, 1:] if shifted is None and labels is not None else shifted
     return (counted != loss_kwargs.get("ignore_index", -100)).sum(1).to(device, torch.float32)
@@ -105,10 +105,10 @@ def batch_share(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This call's part in the control loop: weights `[B]` of kept tokens in its usage, and the share of its gradient.
 
-    A call that is given `num_items_in_batch` may be a piece of a batch, of which it knows no more than how many labels
-    there are. So each row's usage has the weight of its labels there, as its loss has: then the pieces into which rows
-    are dealt add up to the whole. A call without it is a whole batch, in which every token has the same weight. Both
-    are the same where rows have labels in proportion to their tokens, as rows of one length do that are learned whole.
+    A call with `num_items_in_batch` may be a part of a batch, and knows only the batch's number of labels. So each
+    row's usage is weighted by its labels, as its loss is: then the parts of a batch add up to the whole. A call
+    without it is a whole batch, in which every token has the same weight. Both agree if the rows' labels are in
+    proportion to their tokens, as in rows of one length that are learned whole.
 
     A call without a label has no share: its loss moves nothing.
 

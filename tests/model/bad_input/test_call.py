@@ -212,7 +212,7 @@ def test_inputs(model, cache, head, bad, error, message):
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (-1, ValueError, "`last_n` must be 0 (all) or positive (the last so many), got -1"),
+        (-1, ValueError, "`last_n` must be 0 (all) or positive (a number of last tokens), got -1"),
         (1.0, TypeError, "`last_n` must be an int, got 1.0"),
         (True, TypeError, "`last_n` must be an int, got True"),
         (None, TypeError, "`last_n` must be an int, got None"),
