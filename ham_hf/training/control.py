@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Steers what a HAM in training keeps: the target's schedule, the thresholds' learning rate, and figures to watch."""
+"""Steers usage in training: the target's schedule, the thresholds' learning rate, and figures to watch."""
 
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ from ..threshold_control_ham import threshold_gradients
 
 Target = float | list[float]
 
-# Parameters of a HAM that weight decay would pull away from what they mean: it is for matrices.
+# Parameters of a HAM that weight decay would distort: it is for matrices.
 UNDECAYED = {"bias", "A_log", "dt_bias", "error_weight", "threshold"}
-# Has SGD, and Adam and its kin, descend by the gradient itself. Adam divides it by its usual size, and would take
-# steps of one length however near the target is; what momentum remembers carries a threshold past it.
+# Settings with which SGD, and Adam and its kin, descend by the gradient itself. Adam divides the gradient by its usual
+# size, and would take steps of one length at any distance from the target; momentum carries a threshold past it.
 PLAIN_DESCENT = {"weight_decay": 0.0, "eps": 1.0, "betas": (0.0, 0.99), "momentum": 0.0}
 
 
@@ -35,11 +35,11 @@ class UsageSchedule:
     Attributes:
         points: `(step, target)` in rising order of steps; a target is a fraction, or all are lists with one fraction
             per hybrid layer. `((0, 1.0), (2000, 0.5))` lowers the usage of a converted model.
-        freeze_steps: for so many steps at the beginning thresholds are held; the schedule's steps are counted from the
-            start of training nonetheless.
+        freeze_steps: number of steps at the beginning during which thresholds are held; the schedule's steps still
+            count from the start of training.
 
     Raises:
-        TypeError, ValueError: for points that are no schedule.
+        TypeError, ValueError: for points that do not form a schedule.
     """
 
     points: tuple[tuple[int, Target], ...]
@@ -67,7 +67,7 @@ class UsageSchedule:
         object.__setattr__(self, "points", points)
 
     def target_at(self, step: int) -> Target | None:
-        """The target of the update that follows `step` others; `None`, which holds thresholds, while frozen."""
+        """The target of the update after `step` others; `None`, which holds thresholds, while they are frozen."""
         if step < self.freeze_steps:
             return None
         after = bisect_right([at for at, _ in self.points], step)
@@ -80,7 +80,7 @@ class UsageSchedule:
         return low + (high - low) * way  # type: ignore[operator]  # all targets have one form
 
     def check(self, max_steps: int) -> None:
-        """Refuses, with `ValueError`, what a training of `max_steps` would not come to."""
+        """Raises `ValueError` for points and frozen steps beyond a training of `max_steps`."""
         last = self.points[-1][0]
         if last > max_steps:
             raise ValueError(
@@ -109,7 +109,7 @@ def _is_threshold(name: str) -> bool:
 
 
 def _decays(name: str) -> bool:
-    """True if weight decay is for the parameter of this name."""
+    """True if the parameter of this name has weight decay."""
     owner, _, leaf = name.rpartition(".")
     return leaf not in UNDECAYED and not owner.endswith("norm")
 
@@ -128,22 +128,22 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of the parameters that learn, for AdamW and its kin (whose `eps` is a number) and for SGD.
 
-    Thresholds have a learning rate of their own, and descend by the gradient itself whatever the optimiser does with
-    the rest: their group brings the settings for that, of which an optimiser takes those that it has.
+    Thresholds have a learning rate of their own, and descend by the gradient itself under any optimiser: their group
+    brings the settings for that, of which an optimiser takes those that it has.
 
     Args:
         model: a HAM, also wrapped by DDP, FSDP (which must keep the parameters' names), peft or `torch.compile`.
-        learning_rate: of everything else.
-        weight_decay: of matrices; norms, biases, decay rates and thresholds have none.
-        threshold_learning_rate: of the thresholds. Too high a rate has usage swing from batch to batch, too low a rate
-            has it come late.
-        router_learning_rate: of learned routers; `learning_rate` by default.
+        learning_rate: rate of everything but thresholds and learned routers.
+        weight_decay: weight decay of matrices; norms, biases, decay rates and thresholds have none.
+        threshold_learning_rate: rate of the thresholds. If it is too high, usage swings from batch to batch; if it is
+            too low, usage follows late.
+        router_learning_rate: rate of learned routers; `learning_rate` by default.
 
     Returns:
         Dictionaries with `params`, `lr` and `weight_decay`; no group is empty, and the thresholds' is the last.
 
     Raises:
-        ValueError: for a rate that is no number of at least 0, and where a wrapper has made parameters nameless.
+        ValueError: for a rate that is not a number of at least 0, and if a wrapper has dropped the parameters' names.
     """
     router_rate = learning_rate if router_learning_rate is None else router_learning_rate
     rates = {
@@ -176,12 +176,12 @@ def parameter_groups(
 
 
 def clipped_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What gradient clipping is to count: all that learns but thresholds, whose gradients are no slope of the loss."""
+    """Parameters for gradient clipping: all that learn but thresholds, whose gradients are not slopes of the loss."""
     return [p for name, p in model.named_parameters() if p.requires_grad and not _is_threshold(name)]
 
 
 def _ham(model: nn.Module) -> HAMModel:
-    """The decoder in a model, whatever is around it."""
+    """The decoder in a model, which may be wrapped."""
     found = [module for module in model.modules() if isinstance(module, HAMModel)]
     if len(found) != 1:
         raise ValueError(f"`model` must hold one HAM, got {type(model).__name__} with {len(found)}.")
@@ -189,16 +189,16 @@ def _ham(model: nn.Module) -> HAMModel:
 
 
 class UsageMeter:
-    """Measures what a model keeps in the calls made inside of `with`, in training or not; padding counts for nothing.
+    """Measures the usage of a model in the calls made inside `with`, in training or not; padding does not count.
 
-    What gradient checkpointing computes again in the backward pass is not counted again. No figure is copied to the
-    host, and no rank waits for another, before `read`.
+    Layers that gradient checkpointing recomputes in the backward pass are not counted again. No figure is copied to
+    the host, and no rank waits for another, before `read`.
 
     Args:
         model: a HAM, also wrapped.
         bins: number of equal parts of `[0, 1]` in which scores are counted.
-        with_gradients: measure only calls that a gradient is computed of, not those that TRL's trainers make within a
-            step to generate, or for a reference.
+        with_gradients: measure only calls that compute a gradient, not those that TRL's trainers make within a step to
+            generate, or for a reference.
 
     Raises:
         ValueError: for a model without hybrid layers.
@@ -218,12 +218,12 @@ class UsageMeter:
         self._reset()
 
     def _reset(self) -> None:
-        # Of each layer: kept `[Hk]`, histogram `[Hk * bins]`, tokens `[1]`, all int64 on the layer's device.
+        # For each layer: kept `[Hk]`, histogram `[Hk * bins]`, tokens `[1]`, all int64 on the layer's device.
         self._counts: list[list[torch.Tensor] | None] = [None] * len(self.mixers)
         self._thresholds: list[torch.Tensor | None] = [None] * len(self.mixers)
 
     def __enter__(self) -> Self:
-        """Begins to measure; `RuntimeError` inside of another `with` of the same meter."""
+        """Starts to measure; raises `RuntimeError` inside another `with` of the same meter."""
         if self._handles:
             raise RuntimeError("This meter measures already: leave its `with` first.")
         # A backward pass calls layers again, but not the decoder.
@@ -237,19 +237,19 @@ class UsageMeter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends to measure; what was measured stays until it is read."""
+        """Stops measuring; the figures stay until they are read."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._inside = [], False
 
     def _enter_decoder(self, inside: bool) -> None:
-        # Asked here: within a layer that is checkpointed there may be no gradients yet.
+        # Checked here: inside a checkpointed layer gradients may be off.
         self._inside = inside and (torch.is_grad_enabled() or not self.with_gradients)
 
     def _hook(self, index: int) -> Any:
         def hook(mixer: HAMMixer, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
             if self._inside:
-                # Here a sharded threshold is whole.
+                # A sharded threshold is whole here.
                 self._thresholds[index] = mixer.threshold.detach().float().clone()
                 in_force = mixer.threshold_in_force(kwargs["retention"].threshold, output[2].device)
                 self._count(index, output[2].detach(), in_force, kwargs["tokens"].real)
@@ -257,7 +257,7 @@ class UsageMeter:
         return hook
 
     def _count(self, index: int, scores: torch.Tensor, thresholds: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Adds the scores `[B, T, Hk]` of a call, in which thresholds `[B or 1, Hk or 1]` decided, to the counts."""
+        """Adds the scores `[B, T, Hk]` of a call with thresholds `[B or 1, Hk or 1]` to the counts."""
         heads = scores.shape[-1]
         real = torch.ones_like(scores[..., 0], dtype=torch.bool) if real is None else real
         weights = real[..., None].expand_as(scores).long()
@@ -270,14 +270,14 @@ class UsageMeter:
         self._counts[index] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
     def read(self) -> dict[str, Any]:
-        """What was measured since the last call, summed over ranks where there are several; then begins anew.
+        """Returns the figures since the last call, summed over all ranks, and starts anew.
 
         Every rank must call it.
 
         Returns:
-            `usage`: `[L, Hk]` float32, the fraction of tokens kept; `histogram`: `[L, Hk, bins]` int64, how many
-            scores fell into each part of `[0, 1]`; `thresholds`: `[L, Hk]` float32, the learned ones at the last
-            call; `tokens`: int. Tensors are on the CPU.
+            `usage`: `[L, Hk]` float32, the fraction of tokens kept; `histogram`: `[L, Hk, bins]` int64, the number of
+            scores in each part of `[0, 1]`; `thresholds`: `[L, Hk]` float32, the learned ones at the last call;
+            `tokens`: int. Tensors are on the CPU.
 
         Raises:
             RuntimeError: if no token was seen.
@@ -306,34 +306,34 @@ class UsageMeter:
 
 
 class ThresholdCallback(TrainerCallback):
-    """Has Transformers' Trainer, and those made from it such as TRL's, meet a target usage, and log what is kept.
+    """Makes Transformers' Trainer, and those derived from it such as TRL's, meet a target usage, and logs usage.
 
-    Before every step the target becomes the schedule's at `state.global_step`, so that a resumed training goes on as
-    it would have. After the optimizer's step each threshold moves by `threshold_learning_rate` times its error in
-    usage, which is measured over all tokens of the update: every piece of an accumulated batch and every rank counts.
-    So it makes no difference which optimizer, schedule of the learning rate, clipping and loss the training has. For
-    the optimizer the thresholds' gradients are zero meanwhile (`config.target_kv_usage` is `None` within a step, and
-    the target between steps), and weight decay is kept from thresholds, decay rates, norms and biases.
+    Before every step it sets the schedule's target at `state.global_step`, so that a resumed training goes on as an
+    unbroken one would. After the optimizer's step each threshold moves by `threshold_learning_rate` times its error in
+    usage, measured over all tokens of the update: every part of an accumulated batch and every rank counts. The result
+    therefore does not depend on the optimizer, the schedule of the learning rate, the clipping or the loss. The
+    optimizer meanwhile sees zero gradients for the thresholds (`config.target_kv_usage` is `None` within a step, and
+    the target between steps), and applies no weight decay to thresholds, decay rates, norms and biases.
 
-    An optimizer that holds the thresholds in a group of their own, as one of `parameter_groups`, moves them itself, at
-    the rate of that group.
+    An optimizer that holds the thresholds in a group of their own, such as that of `parameter_groups`, moves them
+    itself, at the rate of that group.
 
-    With every log of the training loss come the fraction kept since the last one (`kv_usage`), the target of the last
+    Every log of the training loss also holds the fraction kept since the last one (`kv_usage`), the target of the last
     step (`kv_usage_target`, a mean of several, unless thresholds are held), and by layer `kv_usage/layer_0`,
     `kv_usage_min/layer_0`, `kv_usage_max/layer_0` (mean, smallest and largest of its heads) and `threshold/layer_0`
-    (mean). They join the Trainer's `log_history` and the `logs` of callbacks that follow. Trainer puts those that
-    report to other tools before all it is given: to be read by them, this one must be inserted at the front of
+    (mean). They join the Trainer's `log_history` and the `logs` of later callbacks. Trainer puts callbacks that report
+    to other tools before those it is given: for them to read the figures, insert this callback at the front of
     `trainer.callback_handler.callbacks`.
 
     Args:
         schedule: the target usage of each step. Default: the configuration's `target_kv_usage` throughout.
-        threshold_learning_rate: too high a rate has usage swing from step to step, too low a rate has it come late.
+        threshold_learning_rate: if it is too high, usage swings from step to step; if too low, usage follows late.
 
     Attributes:
-        figures: what `UsageMeter.read` gave for the last log, histograms included; `None` before the first.
+        figures: result of `UsageMeter.read` for the last log, histograms included; `None` before the first.
 
     Raises:
-        ValueError: for a rate that is no finite number of at least 0.
+        ValueError: for a rate that is not a finite number of at least 0.
     """
 
     def __init__(self, schedule: UsageSchedule | None = None, threshold_learning_rate: float = 0.2):
@@ -342,7 +342,7 @@ class ThresholdCallback(TrainerCallback):
         self.threshold_learning_rate = threshold_learning_rate
         self.figures: dict[str, Any] | None = None
         self._meter: UsageMeter | None = None  # since the last log
-        self._update: UsageMeter | None = None  # of one update, where the thresholds are ours to move
+        self._update: UsageMeter | None = None  # of one update, if this callback moves the thresholds
         self._targets = UsageSchedule(((0, 1.0),))
         self._undecayed: set[int] = set()
         self._regrouped: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
@@ -356,7 +356,7 @@ class ThresholdCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuses, with `ValueError`, what this model, this optimizer or this training cannot follow."""
+        """Raises `ValueError` for a schedule that this model, optimizer or training cannot follow."""
         meter = UsageMeter(model, with_gradients=True)
         targets = self._schedule_for(meter.decoder.config)
         targets.check(state.max_steps)
@@ -369,13 +369,13 @@ class ThresholdCallback(TrainerCallback):
             update = UsageMeter(model, bins=1, with_gradients=True)
         for old in (self._meter, self._update):
             if old is not None:
-                old.__exit__()  # of a training that broke off within a step
+                old.__exit__()  # left by a training that broke off within a step
         self._put_back(optimizer)
         self._meter, self._update, self._targets = meter, update, targets
         self._undecayed = {id(parameter) for name, parameter in model.named_parameters() if not _decays(name)}
 
     def _schedule_for(self, config: HAMConfig) -> UsageSchedule:
-        """The schedule, or else the configuration's target throughout; `ValueError` for what a model cannot follow."""
+        """The schedule, or the configuration's target throughout; raises `ValueError` if a model cannot follow it."""
         if config.threshold is not None:
             raise ValueError(
                 f"`threshold` of the configuration must be None, so that thresholds learn, got {config.threshold}."
@@ -394,7 +394,7 @@ class ThresholdCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sets the target of the step, whose calls are measured; those of an evaluation are not."""
+        """Sets the target of the step and starts to measure its calls; calls of an evaluation are not measured."""
         assert self._meter is not None
         target = None if self._update is not None else self._targets.target_at(state.global_step)
         self._meter.decoder.config.target_kv_usage = target
@@ -410,9 +410,9 @@ class ThresholdCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps weight decay from what it is not for, by groups that last for one step.
+        """Exempts parameters from weight decay by groups that last for one step.
 
-        Groups that stayed would be saved, and a checkpoint is resumed into those that Trainer makes.
+        Lasting groups would be saved, but a checkpoint is resumed into the groups that Trainer makes.
         """
         for group in list(optimizer.param_groups):
             spared = [parameter for parameter in group["params"] if id(parameter) in self._undecayed]
@@ -436,7 +436,7 @@ class ThresholdCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Moves the thresholds, unless the optimizer has done it."""
+        """Moves the thresholds, unless the optimizer has moved them."""
         self._put_back(optimizer)
         if self._update is None:
             return
@@ -466,7 +466,7 @@ class ThresholdCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the figures to a log of the training loss; every rank is asked."""
+        """Adds the figures to a log of the training loss; runs on every rank."""
         if self._meter is None or logs is None or "loss" not in logs:
             return
         self.figures = self._meter.read()
@@ -479,14 +479,14 @@ class ThresholdCallback(TrainerCallback):
 
 
 def _have_groups_of_their_own(thresholds: list[nn.Parameter], optimizer: Any) -> bool:
-    """True if an optimizer holds all thresholds apart from other parameters, as `parameter_groups` has it."""
+    """True if an optimizer holds all thresholds apart from other parameters, as with `parameter_groups`."""
     wanted = {id(threshold) for threshold in thresholds if threshold.requires_grad}
     alone = [group["params"] for group in optimizer.param_groups if {id(x) for x in group["params"]} <= wanted]
     return wanted == {id(parameter) for parameters in alone for parameter in parameters}
 
 
 def check_movable(arguments: TrainingArguments, thresholds: list[nn.Parameter], heads: int) -> None:
-    """Refuses, with `ValueError`, engines that hold other copies of the parameters than those of the model."""
+    """Raises `ValueError` for engines that train copies of the model's parameters."""
     if getattr(arguments, "deepspeed", None) is not None or getattr(arguments, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "`deepspeed` must be left out with ThresholdCallback: DeepSpeed trains copies of the thresholds, which "
@@ -509,7 +509,7 @@ def descend(threshold: nn.Parameter, step: torch.Tensor) -> None:
 
 
 def usage_scalars(figures: dict[str, Any], layers: Iterable[int]) -> dict[str, float]:
-    """What `UsageMeter.read` gave, as named numbers for a log; `layers` are the places of the hybrid layers."""
+    """The result of `UsageMeter.read` as named numbers for a log; `layers` are the indices of the hybrid layers."""
     usage = figures["usage"]
     scalars = {"kv_usage": usage.mean().item()}
     for layer, kept, thresholds in zip(layers, usage, figures["thresholds"], strict=True):

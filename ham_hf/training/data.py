@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Text as rows of tokens for training: read as it is needed, packed without leaks, in an order that can be resumed."""
+"""Text as rows of tokens for training: streamed, packed without leaks, in an order that can be resumed."""
 
 import glob
 import random
@@ -14,20 +14,20 @@ from transformers import PreTrainedTokenizerBase
 
 from .recipe import FORMATS, DataRecipe
 
-# How much text is tokenised at a time, in characters; at least one document.
+# Characters that are tokenised at a time; at least one document.
 CHARACTERS_AT_A_TIME = 2**18
 SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
 
 
 class Position(NamedTuple):
-    """Where a block of rows begins: what to read again, and how far into it.
+    """Start of a block of rows: the documents to read again, and an offset into them.
 
     Attributes:
-        row: how many rows came before it since the beginning of training.
-        passes: how many times all data was read before.
-        held_out: how many rows of this pass are still to be left out.
+        row: number of rows before it since the beginning of training.
+        passes: number of complete passes over the data before it.
+        held_out: number of rows of this pass that are still to be left out.
         source: the state of the `datasets.IterableDataset` before the documents that the block begins with.
-        offset: how many tokens of these documents belong to rows before.
+        offset: number of tokens of these documents that belong to earlier rows.
     """
 
     row: int
@@ -40,7 +40,7 @@ class Position(NamedTuple):
 def open_documents(recipe: DataRecipe, seed: int) -> datasets.IterableDataset:
     """The documents of a recipe, with their text in `recipe.column`, read as they are needed.
 
-    Files come in an order that the seed decides, documents in theirs.
+    The seed decides the order of files; documents keep their order within a file.
     """
     if recipe.files is None:
         found = datasets.load_dataset(recipe.name, recipe.config, split=recipe.split, streaming=recipe.streaming)
@@ -57,16 +57,17 @@ class PackedRows(IterableDataset):
     """Endless rows of `context` tokens, cut from the documents one after another, each ended by the EOS token.
 
     A row is `input_ids`, `position_ids` and `labels`, int64 `[context]`. Positions restart where a document begins,
-    by which HAM keeps documents apart, and the first token of each has the label -100: nothing before it foretells
-    it. A document that is cut goes on in the next row, which knows nothing of it. What is left of a pass over the data
-    and fills no row is dropped. Rows are shuffled within blocks; the order is a function of the seed and the pass.
+    which tells HAM to keep documents apart, and the first token of each has the label -100, as nothing before it
+    predicts it. A document that is cut goes on in the next row, which does not see the earlier part. Tokens at the end
+    of a pass that do not fill a row are dropped. Rows are shuffled within blocks; the order depends on the seed and
+    the pass alone.
 
     Args:
-        recipe: where the text is.
-        tokenizer: with an EOS token.
+        recipe: source of the text.
+        tokenizer: tokenizer with an EOS token.
         context: tokens in a row.
-        seed: of the order.
-        held_out: leave out so many rows at the beginning of every pass.
+        seed: seed of the order.
+        held_out: number of rows to leave out at the beginning of every pass.
 
     Raises:
         ValueError: on iteration, if the data has no such column, or fills no row.
@@ -84,21 +85,21 @@ class PackedRows(IterableDataset):
         self.held_out = held_out
         self.documents = open_documents(recipe, seed)
         self.begin, self.start = Position(0, 0, held_out, None, 0), 0
-        # That were begun, and may hold the row after the last checkpoint.
+        # Blocks that have begun, and may hold the row after the last checkpoint.
         self.blocks = [self.begin]
 
     def state_dict(self, row: int) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on with `row`, for JSON; blocks that lie before it are forgotten."""
+        """State for `load_state_dict` to go on with `row`, as plain JSON; forgets the blocks before it."""
         while len(self.blocks) > 1 and self.blocks[1].row <= row:
             del self.blocks[0]
         return {"row": row, "block": self.blocks[0]._asdict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Lets the next iteration begin with the row of `state_dict`."""
+        """Makes the next iteration begin with the row of `state_dict`."""
         self.begin, self.start = Position(**state["block"]), state["row"]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Begins with the row that was last loaded, or the first."""
+        """Yields rows from the last loaded one on, or from the first."""
         self.blocks = [self.begin]
         skip = self.start - self.begin.row
         for position, rows in self._blocks(self.begin):
@@ -110,7 +111,7 @@ class PackedRows(IterableDataset):
             skip = 0
 
     def first_rows(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """The first rows in the order of the data, held out or not; fewer where the data has fewer."""
+        """The first rows in the order of the data, held out or not; fewer if the data has fewer."""
         rows = []
         for _, _, tokens, starts in self._pass(None, 0):
             rows.append(row_of(tokens, starts))
@@ -119,7 +120,7 @@ class PackedRows(IterableDataset):
         return rows
 
     def _blocks(self, at: Position) -> Iterator[tuple[Position, list[tuple[np.ndarray, np.ndarray]]]]:
-        """Blocks of rows, each with where it begins; all passes over the data, one after the other."""
+        """Yields blocks of rows with their start, in all passes over the data, one after the other."""
         while True:
             rows: list[tuple[np.ndarray, np.ndarray]] = []
             begun, before = at, at.row
@@ -146,9 +147,9 @@ class PackedRows(IterableDataset):
     def _pass(
         self, source: dict[str, Any] | None, offset: int
     ) -> Iterator[tuple[dict[str, Any] | None, int, np.ndarray, np.ndarray]]:
-        """Rows of one pass from a place in it: the place, tokens, and whether a document starts at each of them."""
+        """Yields the rows of one pass from a place in it: the place, tokens, and bools where a document starts."""
         tokens, starts = np.empty(0, np.int32), np.empty(0, bool)
-        places: list[tuple[int, dict[str, Any] | None, int]] = []  # where in `tokens` which documents begin
+        places: list[tuple[int, dict[str, Any] | None, int]] = []  # offset in `tokens` where documents begin
         for state, new_tokens, new_starts in self._tokens(source):
             skip, offset = offset, 0
             places.append((len(tokens), state, skip))
@@ -165,7 +166,7 @@ class PackedRows(IterableDataset):
             places = [(begin - used, state, skipped) for begin, state, skipped in places[kept:]]
 
     def _tokens(self, source: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any] | None, np.ndarray, np.ndarray]]:
-        """Some documents at a time: the state before them, their tokens, and where each begins."""
+        """Yields a few documents at a time: the state before them, their tokens, and bools where each begins."""
         if source is None:
             self.documents = open_documents(self.recipe, self.seed)
         else:
@@ -205,7 +206,7 @@ class PackedRows(IterableDataset):
 
 
 def row_of(tokens: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
-    """What a model takes: `input_ids`, `position_ids` that restart with each document, and `labels`."""
+    """A model's inputs: `input_ids`, `position_ids` that restart with each document, and `labels`."""
     place = np.arange(len(tokens))
     begin = np.maximum.accumulate(np.where(starts, place, 0))
     input_ids = torch.from_numpy(tokens.astype(np.int64))

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Heals a converted model: its shut gates are opened, and it learns from its source while it keeps fewer tokens."""
+"""Heals a converted model: opens its shut gates, and distils its source into it while it keeps fewer tokens."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from ham_hf.conversion.memories import SHUT
 from ham_hf.modeling_ham import HAMForCausalLM
 
 IGNORED = -100
-# Positions whose distributions over the vocabulary are in memory at once, beside the logits.
+# Positions with distributions over the vocabulary in memory at once, beside the logits.
 CHUNK = 1024
-# What a source is given of a batch: a HAM's other arguments are none of its own.
+# Inputs of a batch that the teacher receives; it does not know a HAM's other arguments.
 TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 PACKED_INPUTS = ("seq_idx", "cu_seq_lens_q")
 
@@ -24,18 +24,18 @@ PACKED_INPUTS = ("seq_idx", "cu_seq_lens_q")
 def open_gates(model: HAMForCausalLM, bias: float = -2.0) -> int:
     """Gives every gate that conversion left shut a bias from which training can open it.
 
-    The gate `sigmoid(-20)` has no gradient to speak of. From -4 or -2 a memory adds 2% or 12% of a normalised output
+    The gate `sigmoid(-20)` has almost no gradient. From -4 or -2 a memory adds 2% or 12% of a normalised output
     that nothing has learned to read yet, which changes the loss little and lets training find the memory.
 
     Args:
-        model: a converted model; nothing else of it changes.
-        bias: of the gates, above -20 and at most 0.
+        model: a converted model; only its gates change.
+        bias: bias of the gates, above -20 and at most 0.
 
     Returns:
-        How many gates, one per query head, were opened.
+        The number of opened gates, one per query head.
 
     Raises:
-        TypeError, ValueError: for another bias, and for a model of which no gate is shut.
+        TypeError, ValueError: for another bias, and for a model without a shut gate.
     """
     check_bias(bias, "bias")
     mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
@@ -58,11 +58,11 @@ def distillation_loss(
     temperature: float = 1.0,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Turns the loss of next tokens into `(1 - weight) * loss + weight * temperature^2 * KL(teacher || student)`.
+    """Turns the next-token loss into `(1 - weight) * loss + weight * temperature^2 * KL(teacher || student)`.
 
     Distillation as in Hinton et al. (arXiv 1503.02531, section 2). The thresholds' control loop, which a HAM's loss
-    carries, stays whole whatever the weight. Beside the two tensors of logits and one gradient, no more than 1,024
-    positions are held in float32: they are computed again in the backward pass.
+    carries, stays whole at any weight. Beside the two tensors of logits and one gradient, at most 1,024 positions are
+    held in float32: they are computed again in the backward pass.
 
     Args:
         loss: scalar that the student returned for `labels`, with the same `num_items_in_batch`.
@@ -70,8 +70,8 @@ def distillation_loss(
         teacher_logits: `[B, T, vocabulary]` of the teacher; no gradient reaches them.
         labels: `[B, T]` int64; position `t` predicts label `t + 1` and counts where that is not -100.
         weight: share of the divergence, in `[0, 1]`.
-        temperature: what logits are divided by, above 0.
-        num_items_in_batch: what sums are divided by, where several calls or ranks share a batch; else the number of
+        temperature: divisor of the logits, above 0.
+        num_items_in_batch: divisor of the sums if several calls or ranks share a batch; by default the number of
             positions that count.
 
     Raises:
@@ -95,7 +95,7 @@ def distillation_loss(
 
 
 def _excess(logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
-    """By how much the divergence from the teacher exceeds the loss of next tokens: the sum over `[N]` positions."""
+    """The divergence from the teacher minus the next-token loss, summed over `[N]` positions."""
     counted = labels != IGNORED
     logits, teacher, labels = logits[counted].float(), teacher[counted].float(), labels[counted]
     student_log, teacher_log = ((x / temperature).log_softmax(-1) for x in (logits, teacher))
@@ -110,10 +110,10 @@ class Teacher:
         path: folder, or repository of the Hub, of a causal language model.
         student: the model that is to learn from it.
         weight: share of the divergence in the loss, see `distillation_loss`.
-        temperature: what logits are divided by.
+        temperature: divisor of the logits.
 
     Raises:
-        TypeError, ValueError: for a weight or temperature out of range, and a vocabulary that is not the student's.
+        TypeError, ValueError: for a weight or temperature out of range, and a vocabulary other than the student's.
     """
 
     def __init__(self, path: str, student: PreTrainedModel, weight: float = 1.0, temperature: float = 1.0):
@@ -134,15 +134,15 @@ class Teacher:
         inputs: Mapping[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """`distillation_loss` of a batch of which the student returned `loss` and `logits`.
+        """`distillation_loss` of a batch for which the student returned `loss` and `logits`.
 
         Args:
             loss, logits, num_items_in_batch: as in `distillation_loss`.
-            inputs: what the student was given, `labels` among it; documents packed into a row have `position_ids`,
-                and no padding.
+            inputs: the student's inputs with `labels`; documents packed into a row have `position_ids`, and no
+                padding.
 
         Raises:
-            ValueError: for packed documents without `position_ids`, across which the teacher would read.
+            ValueError: for packed documents without `position_ids`, as the teacher would read across documents.
         """
         return distillation_loss(
             loss,
@@ -161,7 +161,7 @@ class Teacher:
         if "position_ids" not in given and any(inputs.get(name) is not None for name in PACKED_INPUTS):
             raise ValueError(f"`position_ids` must be given with {PACKED_INPUTS}, as the teacher knows none of these.")
         if "attention_mask" in given and bool(given["attention_mask"].all()):
-            # Beside a mask Transformers' models do not ask positions where a packed document begins.
+            # With a mask, Transformers' models ignore the positions that show where a packed document begins.
             del given["attention_mask"]
         return self.model(**given, use_cache=False).logits
 
@@ -171,7 +171,7 @@ def _is_number(x: object) -> bool:
 
 
 def check_mixture(weight: float, temperature: float) -> None:
-    """Refuses, with `TypeError` or `ValueError`, what `distillation_loss` cannot mix by."""
+    """Raises `TypeError` or `ValueError` for a weight or a temperature that `distillation_loss` does not take."""
     if not _is_number(weight) or not _is_number(temperature):
         raise TypeError(f"`weight` and `temperature` must be numbers, got {weight!r} and {temperature!r}.")
     if not 0 <= weight <= 1:
@@ -181,7 +181,7 @@ def check_mixture(weight: float, temperature: float) -> None:
 
 
 def check_bias(bias: float, name: str) -> None:
-    """Refuses, with `TypeError` or `ValueError`, what gates cannot be opened to."""
+    """Raises `TypeError` or `ValueError` for a bias to which gates cannot be opened."""
     if not _is_number(bias):
         raise TypeError(f"`{name}` must be a number, got {bias!r}.")
     if not SHUT < bias <= 0:

@@ -20,7 +20,7 @@ class Document:
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
-    """Writes one JSON object a line; the file appears only when it is complete."""
+    """Writes one JSON object per line; the file appears only when it is complete."""
     temporary = path.with_suffix(".partial")
     with temporary.open("w", encoding="utf-8") as file:
         for document in documents:

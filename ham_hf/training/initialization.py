@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""First weights for a model that is trained from scratch, with which recall need not be learned from nothing."""
+"""Initial weights for a model trained from scratch, which give recall a head start."""
 
 import torch
 
@@ -8,11 +8,11 @@ from ..modeling_ham import HAMForCausalLM
 
 @torch.no_grad()
 def initialize_recall(model: HAMForCausalLM) -> None:
-    """Makes every layer start as a copying layer, which predicts what followed the current token's last occurrence.
+    """Makes every layer start as a copying layer, which predicts the token after the current one's last occurrence.
 
     A mimetic initialisation (arXiv 2410.11135): queries and keys share their projection, so that equal tokens match;
-    the convolution hands queries and values the current token and keys the one before it; the output projection is
-    the transpose of the values' projection, so that a value comes out as the token it was made of.
+    the convolution passes the current token to queries and values and the one before it to keys; the output projection
+    is the transpose of the values' projection, so that a value comes out as the token it was made of.
     """
     config = model.config
     groups = config.num_attention_heads // config.num_key_value_heads

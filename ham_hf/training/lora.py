@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""LoRA with peft: adapters on a HAM's projections; beside them thresholds learn, which peft does not save."""
+"""LoRA with peft: adapters on a HAM's projections, and learned thresholds, which peft does not save."""
 
 import re
 from pathlib import Path
@@ -20,16 +20,16 @@ THRESHOLDS = "thresholds.safetensors"
 
 
 def add_adapters(model: HAMForCausalLM, recipe: LoraRecipe, train_thresholds: bool) -> "PeftModel":
-    """Freezes a model, and puts adapters that compute nothing yet on its projections.
+    """Freezes a model, and puts adapters that have no effect yet on its projections.
 
     Args:
         model: changed in place.
         recipe: size and places of the adapters.
-        train_thresholds: whether thresholds learn, too, unless the configuration fixes them.
+        train_thresholds: True to train thresholds too, unless the configuration fixes them.
 
     Raises:
         ImportError: if peft is not installed.
-        ValueError: if the model has no such projections, or others than peft can adapt.
+        ValueError: if the model has no such projections, or projections that peft cannot adapt.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -58,7 +58,7 @@ def save_thresholds(model: "PeftModel", folder: Path) -> None:
 
 
 def load_checkpoint(model: "PeftModel", folder: Path) -> None:
-    """Gives a model the adapters and the thresholds of a checkpoint."""
+    """Loads the adapters and the thresholds of a checkpoint into a model."""
     model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
     saved = load_file(folder / THRESHOLDS)
     with torch.no_grad():

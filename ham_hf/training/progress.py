@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What a user sees of a training: a progress bar, a line a log, a table an evaluation, and log.jsonl."""
+"""Progress of a training for the user: a progress bar, a line per log, a table per evaluation, and log.jsonl."""
 
 import json
 import sys
@@ -12,17 +12,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..files import write_whole
 
-# How a setting of an evaluation is called in its table.
+# Names of an evaluation's settings in its table.
 NAMES = {"": "learned", "usage": "for usage", "threshold": "at", "teacher": "(the teacher)"}
 
 
 class LogFile(TrainerCallback):
-    """Writes losses, usage and evaluations to a JSON Lines file, an object a log, with its `step`.
+    """Writes losses, usage and evaluations to a JSON Lines file, an object per log, with its `step`.
 
-    An evaluation is written when it is over, with what was added to its log meanwhile: lists, of which tools that plot
-    logs would complain.
+    An evaluation is written when it is over, with the lists added to its log meanwhile, which tools that plot logs
+    would not accept.
 
-    A training that is resumed writes anew what it remembers, so that steps done twice are told once.
+    A resumed training rewrites its history, so that steps done twice appear once.
     """
 
     def __init__(self, path: Path):
@@ -31,7 +31,7 @@ class LogFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes what came before the checkpoint."""
+        """Writes the history before the checkpoint."""
         if state.is_world_process_zero:
             write_whole(self.path, "".join(map(_line, state.log_history)))
 
@@ -60,20 +60,20 @@ class LogFile(TrainerCallback):
 
 
 def _line(entry: dict[str, Any]) -> str:
-    # Trainer's summary at the end is of this run only.
+    # Trainer's summary at the end covers this run only.
     return json.dumps(entry) + "\n" if "loss" in entry or "eval_loss" in entry else ""
 
 
 class Progress(TrainerCallback):
     """Shows a bar on a terminal, a line for every log and a table for every evaluation, on rank 0.
 
-    Every line is written out at once, also into a file or a pipe. Where there is no bar, the first step has a line of
-    its own, so that the speed is known before the first loss.
+    Every line is written out at once, also into a file or a pipe. Without a bar, the first step has a line of its own,
+    so that the speed is known before the first loss.
 
     Args:
-        tokens: that a step reads.
-        bar: whether to show one.
-        loss: what the loss of a step is called: "loss" is that on next tokens, as in the tables.
+        tokens: tokens that a step reads.
+        bar: True to show a bar.
+        loss: name of a step's loss; "loss" is the next-token loss, as in the tables.
     """
 
     def __init__(self, tokens: int, bar: bool, loss: str = "loss"):
@@ -81,13 +81,13 @@ class Progress(TrainerCallback):
         self.show_bar = bar
         self.loss = loss
         self.bar: tqdm | None = None
-        self.seen = (0, 0.0)  # step and time of the last line with a loss, or of the begin
+        self.seen = (0, 0.0)  # step and time of the last line with a loss, or of the start
         self.stepped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Tells what is about to be trained."""
+        """Prints the number of parameters, steps and tokens."""
         if not state.is_world_process_zero:
             return
         self.seen = (state.global_step, time.monotonic())
@@ -97,13 +97,13 @@ class Progress(TrainerCallback):
         begun = f", going on after step {state.global_step:,}" if state.global_step else ""
         steps = f"{state.max_steps:,} steps of {self.tokens:,} tokens{begun}"
         print(f"Training {part}{parameters:,} parameters: {steps}", flush=True)
-        disable = None if self.show_bar else True  # `None`: where stderr is no terminal
+        disable = None if self.show_bar else True  # `None`: disabled if stderr is not a terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=disable)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Moves the bar; without one, tells of the first step."""
+        """Moves the bar; without one, prints a line for the first step."""
         if self.bar is None:
             return
         self.bar.update()
@@ -112,7 +112,7 @@ class Progress(TrainerCallback):
         self.stepped = True
 
     def _speed(self, state: TrainerState) -> float:
-        """Tokens a second since the last line with a loss."""
+        """Tokens per second since the last line with a loss."""
         return (state.global_step - self.seen[0]) * self.tokens / (time.monotonic() - self.seen[1])
 
     def on_train_end(
@@ -147,13 +147,13 @@ class Progress(TrainerCallback):
 
 
 def _write(text: str) -> None:
-    """Above the bar, and at once: a pipe would hold it back until much has come together."""
+    """Writes above the bar, and at once: a pipe would hold the text back."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 def table_of(step: int, metrics: dict[str, float]) -> str:
-    """An evaluation as a table: losses on next tokens at each setting of the thresholds, and of a teacher."""
+    """An evaluation as a table: next-token losses at each setting of the thresholds, and of a teacher."""
     lines = [f"evaluation after step {step:,}" if step else "evaluation before the first step"]
     lines += [f"  {'thresholds':<18}{'loss':>8}{'kept':>9}"]
     for key, loss in metrics.items():

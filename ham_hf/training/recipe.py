@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The recipe of a training: a YAML file read into dataclasses, and refused by key where it could only fail later."""
+"""The recipe of a training: a YAML file read into dataclasses, checked key by key before the training starts."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ from .distillation import check_bias, check_mixture
 Section = TypeVar("Section")
 
 EMBEDDED_TOKENIZER = str(Path(__file__).parents[1] / "checkpoints" / "ham-tiny")
-# How the files of a folder are read, by the end of their names.
+# Format of a folder's files, by suffix.
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DOCUMENTS = ("file", "paragraph", "line")
 # Options of Trainer that the recipe has a key of its own for.
@@ -37,7 +37,7 @@ OWN_KEYS = {
     "eval_steps": "evaluation: every",
     "do_eval": "evaluation",
 }
-# Options that would break what a training promises: exact resumption, whole checkpoints, one order of rows.
+# Options that would break a training's guarantees: exact resumption, whole checkpoints, one order of rows.
 SETTLED = {
     "accelerator_config",
     "auto_find_batch_size",
@@ -92,7 +92,7 @@ TRAINER_DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What is trained: `from` a HAM checkpoint, or `new` with fields of HAMConfig.
+    """The model to train: `from` a HAM checkpoint, or `new` with fields of HAMConfig.
 
     Attributes:
         from_: folder or name on the Hub of a HAM checkpoint.
@@ -111,24 +111,24 @@ class ModelRecipe:
 
     @property
     def tokenizer_path(self) -> str:
-        """Where the tokenizer is."""
+        """Folder or name of the tokenizer."""
         return self.tokenizer or self.from_ or EMBEDDED_TOKENIZER
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where text comes from: local `files`, or a data set's `name` for the library `datasets`.
+    """Source of the text: local `files`, or a data set's `name` for the library `datasets`.
 
     Attributes:
         files: a file, a folder or a glob, or a list of them; all of one format: text, JSON Lines or Parquet.
-        name: of a data set on the Hub, or its folder.
-        config: of the data set, where it has several.
-        split: of the data set.
+        name: name of a data set on the Hub, or its folder.
+        config: configuration of the data set, if it has several.
+        split: split of the data set.
         streaming: read the data set as it is needed; otherwise it is first written into the cache of `datasets`.
             Local files are always read as they are needed.
-        column: that holds the text, in all but text files.
-        document: what a document is in a text file: the whole `"file"`, a `"paragraph"` or a `"line"`.
-        shuffle_rows: rows are put in random order within blocks of so many.
+        column: column that holds the text, in all but text files.
+        document: unit of a document in a text file: the whole `"file"`, a `"paragraph"` or a `"line"`.
+        shuffle_rows: number of rows in a block, within which rows are shuffled.
     """
 
     files: str | list[str] | None = None
@@ -156,7 +156,7 @@ class DataRecipe:
             raise ValueError(f"`document` must be left out: each record of {kind} files is a document.")
 
     def paths(self) -> list[Path]:
-        """The files, sorted; `ValueError` if there are none, or they are of several formats or an unknown one."""
+        """The files, sorted; raises `ValueError` if there are none, or for several formats or an unknown one."""
         found = []
         for name in [self.files] if isinstance(self.files, str) else self.files or []:
             path = Path(name).expanduser()
@@ -187,15 +187,15 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class UsageRecipe:
-    """What the thresholds are driven to keep, see `UsageSchedule` and `parameter_groups`.
+    """Usage that the thresholds are driven to, see `UsageSchedule` and `parameter_groups`.
 
     Attributes:
         target: fraction of tokens to keep, or one per hybrid layer. Default: the configuration's `target_kv_usage`,
             which may hold them.
         schedule: pairs of a step and a target instead, with straight lines between.
-        freeze_steps: thresholds are held for so many steps at first.
-        threshold_learning_rate: of the thresholds, which no warm-up and no decay changes.
-        router_learning_rate: of learned routers. Default: as everything else.
+        freeze_steps: number of first steps during which thresholds are held.
+        threshold_learning_rate: rate of the thresholds, which no warm-up and no decay changes.
+        router_learning_rate: rate of learned routers. Default: as everything else.
     """
 
     target: float | list[float] | None = None
@@ -214,7 +214,7 @@ class UsageRecipe:
         at_least("freeze_steps", self.freeze_steps, 0)
 
     def usage_schedule(self, default: float | list[float]) -> UsageSchedule:
-        """The schedule, of `default` where neither a target nor a schedule is given; errors in the recipe's words."""
+        """The schedule, of `default` if neither target nor schedule is given; errors use the recipe's keys."""
         if self.schedule is not None:
             try:
                 return UsageSchedule(tuple(self.schedule), self.freeze_steps)
@@ -229,12 +229,12 @@ class UsageRecipe:
 
 @dataclass(frozen=True)
 class DistillationRecipe:
-    """How a converted model learns from its source, see `distillation_loss` and `open_gates`.
+    """Distillation of a converted model's source into it, see `distillation_loss` and `open_gates`.
 
     Attributes:
-        teacher: folder or name on the Hub of the source; may be left out where `weight` is 0.
-        weight: share of the loss that the divergence from the teacher has; that on next tokens has the rest.
-        temperature: what the logits of both are divided by.
+        teacher: folder or name on the Hub of the source; may be left out if `weight` is 0.
+        weight: share of the divergence from the teacher in the loss; the next-token loss has the rest.
+        temperature: divisor of the logits of both.
         open_gates: bias from which training opens the gates that conversion left shut; null leaves them.
     """
 
@@ -256,11 +256,11 @@ class LoraRecipe:
     """Adapters of low rank that are trained in place of the weights, see peft's `LoraConfig`.
 
     Attributes:
-        rank: of an adapter's two matrices.
+        rank: rank of an adapter's two matrices.
         alpha: an adapter's output is multiplied by `alpha / rank`.
         dropout: part of an adapter's inputs that training leaves out.
-        target_modules: what has an adapter: `"all-linear"` is every projection but the head, those of the RNN and of a
-            learned router included; or ends of names in a list, or a regular expression for whole names.
+        target_modules: modules with an adapter: `"all-linear"` is every projection but the head, including those of
+            the RNN and of a learned router; or ends of names in a list, or a regular expression for whole names.
         merge: write the model with the adapters added to its weights; otherwise the adapters alone, as peft does.
     """
 
@@ -282,15 +282,15 @@ class LoraRecipe:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """When and how loss and kept fraction are measured during training.
+    """Evaluations of loss and kept fraction during training.
 
     Attributes:
         every: steps between evaluations; the last step has one, too.
-        rows: how many rows of `context` tokens.
+        rows: number of rows of `context` tokens.
         data: other text, of the same keys as `data`. Default: the first `rows` rows of `data`, which are then not
             trained on.
         usages: fractions to keep; thresholds are chosen by score quantiles measured on some of the training rows.
-        thresholds: to set for all layers.
+        thresholds: thresholds to set for all layers.
     """
 
     every: int = 500
@@ -312,19 +312,19 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """Everything that decides a training, but for the number of processes.
+    """Everything that determines a training, except the number of processes.
 
     Attributes:
         output: folder of the run: checkpoints, log.jsonl, and at the end `model`.
-        model: what is trained.
-        data: on what.
+        model: the model to train.
+        data: the text to train on.
         steps: updates in all.
         context: tokens in a row; documents are packed into rows.
-        seed: of the new weights and of the order of rows.
-        usage: what is kept. Beside adapters thresholds learn where a target or a schedule is given.
-        distillation: how a converted model learns from its source.
-        lora: adapters that are trained in place of all weights. Default: all weights are.
-        evaluation: what is measured meanwhile.
+        seed: seed of the new weights and of the order of rows.
+        usage: target usage. Beside adapters, thresholds learn if a target or a schedule is given.
+        distillation: distillation of a converted model's source.
+        lora: adapters that are trained in place of all weights. Default: all weights are trained.
+        evaluation: measurements during training.
         trainer: fields of Transformers' `TrainingArguments`.
     """
 
@@ -357,7 +357,7 @@ class TrainRecipe:
 
     @property
     def thresholds_learn(self) -> bool:
-        """Whether thresholds are trained: always with all weights, beside adapters where `usage` says to what end."""
+        """True if thresholds are trained: always with all weights, beside adapters only with a target or schedule."""
         return self.lora is None or self.usage.target is not None or self.usage.schedule is not None
 
     def _check_lora(self, lora: LoraRecipe) -> None:
@@ -412,7 +412,7 @@ class TrainRecipe:
             at_least(f"trainer: {key}", self.trainer.get(key), 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values under the YAML's keys; every default but a section's absence is written out."""
+        """The recipe as plain values under the YAML's keys; defaults are written out, absent sections are not."""
         plain = dataclasses.asdict(self)
         plain["model"]["from"] = plain["model"].pop("from_")
         if self.lora is None:
@@ -425,7 +425,7 @@ def read_recipe(path: str | Path) -> TrainRecipe:
 
     Raises:
         OSError: if the file cannot be read.
-        TypeError, ValueError: for what is no YAML, and for keys and values that a recipe does not take.
+        TypeError, ValueError: if it is not YAML, and for keys and values that a recipe does not take.
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
@@ -436,12 +436,12 @@ def read_recipe(path: str | Path) -> TrainRecipe:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and takes 1e-3 for the number that it is in YAML 1.2."""
+    """Safe YAML that refuses a key given twice, and reads 1e-3 as a number, as YAML 1.2 does."""
 
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """What is read next; `yaml.YAMLError` if it lies deeper than anything would, and Python could follow."""
+        """The next node; raises `yaml.YAMLError` if it is nested more deeply than Python could follow."""
         self._depth += 1
         if self._depth > DEEPEST:
             mark = self.peek_event().start_mark
@@ -451,7 +451,7 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dictionary; `yaml.YAMLError` if a key comes twice."""
+        """A dictionary; raises `yaml.YAMLError` if a key comes twice."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -465,14 +465,14 @@ RecipeLoader.add_implicit_resolver(
 
 
 def unknown_key(section: str, key: Any, known: Iterable[str]) -> str:
-    """Says that a section has no such key, and which is nearest or which there are."""
+    """Message that a section has no such key, with the nearest key or all keys."""
     near = difflib.get_close_matches(str(key), known := sorted(known), n=1)
     takes = f"did you mean `{near[0]}`?" if near else f"takes {', '.join(known)}."
     return f"{f'`{section}`' if section else 'The recipe'} has no key `{key}`: {takes}"
 
 
 def check_config_keys(section: str, keys: Iterable[Any]) -> None:
-    """Refuses, with `ValueError`, what is no field of HAMConfig, which itself takes any keyword, as its kind does."""
+    """Raises `ValueError` for keys that are not fields of HAMConfig, which itself takes any keyword."""
     known = [x.name for x in dataclasses.fields(HAMConfig) if not x.name.startswith("_")]
     for key in keys:
         if key not in known:
@@ -480,7 +480,7 @@ def check_config_keys(section: str, keys: Iterable[Any]) -> None:
 
 
 def read_section(kind: type[Section], content: Any, where: str) -> Section:
-    """A dataclass from what YAML holds of it; `TypeError` and `ValueError` say under which key something is wrong."""
+    """Builds a dataclass from YAML values; `TypeError` and `ValueError` name the key that is wrong."""
     name = f"`{where}`" if where else "The recipe"
     hints = typing.get_type_hints(kind)
     fields = {x.name.rstrip("_"): x for x in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -525,7 +525,7 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """A type in the words of a user of YAML."""
+    """Describes a type in YAML's words."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_describe(x) for x in typing.get_args(hint) if x is not types.NoneType)
     if typing.get_origin(hint) in (list, tuple):
@@ -537,6 +537,6 @@ def _describe(hint: Any) -> str:
 
 
 def at_least(name: str, value: float | None, least: int) -> None:
-    """Refuses, with `ValueError`, a number that is smaller, or infinite."""
+    """Raises `ValueError` for a number that is smaller, or infinite."""
     if value is not None and not least <= value < math.inf:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Draws rows of training text from a corpus, and makes some repeat themselves or tell names, to teach recall."""
+"""Draws rows of training text from a corpus, and makes some repeat text or names, to teach recall."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from .documents import SPLIT_FILES, read_documents
 
 
 class TokenSampler:
-    """Windows of training text: a pure function of the step, so that a resumed run sees what an unbroken one would."""
+    """Windows of training text: a pure function of the step, so that a resumed run sees the same ones."""
 
     def __init__(self, corpus: Path, split: str, tokenizer: PreTrainedTokenizerBase, book_weight: float = 1.0):
         documents = read_documents(corpus / SPLIT_FILES[split])
@@ -31,11 +31,11 @@ class TokenSampler:
         """`[rows, length]` token ids, each row a window of one document, unless it repeats its beginning to its end.
 
         Args:
-            seed: what everything is drawn from.
-            rows: how many windows.
+            seed: seed of all random choices.
+            rows: number of windows.
             length: tokens in each.
             repeats: fractions of rows that repeat 4 to `length / 2` tokens of text, and as many random tokens.
-            names: fraction of rows that are told 1 to 4 names, of 2 to 6 random tokens each, at 4 to 16 places.
+            names: fraction of rows with 1 to 4 names, of 2 to 6 random tokens each, inserted at 4 to 16 places.
         """
         random = np.random.default_rng(seed)
         windows = []

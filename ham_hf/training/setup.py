@@ -21,7 +21,7 @@ CALIBRATION_ROWS = 16
 
 
 def load_tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe; `ValueError` if there is none, or the checkpoint that should have it is no HAM."""
+    """The tokenizer of a recipe; raises `ValueError` if there is none, or if the checkpoint is not a HAM."""
     if recipe.model.from_ is not None:
         check_checkpoint(recipe.model.from_)
     path = recipe.model.tokenizer_path
@@ -35,7 +35,7 @@ def load_tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerBase:
 
 
 def check_checkpoint(path: str) -> None:
-    """Refuses, with `ValueError`, what is no checkpoint of a HAM."""
+    """Raises `ValueError` unless `path` is a HAM checkpoint."""
     try:
         kind = HAMConfig.get_config_dict(path)[0].get("model_type")
     except (OSError, ValueError) as error:
@@ -47,11 +47,11 @@ def check_checkpoint(path: str) -> None:
 
 
 def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model of a recipe in float32, wrapped by peft where it has adapters.
+    """The model of a recipe in float32, wrapped by peft if it has adapters.
 
     Raises:
-        ImportError: if peft is wanted and not installed.
-        ValueError: if it cannot be, or does not go with the tokenizer.
+        ImportError: if peft is needed and not installed.
+        ValueError: if the recipe describes no valid model, or one that does not fit the tokenizer.
     """
     source = recipe.model.from_
     model = (
@@ -72,7 +72,7 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMForCausalLM:
-    """A model with new weights; what the recipe leaves out follows from the tokenizer and the context."""
+    """A model with new weights; fields that the recipe leaves out follow from the tokenizer and the context."""
     follows = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max(recipe.context, 2048),
@@ -92,7 +92,7 @@ def build_data(
     """Rows to train on, rows to evaluate on, and batches of one row to calibrate on.
 
     Raises:
-        ValueError: if the data is too little for the evaluation and one step of `batch` rows.
+        ValueError: if there is too little data for the evaluation and one step of `batch` rows.
     """
     evaluation = recipe.evaluation
     held_out = evaluation.rows if evaluation.data is None else 0
@@ -118,10 +118,10 @@ def build_data(
 
 
 def schedule_for(recipe: TrainRecipe, config: HAMConfig) -> UsageSchedule | None:
-    """The usage that thresholds are driven to; `None` where there are none, or they are held.
+    """The usage that thresholds are driven to; `None` if there are none, or they are held.
 
     Raises:
-        TypeError, ValueError: for what the model's thresholds cannot follow.
+        TypeError, ValueError: for a target that the model's thresholds cannot follow.
     """
     if not config.num_hybrid_layers:
         if recipe.usage != UsageRecipe():

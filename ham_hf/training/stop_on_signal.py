@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Stops a training at the end of a step, saved, when a signal asks for it."""
+"""Saves and stops a training at the end of a step when a signal asks for it."""
 
 import signal
 import threading
@@ -12,13 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StopOnSignal(TrainerCallback):
-    """Inside of `with`, Ctrl-C and SIGTERM let the step end, and have it saved, before the training stops.
+    """Inside `with`, Ctrl-C and SIGTERM let the step end, save it, and then stop the training.
 
-    Another signal after the first second interrupts at once, which costs the steps since the last checkpoint. Before
-    that it is the same request, which reaches a process from the terminal and once more from what launched it.
+    Another signal more than a second later interrupts at once, which loses the steps since the last checkpoint. Within
+    that second it counts as the same request, which a process may get both from the terminal and from its launcher.
 
     Attributes:
-        asked: whether to stop.
+        asked: True if the training is to stop.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        """Takes the signals over, which only a main thread can."""
+        """Takes the signals over, which only the main thread can do."""
         if threading.current_thread() is threading.main_thread():
             self._before = {x: signal.signal(x, self._ask) for x in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the signals back."""
+        """Restores the signals' earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -47,7 +47,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops all ranks after the same step, whichever was told to."""
+        """Stops all ranks after the same step if any rank got a signal."""
         if args.world_size > 1:
             self.asked = any(gather_object([self.asked]))
         if self.asked:

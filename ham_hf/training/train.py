@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Trains what a recipe describes, from the last checkpoint if there is one, and writes the model."""
+"""Trains the model of a recipe, from the last checkpoint if there is one, and writes it."""
 
 import json
 import os
@@ -26,20 +26,20 @@ from .stop_on_signal import StopOnSignal
 from .trainer import DATA_STATE, PARTIAL, HAMTrainer, rows_per_step
 
 FINAL = "model"
-# What may change between two parts of a training without changing its losses.
+# Options that may change between two parts of a training without changing its losses.
 FREE_TRAINER_KEYS = {"disable_tqdm", "report_to", "run_name", "save_total_limit", "save_steps"}
 
 
 def train(recipe: TrainRecipe) -> Path | None:
-    """Trains what a recipe describes, from the last checkpoint in its `output` if there is one.
+    """Trains the model of a recipe, from the last checkpoint in its `output` if there is one.
 
     Returns:
         The folder of the trained model, with tokenizer, score quantiles, recipe.json, recipe.md and log.jsonl; `None`
-        if a signal stopped the training before its end, which is saved.
+        if a signal stopped the training before its end, in which case its state is saved.
 
     Raises:
         FloatingPointError: if a loss, a gradient or a weight is not finite.
-        TypeError, ValueError, OSError: for what the recipe names and cannot be used, before anything is trained.
+        TypeError, ValueError, OSError: for a recipe that cannot be carried out, before anything is trained.
     """
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
@@ -48,7 +48,7 @@ def train(recipe: TrainRecipe) -> Path | None:
     if (output / FINAL).is_dir():
         return output / FINAL
     if recipe.distillation is not None and last is None:
-        arguments.eval_on_start = True  # a converted model is measured before it heals, and its teacher
+        arguments.eval_on_start = True  # measures a converted model, and its teacher, before healing
     set_seed(recipe.seed)
     with arguments.main_process_first():
         tokenizer = load_tokenizer(recipe)
@@ -80,7 +80,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         if recipe.lora is not None:
             load_checkpoint(trainer.model, Path(last))
     if trainer.first_step == recipe.steps:
-        # Only the model was not written yet; to Trainer this would be a reason for one more step.
+        # Only the model is still to be written; Trainer would take one more step.
         if recipe.lora is None:
             trainer.model.load_state_dict(HAMForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict())
     else:
@@ -89,14 +89,14 @@ def train(recipe: TrainRecipe) -> Path | None:
         if trainer.state.global_step < recipe.steps:
             return None
     if schedule is not None:
-        # A callback has set it, but not where only the model was to be written, and to None while thresholds froze.
+        # The callback sets it too, but not if only the model was to be written, and to None for frozen thresholds.
         trainer.ham.config.target_kv_usage = schedule.points[-1][1]
     write_model(trainer, output)
     return output / FINAL
 
 
 def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
-    """Trainer's arguments: those of the recipe, our defaults, and what a training cannot do without.
+    """Trainer's arguments: those of the recipe, our defaults, and those that every training needs.
 
     Raises:
         ValueError: if Trainer does not take them.
@@ -109,7 +109,7 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "eval_steps": recipe.evaluation.every,
         "save_strategy": "steps",
         "remove_unused_columns": False,
-        "ignore_data_skip": True,  # `PackedRows` goes on by itself, without reading again what was read
+        "ignore_data_skip": True,  # `PackedRows` resumes by itself, without reading rows again
         "logging_nan_inf_filter": False,
     }
     try:
@@ -119,7 +119,7 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise ValueError(f"`trainer` has a value that Trainer does not take: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if found != started:
-        # Each would train by itself, and write into the folder of the others.
+        # Each process would train by itself, and write into the same folder.
         raise ValueError(
             f"`trainer: use_cpu` must be true for several processes on a CPU, got {arguments.use_cpu}: of {started} "
             f"processes that were started each sees {found}."
@@ -136,9 +136,9 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
 
 
 def evaluation_batch(rows: int, processes: int, most: int) -> int:
-    """The largest batch of at most so many rows that divides each process' share.
+    """The largest batch of at most `most` rows that divides each process's share.
 
-    Short batches of some ranks would be filled up with rows that others have, which the meter would count again.
+    Short batches of some ranks would be filled up with rows of other ranks, which the meter would count again.
     """
     share, left = divmod(rows, processes)
     if left:
@@ -147,7 +147,7 @@ def evaluation_batch(rows: int, processes: int, most: int) -> int:
 
 
 def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
-    """Refuses, with `ValueError`, a folder with other things in it, and one another training that has `begun`."""
+    """Raises `ValueError` for a folder with other contents, and for one in which another training has `begun`."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"`output` must be a folder, got the file {output}.")
     ours = (output / "recipe.json").is_file()
@@ -168,7 +168,7 @@ def check_output(recipe: TrainRecipe, output: Path, begun: bool) -> None:
 
 
 def _is_unfinished(name: str) -> bool:
-    """True for what a training leaves that was killed before its first checkpoint."""
+    """True for files that a training leaves if it is killed before its first checkpoint."""
     return name == PARTIAL or (name.startswith(".recipe.json.") and name.endswith(UNFINISHED))
 
 
@@ -181,11 +181,11 @@ def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> None:
-    """Steers the thresholds, and has figures shown and written by our callbacks in place of Trainer's."""
+    """Steers the thresholds, and replaces Trainer's callbacks for showing and writing figures by ours."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if schedule is not None:
-        # First of all, so that those who report to other tools see its figures.
+        # At the front, so that callbacks that report to other tools see its figures.
         trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
     recipe = trainer.recipe
     trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
@@ -194,13 +194,13 @@ def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> No
 
 
 def loss_name(recipe: TrainRecipe) -> str:
-    """The name of the figure that training logs as `loss`: with a teacher it is not the loss on next tokens."""
+    """The name of the figure that training logs as `loss`: with a teacher it is not the next-token loss."""
     weight = 0.0 if recipe.distillation is None else recipe.distillation.weight
     return {0.0: "loss", 1.0: "divergence"}.get(weight, "loss mixed with divergence")
 
 
 def write_model(trainer: HAMTrainer, output: Path) -> None:
-    """Writes the calibrated model or its adapters, with all that tells how it was made, whole or not at all."""
+    """Writes the calibrated model or its adapters, with its recipe and log, whole or not at all."""
     if trainer.recipe.lora is not None and trainer.recipe.lora.merge:
         trainer.model = trainer.model.merge_and_unload()
     if trainer.ham.config.num_hybrid_layers:

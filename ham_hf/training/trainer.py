@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""HAMTrainer, Transformers' Trainer for a HAM: thresholds steered, checkpoints whole, resumed as if never cut."""
+"""HAMTrainer, Transformers' Trainer for a HAM: steered thresholds, whole checkpoints, exact resumption."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from .distillation import Teacher
 from .lora import save_thresholds
 from .recipe import TrainRecipe
 
-# What is being written, and renamed when it is whole.
+# Folder for unfinished files, which are moved out when they are whole.
 PARTIAL = "partial"
 DATA_STATE = "data_state.json"
 
@@ -37,15 +37,16 @@ class HAMTrainer(Trainer):
 
     Thresholds have groups of their own in the optimiser, keep their learning rate and are not clipped. A checkpoint
     appears under its name when it is whole. Nothing is saved once a number is not finite. An evaluation measures the
-    loss and the fraction kept at several settings, and how routing scores are spread. The model may be a PeftModel.
+    loss and the fraction kept at several settings, and the distribution of routing scores. The model may be a
+    PeftModel.
 
     Args:
-        recipe: what the arguments below were made of.
-        calibration: `[n, context]` int64 token ids and so on, arguments of a call, that `kv_usage` is calibrated on.
+        recipe: the recipe that the arguments below were made from.
+        calibration: arguments of calls, such as `[n, context]` int64 token ids, on which `kv_usage` is calibrated.
         arguments: those of `Trainer`; `train_dataset` is a `PackedRows`, `eval_dataset` a list of its rows.
 
     Raises:
-        ValueError: for an optimiser that cannot have thresholds descend by the gradient itself.
+        ValueError: for an optimiser under which thresholds cannot descend by the gradient itself.
     """
 
     model: Any  # HAMForCausalLM or peft.PeftModel
@@ -55,24 +56,24 @@ class HAMTrainer(Trainer):
         check_optimizer(arguments["args"], arguments["model"])
         use_cache = arguments["model"].config.use_cache
         super().__init__(**arguments)
-        self.use_cache = use_cache  # which Trainer has switched off in the configuration
+        self.use_cache = use_cache  # Trainer has switched it off in the configuration
         self.recipe = recipe
         self.calibration = calibration
-        self.first_step = 0  # of this part of the training
+        self.first_step = 0  # first step of this part of the training
         self.teacher: Teacher | None = None
-        self.teacher_loss: float | None = None  # on the held-out rows, once it was measured
+        self.teacher_loss: float | None = None  # on the held-out rows, once measured
         settings = recipe.distillation
         if settings is not None and settings.teacher is not None and settings.weight:
             self.teacher = Teacher(settings.teacher, self.model, settings.weight, settings.temperature)
-        self.resumed_from: str | None = None  # until its random state is put back
+        self.resumed_from: str | None = None  # until its random state is restored
         self._saving: str | None = None
         self._losses: list[torch.Tensor] = []
         self._thresholds: list[int] = []
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's; under FSDP2 gradients are reduced in float32, and the loss is as exact as it was computed.
+        """Trainer's method; under FSDP2 it reduces gradients in float32, and keeps the dtype of the loss.
 
-        accelerate would have both in the type of the weights: a loss of 4 to 8 then has steps of 0.03 in bfloat16.
+        accelerate would use the dtype of the weights for both: in bfloat16 a loss of 4 to 8 has steps of 0.03.
         """
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -83,7 +84,7 @@ class HAMTrainer(Trainer):
 
     @property
     def ham(self) -> HAMForCausalLM:
-        """The HAM itself, which has the adapters in it, if there are any."""
+        """The HAM itself, with its adapters, if any."""
         return self.model if isinstance(self.model, HAMForCausalLM) else self.model.get_base_model()
 
     # ---- optimisation
@@ -108,7 +109,7 @@ class HAMTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Trainer's schedule of the learning rate, but for the thresholds, whose loop needs the same at every step."""
+        """Trainer's schedule of the learning rate, except for the thresholds, whose rate stays constant."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(scheduler, LambdaLR):
             for index in self._thresholds:
@@ -123,20 +124,20 @@ class HAMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Trainer's, of a batch; mixed with the divergence from the teacher, if there is one."""
+        """Trainer's loss of a batch, mixed with the divergence from the teacher, if there is one."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.teacher is not None:
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                # Trainer has multiplied a loss that was divided by the items of all ranks.
+                # Trainer has multiplied the loss, which was divided by the items of all ranks.
                 num_items_in_batch = num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
             with self.accelerator.autocast():
                 loss = self.teacher.loss(loss, outputs.logits, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Trainer's; the loss is remembered, to be judged together with the gradients."""
+        """Trainer's step; remembers the loss, to check it together with the gradients."""
         if self.resumed_from is not None:
-            # Trainer did it before it opened the data, which drew a number: dropout would not be that of one run.
+            # Trainer restores it before it opens the data, which draws a number: dropout would differ from one run's.
             self._load_rng_state(self.resumed_from)
             self.resumed_from = None
         loss = super().training_step(*args, **kwargs)
@@ -147,7 +148,7 @@ class HAMTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(clipped_parameters(model), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's; called before every update, which gradients that are not finite do not come to."""
+        """Trainer's norm; raises `FloatingPointError` before an update by a loss or gradient that is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         loss = torch.stack(self._losses).sum()
         self._losses = []
@@ -167,10 +168,10 @@ class HAMTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss (nats a token) and fraction kept of the held-out rows at every setting of the recipe, as one log.
+        """Loss (nats per token) and fraction kept of the held-out rows at every setting of the recipe, as one log.
 
-        With a teacher comes the loss of that one (`eval_loss/teacher`), which the student is to come back to. To
-        `log_history` it adds, by layer, how many scores of all heads lie in each fiftieth of `[0, 1]` at the learned
+        With a teacher, the log also holds the teacher's loss (`eval_loss/teacher`), which the student aims at. To
+        `log_history` it adds, by layer, the number of scores of all heads in each fiftieth of `[0, 1]` at the learned
         thresholds (`eval_scores/layer_0`).
         """
         settings: dict[str, dict[str, float]] = {"": {}}
@@ -208,12 +209,12 @@ class HAMTrainer(Trainer):
     def _loss_at(
         self, loader: Any, setting: dict[str, float], logits_of: Callable[..., torch.Tensor] | None = None
     ) -> float:
-        """Mean over the predicted tokens of all rows, each of which counts once however many ranks there are.
+        """Mean loss over the predicted tokens of all rows, each of which counts once with any number of ranks.
 
         Args:
-            loader: of the rows.
+            loader: loader of the rows.
             setting: arguments of the model's calls.
-            logits_of: the logits of a batch's inputs. Default: the model's at `setting`.
+            logits_of: function from a batch's inputs to logits. Default: the model's at `setting`.
         """
         sums = []
         for inputs in loader:
@@ -230,8 +231,8 @@ class HAMTrainer(Trainer):
         return loss / tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, without an epoch: rows have no end, and steps count the training."""
-        self.state.epoch = None  # type: ignore[assignment]  # Trainer asks whether it is there
+        """Trainer's log, without an epoch: rows never end, and steps count the training."""
+        self.state.epoch = None  # type: ignore[assignment]  # Trainer checks for it
         super().log(logs, start_time)
 
     # ---- checkpoints
@@ -240,7 +241,7 @@ class HAMTrainer(Trainer):
         return super()._get_output_dir(trial) if self._saving is None else self._saving
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Has Trainer write a checkpoint into another folder, and renames it when all ranks are done.
+        """Makes Trainer write a checkpoint into another folder, and renames it when all ranks are done.
 
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written then.
@@ -257,7 +258,7 @@ class HAMTrainer(Trainer):
         whole = output / PARTIAL / f"checkpoint-{step}"
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # A pickle of the arguments, which nothing reads: recipe.json tells them.
+            # A pickle of the arguments, which nothing reads: recipe.json holds them.
             (whole / "training_args.bin").unlink(missing_ok=True)
             rows = self.train_dataset.start + (step - self.first_step) * rows_per_step(self.args)
             write_whole(whole / DATA_STATE, json.dumps(self.train_dataset.state_dict(rows)))
@@ -265,19 +266,19 @@ class HAMTrainer(Trainer):
                 save_thresholds(self.model, whole)
             replace_folder(whole, output / whole.name)
             checkpoints = sort_checkpoints(str(output))
-            limit = self.args.save_total_limit or 0  # which may be negative: no limit, to Trainer
+            limit = self.args.save_total_limit or 0  # may be negative, which means no limit to Trainer
             for old in checkpoints[:-limit] if limit > 0 else []:
-                # Out of the way first, so that no half of it is left under its name.
+                # Moved away first, so that no half-deleted checkpoint keeps its name.
                 os.replace(old, output / PARTIAL / Path(old).name)
             shutil.rmtree(output / PARTIAL)
         self.accelerator.wait_for_everyone()
 
 
 def check_optimizer(arguments: TrainingArguments, model: HAMForCausalLM) -> None:
-    """Refuses, with `ValueError`, an optimiser that does not read what `parameter_groups` says of thresholds."""
+    """Raises `ValueError` for an optimiser that ignores the settings of `parameter_groups` for thresholds."""
     kind, _ = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     eps = inspect.signature(kind).parameters.get("eps")
-    # Adafactor has a pair of them; Lion none, and steps of one length.
+    # Adafactor has a pair of them; Lion has none, and takes steps of one length.
     reads = issubclass(kind, torch.optim.SGD) or (eps is not None and isinstance(eps.default, float))
     if model.config.num_hybrid_layers and not reads:
         raise ValueError(
@@ -287,7 +288,7 @@ def check_optimizer(arguments: TrainingArguments, model: HAMForCausalLM) -> None
 
 
 def score_counts(figures: dict[str, Any], meter: UsageMeter) -> dict[str, list[int]]:
-    """The histograms of what `meter.read` gave, of all heads of a layer together, by layer."""
+    """The histograms in a result of `meter.read`, summed over the heads of a layer, by layer."""
     counts = figures["histogram"].sum(1).tolist()
     return {f"eval_scores/layer_{mixer.layer_idx}": x for mixer, x in zip(meter.mixers, counts, strict=True)}
 
@@ -298,7 +299,7 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Gives `source` the name `target`, under which nothing is to be found but a whole folder."""
+    """Renames `source` to `target`, so that `target` is always a whole folder."""
     if target.exists():
         os.replace(target, source.with_name(f"{source.name}.old"))
     os.replace(source, target)
