@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The model card of a checkpoint: what its files and its measurements say, and nothing that they do not."""
+"""The model card of a checkpoint, made only of facts from its files and its measurements."""
 
 import html
 import re
@@ -19,7 +19,7 @@ from ham_hf.hub.checkpoint import Checkpoint
 from ham_hf.hub.sources import LICENCE_FIELDS, Sources, check_depth
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
-# Tells a card that may be written anew from one that someone wrote.
+# Marks a card that may be overwritten; a card without it was written by hand.
 MARKER = "<!-- Written by `ham-hf card`, which writes it anew: change the files that it is made of instead. -->"
 TAGS = ("ham", "hybrid-associative-memory", "gated-deltanet", "kv-cache")
 LAYERS = {
@@ -41,9 +41,9 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
     """Fills the template.
 
     Args:
-        checkpoint: what the checkpoint says of itself.
-        sources: what was measured and written about it.
-        name: what the model is called.
+        checkpoint: facts from the checkpoint's own files.
+        sources: measurements and texts about it.
+        name: the model's name.
         repo_id: the repository that the card tells readers to load, a placeholder by default.
     """
     name = quotable(name)
@@ -71,12 +71,12 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "plot": None if sources.plot is None else sources.plot.name,
     }
     card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
-    card.text += "\n"  # which Jinja drops
+    card.text += "\n"  # Jinja drops it
     return card
 
 
 def quotable(value: Any) -> Any:
-    """A JSON value whose strings a sentence, a table's cell or a block of code can hold, whoever wrote them."""
+    """A JSON value with strings that are safe in a sentence, a table's cell or a block of code, whoever wrote them."""
     if isinstance(value, dict):
         return {name: quotable(content) for name, content in value.items()}
     if isinstance(value, list):
@@ -85,17 +85,17 @@ def quotable(value: Any) -> Any:
 
 
 def prose(text: str) -> str:
-    """A quotable text as Markdown shows it outside of code: it begins no HTML, link, picture or cell of a table."""
+    """Escapes a quotable text for Markdown outside code: it begins no HTML, link, picture or table cell."""
     return re.sub(r"([\[\]|])", r"\\\1", html.escape(text, quote=False))
 
 
 def error_figure(value: float) -> str:
-    """A difference of logits, with two digits wherever it is told."""
+    """A difference of logits, with two digits everywhere."""
     return f"{value:.1e}"
 
 
 def placeholder(name: str) -> str:
-    """What stands for a repository whose owner is not known; the code in a card has it between quotes."""
+    """Placeholder for a repository of unknown owner; the code in a card has it between quotes."""
     try:
         validate_repo_id(f"OWNER/{name}")
     except HFValidationError:
@@ -104,13 +104,13 @@ def placeholder(name: str) -> str:
 
 
 def card_in(folder: Path) -> ModelCard | None:
-    """The README.md of a folder, or `None`; `ValueError` if the Hub could not read its metadata."""
+    """The README.md of a folder, or `None`; raises `ValueError` if the Hub could not read its metadata."""
     path = folder / REPOCARD_NAME
     return load_card(path) if path.is_file() else None
 
 
 def load_card(path: str | Path) -> ModelCard:
-    """The model card in a file; `ValueError` if the Hub could not read its metadata."""
+    """The model card in a file; raises `ValueError` if the Hub could not read its metadata."""
     try:
         card = ModelCard.load(path)
         check_depth("its metadata", vars(card.data))
@@ -120,7 +120,7 @@ def load_card(path: str | Path) -> ModelCard:
 
 
 def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
-    """What a card of these sources leaves open, and which file would say it."""
+    """Facts missing from a card of these sources, by the file that would hold them."""
     missing = [f"{name}.md" for name in ("summary", "data", "recipe", "limits") if not sources.sections[name]]
     missing += [f"`{name}` in card.json" for name in ("license", "language") if name not in sources.metadata]
     if sources.usage is None:
@@ -133,7 +133,7 @@ def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
 
 
 def not_stated(checkpoint: Checkpoint) -> str:
-    """What stands where nobody said anything."""
+    """Text for a section that nobody wrote."""
     if checkpoint.conversion is None:
         return "Not stated."
     source = quotable(checkpoint.conversion["source"]["name"])
@@ -141,7 +141,7 @@ def not_stated(checkpoint: Checkpoint) -> str:
 
 
 def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardData:
-    """The metadata block; a field that nobody stated is left out."""
+    """The metadata block, without fields that nobody stated."""
     metadata = sources.metadata
     results = eval_results(sources, checkpoint.task)
     return ModelCardData(
@@ -160,7 +160,7 @@ def card_data(checkpoint: Checkpoint, sources: Sources, name: str) -> ModelCardD
 
 
 def base_model(checkpoint: Checkpoint) -> str | None:
-    """The model on the Hub that a checkpoint was converted from; `None` for one from a local folder, or for none."""
+    """The model on the Hub that a checkpoint was converted from; `None` if there is none, or it was a local folder."""
     name = "" if checkpoint.conversion is None else checkpoint.conversion["source"]["name"]
     try:
         validate_repo_id(name)
@@ -170,7 +170,7 @@ def base_model(checkpoint: Checkpoint) -> str | None:
 
 
 def eval_results(sources: Sources, task: str | None) -> list[EvalResult]:
-    """The held-out loss at each usage as the Hub's metadata has it, which needs the names of a task and a data set."""
+    """The held-out loss at each usage, in the Hub's format, which needs the names of a task and a data set."""
     evaluation = sources.metadata.get("evaluation", {})
     if sources.usage is None or task is None or not {"dataset", "type"} <= set(evaluation):
         return []
@@ -196,14 +196,14 @@ def usage_table(usage: dict[str, Any] | None) -> str | None:
     """Loss and bytes at each usage, as `ham_hf.evaluation.usage` tabulates them."""
     if usage is None:
         return None
-    # Importing ham_hf imports this file, and that one imports ham_hf.
+    # Imported here to avoid a circle: importing ham_hf imports this file, and ham_hf.evaluation.usage imports ham_hf.
     from ham_hf.evaluation.usage import to_markdown
 
     return to_markdown(usage["results"], usage["context"]).strip()
 
 
 def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """The table of the shape: labels and what stands beside them."""
+    """The table of the shape: labels and values."""
     config = checkpoint.config
     kinds = [f"{config.layer_types.count(x)} {text}" for x, text in LAYERS.items() if x in config.layer_types]
     sizes = f"keys of {config.head_dim} and values of {config.value_head_dim}"
@@ -229,17 +229,17 @@ def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def dtype_name(kind: str) -> str:
-    """PyTorch's name of a dtype of safetensors, which other dtypes than those of plain weights keep."""
+    """PyTorch's name of a safetensors dtype of plain weights; other dtypes keep their name."""
     return str(DTYPES.get(kind, kind)).removeprefix("torch.")
 
 
 def is_quantized(config: HAMConfig) -> bool:
-    """Whether several parameters may share a stored number, which then says nothing of how many there are."""
+    """True if several parameters may share a stored number, which then does not tell the number of parameters."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def positions(config: HAMConfig) -> str:
-    """Whether and how the attention is told where a token stands."""
+    """The position embedding of the attention."""
     if config.rope_parameters is None:
         return "no RoPE"
     rope = config.rope_parameters
@@ -249,7 +249,7 @@ def positions(config: HAMConfig) -> str:
 
 
 def norms_and_gates(config: HAMConfig) -> str:
-    """Which of the switches of a layer are on."""
+    """The switches of a layer that are on."""
     switches = {
         "norm of queries and keys": config.qk_norm,
         "norm of the RNN's output": config.rnn_output_norm,
@@ -264,7 +264,7 @@ def norms_and_gates(config: HAMConfig) -> str:
 
 
 def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """The table of what decides which tokens are kept; empty without a hybrid layer."""
+    """The table of the router and its thresholds; empty without a hybrid layer."""
     if checkpoint.thresholds is None:
         return []
     config = checkpoint.config
@@ -284,7 +284,7 @@ def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def target_of_training(config: HAMConfig) -> str:
-    """What fraction of the tokens training drove the thresholds to keep."""
+    """The fraction of tokens that training drove the thresholds to keep."""
     target = config.target_kv_usage
     if target is None:
         return "none: the thresholds were held"

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint folder says of itself, read from its configuration and the headers of its weights."""
+"""Facts about a checkpoint folder, read from its configuration and the headers of its weights."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,7 +13,7 @@ from ham_hf.conversion.shards import find_weights
 from ham_hf.hub.sources import read_conversion, read_json
 from ham_hf.loading_ham import open_weights
 
-# How each head is loaded, and the task that the Hub lists it under.
+# Auto class that loads each head, and the task under which the Hub lists it.
 AUTO_CLASSES: dict[str, tuple[str, str | None]] = {
     "HAMForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "HAMForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
@@ -27,16 +27,16 @@ class Checkpoint(NamedTuple):
     """A checkpoint folder.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         config: its configuration.
         architecture: the name of its class.
-        auto_class: what loads it; of a class that is not ours, the decoder in it.
-        task: the Hub's name of what it does, or `None` if that is not known.
-        has_code: whether it holds the code that its configuration names, which loads without the package.
+        auto_class: the Auto class that loads it; for a class that is not ours, the one that loads its decoder.
+        task: the Hub's name of its task, or `None` if it is unknown.
+        has_code: True if it holds the code that its configuration names, which loads it without the package.
         weight_files: its safetensors files.
-        parameters: how many numbers it holds of each safetensors dtype, buffers left out.
-        thresholds: `[hybrid layers, Hk]` float32, the learned ones, or `None` without a hybrid layer.
-        calibrated: whether every head has the score quantiles that `kv_usage` needs.
+        parameters: number of its parameters by safetensors dtype, without buffers.
+        thresholds: `[hybrid layers, Hk]` float32 learned thresholds, or `None` without a hybrid layer.
+        calibrated: True if every head has the score quantiles that `kv_usage` needs.
         conversion: conversion.json of the script that made it from another model, or `None`.
     """
 
@@ -57,8 +57,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads the configuration and the headers of the weights in `folder`.
 
     Raises:
-        ValueError: if `folder` is not a whole HAM checkpoint with safetensors weights, or its conversion.json does
-            not hold what it should.
+        ValueError: if `folder` is not a whole HAM checkpoint with safetensors weights, or its conversion.json is
+            invalid.
     """
     if not folder.is_dir():
         raise ValueError(f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which is no folder.")

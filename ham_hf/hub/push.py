@@ -17,23 +17,23 @@ from ham_hf.hub.card import build_card, card_in, load_card
 from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
 from ham_hf.hub.sources import read_sources
 
-# What is uploaded beside the weights; the state of a training run, and anything pickled, stays where it is.
+# Suffixes of files that are uploaded beside the weights; the state of a training run and pickles are not.
 SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}
 NAMES = {"LICENSE", "NOTICE"}
 TRAINER_STATE = "trainer_state.json"
 
 
 class Pushed(NamedTuple):
-    """What was uploaded.
+    """Result of an upload.
 
     Attributes:
         repo_id: the repository, with its owner.
         commit: its commit.
         files: the names of the files in it.
         size: their bytes.
-        card: where the card came from.
-        code: the names of those files of code that the folder lacked.
-        left_out: what lies in the folder and was not uploaded.
+        card: source of the card.
+        code: the names of code files that the folder lacked.
+        left_out: names in the folder that were not uploaded.
     """
 
     repo_id: str
@@ -47,8 +47,8 @@ class Pushed(NamedTuple):
 
 @wraps(PreTrainedModel.push_to_hub)
 def push_to_hub(model: PreTrainedModel, *args: Any, **kwargs: Any) -> str:
-    """Pushes as Transformers does, with a HAM's card where the repository has none."""
-    # Of a model with adapters only they are saved, which are no HAM checkpoint.
+    """Pushes as Transformers does, and adds a HAM's card if the repository has none."""
+    # A model with adapters saves only these, which are not a HAM checkpoint.
     if getattr(model, "_hf_peft_config_loaded", False):
         return PreTrainedModel.push_to_hub(model, *args, **kwargs)
     return push_model(model, *args, **kwargs)
@@ -67,9 +67,9 @@ def push_model(
     max_shard_size: int | str = "50GB",
     tags: str | list[str] | None = None,
 ) -> CommitInfo:
-    """Transformers' `push_to_hub`, whose arguments these are, with a HAM's card where the repository has none."""
+    """Transformers' `push_to_hub`, with its arguments, which adds a HAM's card if the repository has none."""
     api = HfApi(token=token)
-    # Before anything is saved, which takes longer than to be told that the token is wrong.
+    # Before anything is saved, so that a wrong token is reported at once.
     repo_id = open_repository(api, repo_id, private, revision, create_pr)
     with tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
@@ -97,26 +97,26 @@ def push_folder(
     token: bool | str | None = None,
     revision: str | None = None,
 ) -> Pushed:
-    """Uploads a checkpoint folder, which stays as it is.
+    """Uploads a checkpoint folder, which stays unchanged.
 
-    The card is the folder's README.md, byte for byte. Without one it is that of the repository, with what its metadata
-    lacks, and if there is none either, one made of what lies in the folder. Code that the folder lacks is added.
+    The card is the folder's README.md, byte for byte. Without one, it is the repository's card with its metadata
+    completed, or else a card made from the folder. Code that the folder lacks is added.
 
     Args:
         folder: a checkpoint with its tokenizer.
-        repo_id: `"OWNER/NAME"`, or `"NAME"` for a repository of the token's owner; made if it is not there.
+        repo_id: `"OWNER/NAME"`, or `"NAME"` for a repository of the token's owner; created if it does not exist.
         commit_message: the first line of the commit.
-        private: whether a new repository is private; the owner's setting by default.
-        token: of the Hub; the one of `hf auth login` by default.
-        revision: the branch, made if it is not there; the main one by default.
+        private: True to make a new repository private; the owner's setting by default.
+        token: token of the Hub; the one of `hf auth login` by default.
+        revision: the branch, created if it does not exist; the main one by default.
 
     Raises:
-        ValueError: if `folder` is not a whole HAM checkpoint, a file in it does not hold what it should, or `repo_id`
-            cannot be the name of a repository; nothing was sent then.
+        ValueError: if `folder` is not a whole HAM checkpoint, a file in it is invalid, or `repo_id` cannot be the name
+            of a repository; nothing was sent then.
     """
     check_repo_id(repo_id, folder)
     checkpoint, sources = read_checkpoint(folder), read_sources(folder)
-    # As it is, not as it would be written again.
+    # The bytes of the file, not the card written again.
     card = None if card_in(folder) is None else (folder / REPOCARD_NAME).read_bytes()
     origin = "the folder's"
     api = HfApi(token=token)
@@ -140,11 +140,11 @@ def push_folder(
 
 
 def check_repo_id(repo_id: str, folder: Path | None = None) -> None:
-    """Raises `ValueError` for what cannot be the name of a repository, such as a path, where `folder` could be copied.
+    """Raises `ValueError` for a name that a repository cannot have, such as a path, to which `folder` could be copied.
 
     Args:
         repo_id: `"OWNER/NAME"` or `"NAME"`.
-        folder: the checkpoint that is to be pushed.
+        folder: the checkpoint to push.
     """
     if repo_id.startswith((".", "/", "~")) or ("/" in repo_id and Path(repo_id).exists()):
         copy = "" if folder is None else f" To have the checkpoint there, copy it: cp -r {folder} {repo_id}"
@@ -161,20 +161,20 @@ def check_repo_id(repo_id: str, folder: Path | None = None) -> None:
 def open_repository(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool = False
 ) -> str:
-    """Makes the repository and the branch where they are missing; returns the name with its owner."""
+    """Creates the repository and the branch if they are missing; returns the repository's name with its owner."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         except HfHubHTTPError as error:
-            # Who may only propose changes cannot make branches; a missing one then fails the commit.
+            # A user who may only propose changes cannot create branches; a missing branch then fails the commit.
             if not create_pr or error.response.status_code != 403:
                 raise
     return repo_id
 
 
 def card_on_hub(api: HfApi, repo_id: str, revision: str | None, made: ModelCard) -> tuple[ModelCard, str]:
-    """The repository's card, its missing metadata taken from the one `made` here, or that one; and which it is."""
+    """The repository's card, completed with metadata from the one `made` here, or else that one; and its origin."""
     if not api.file_exists(repo_id, REPOCARD_NAME, revision=revision):
         return made, "made of the checkpoint"
     card = load_card(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision))
@@ -185,7 +185,7 @@ def card_on_hub(api: HfApi, repo_id: str, revision: str | None, made: ModelCard)
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
-    """What is uploaded of a checkpoint folder, by its name in the repository."""
+    """The files of a checkpoint folder to upload, by their names in the repository."""
     folder = checkpoint.folder
     paths = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*.jinja")]
     paths = [path for path in paths if path.suffix in SUFFIXES or path.name in NAMES]
@@ -202,7 +202,7 @@ def add_code(checkpoint: Checkpoint, folder: Path, files: dict[str, Path]) -> li
 
 
 def operations(files: dict[str, Path], card: bytes) -> list[CommitOperationAdd]:
-    """What a commit of these files and this card does."""
+    """The operations of a commit of these files and this card."""
     cardless = {name: path for name, path in files.items() if name != REPOCARD_NAME}
     added = [CommitOperationAdd(name, path) for name, path in sorted(cardless.items())]
     return [CommitOperationAdd(REPOCARD_NAME, card), *added]

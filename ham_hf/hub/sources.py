@@ -1,18 +1,18 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What a model card is made of beside the checkpoint: JSON files, checked field by field, and sections of prose."""
+"""Sources of a model card beside the checkpoint: JSON files, checked field by field, and sections of prose."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What a conversion writes down of itself.
+# File in which a conversion records itself.
 RECORD = "conversion.json"
 # Prose that no measurement supplies, one Markdown file each.
 SECTIONS = ("summary", "data", "recipe", "results", "limits")
-# What a field of a JSON file holds: a type, a list of one kind, or an object with fields of its own.
+# Kinds of a JSON file's fields: a type, a list of one kind, or an object with fields of its own.
 NUMBER = int | float
-# What the Hub's metadata has of a licence: of one that it does not know, "other", also a name and where to read it.
+# The licence in the Hub's metadata: a licence that the Hub does not know, "other", also has a name and a link.
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 METADATA_FIELDS = {
     "name": str,
@@ -56,16 +56,16 @@ VERIFICATION_FIELDS = {
 }
 
 
-# How deep a file of metadata may be nested. Python follows a thousand calls, several for each level.
+# Deepest nesting of a metadata file. Python follows a thousand calls, several for each level.
 DEEPEST = 100
 
 
 class Sources(NamedTuple):
-    """What is known of a checkpoint beside its own files.
+    """Texts and measurements about a checkpoint beside its own files.
 
     Attributes:
         metadata: the fields of card.json, any of which may be missing.
-        sections: the Markdown of every section in `SECTIONS`, empty where there is no file.
+        sections: the Markdown of every section in `SECTIONS`, empty if there is no file.
         usage: usage.json, as `ham_hf.evaluation.usage` writes it, or `None`.
         plot: the path of usage.png, or `None`.
     """
@@ -77,7 +77,7 @@ class Sources(NamedTuple):
 
 
 def check_depth(where: str, content: Any) -> None:
-    """Raises `ValueError`, which says `where`, for dictionaries and lists nested more than `DEEPEST` deep."""
+    """Raises `ValueError`, naming `where`, for dictionaries and lists nested more than `DEEPEST` deep."""
     level = [content]
     for _ in range(DEEPEST):
         level = [y for x in level if isinstance(x, dict | list) for y in (x.values() if isinstance(x, dict) else x)]
@@ -86,7 +86,7 @@ def check_depth(where: str, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; `ValueError` if it holds something else, or is nested too deep."""
+    """The object in a JSON file; raises `ValueError` if it holds something else, or is nested too deep."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one too
@@ -100,9 +100,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_content(where: str, value: Any, kind: Any, all_fields: bool = True, no_others: bool = True) -> None:
-    """Raises `ValueError`, which says `where`, unless `value` is of a kind as the constants above describe it.
+    """Raises `ValueError`, naming `where`, unless `value` is of a kind as the constants above describe it.
 
-    Objects must have `all_fields` and `no_others`, unless told otherwise.
+    By default objects must have `all_fields` and `no_others`.
     """
     if isinstance(kind, dict):
         if not isinstance(value, dict):
@@ -129,7 +129,7 @@ def read_sources(folder: Path) -> Sources:
     """Reads card.json, the sections, usage.json and the path of usage.png in `folder`, each of which may be missing.
 
     Raises:
-        ValueError: if `folder` is none, or a file in it does not hold what it should.
+        ValueError: if `folder` is not a folder, or a file in it is invalid.
     """
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, got {str(folder)!r}.")
@@ -147,7 +147,7 @@ def read_sources(folder: Path) -> Sources:
 
 
 def read_usage(path: Path) -> dict[str, Any]:
-    """Reads what `ham_hf.evaluation.usage` wrote; `ValueError` if it is something else."""
+    """Reads a file of `ham_hf.evaluation.usage`; raises `ValueError` if it is something else."""
     usage = read_json(path)
     check_content(str(path), usage, USAGE_FIELDS)
     if not any(x["kv_usage"] == 1 for x in usage["results"]):
@@ -159,7 +159,7 @@ def read_usage(path: Path) -> dict[str, Any]:
 
 
 def read_conversion(folder: Path) -> dict[str, Any] | None:
-    """What a conversion noted in conversion.json, or `None`; `ValueError` if it is something else."""
+    """The record of a conversion in conversion.json, or `None`; raises `ValueError` if it is something else."""
     path = folder / RECORD
     if not path.is_file():
         return None
