@@ -27,7 +27,7 @@ def plain_name(text: str) -> str:
 
 
 def verified_tokens(text: str) -> int:
-    """An argparse type: so many tokens that convolution and positions matter."""
+    """An argparse type: enough tokens for convolution and positions to matter."""
     if not text.isdecimal() or int(text) < FEWEST_VERIFIED:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, takes a whole number of {FEWEST_VERIFIED} or more; --no-verify compares nothing"
@@ -49,7 +49,7 @@ def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentP
     if conversion.reads_gguf:
         parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to read in the folder or repository")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
-    help_text = "what the card calls the source, such as OWNER/NAME (default: from SOURCE)"
+    help_text = "the source's name in the card, such as OWNER/NAME (default: from SOURCE)"
     parser.add_argument("--name", type=plain_name, help=help_text)
     help_text = "largest file (default %(default)s)"
     parser.add_argument("--max-shard-size", metavar="SIZE", type=shard_size, default="5GB", help=help_text)
@@ -60,7 +60,7 @@ def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentP
 
 
 def main(conversion: Conversion, description: str, argv: list[str] | None = None) -> int:
-    """Runs a script; returns its exit status: 0, 2 (what was asked cannot be done) or 130 (Ctrl-C)."""
+    """Runs a script; returns its exit status: 0, 2 (the request cannot be carried out) or 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser(conversion, description).parse_args(argv)
     try:
@@ -70,6 +70,6 @@ def main(conversion: Conversion, description: str, argv: list[str] | None = None
         print(f"{conversion.script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{conversion.script}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"\n{conversion.script}: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Conversion, what a script declares of its kind of source: configurations, rules for tensors, requirements."""
+"""Conversion, a script's declaration of its kind of source: configurations, rules for tensors, requirements."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .verification import transformers_logits, transformers_model
 
 @dataclass(frozen=True)
 class Requirement:
-    """What must hold of a tensor of a HAM, lest the way back lose something; if not, the user reads what it `says`."""
+    """A condition on a tensor of a HAM, without which the way back loses something; an error then `says` why."""
 
     name: str
     holds: Callable[[torch.Tensor], bool]
@@ -29,26 +29,25 @@ def no_preparation() -> None:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What one script knows of its source.
+    """A script's knowledge of its source.
 
     Attributes:
         script: the script's file name.
         model_types: the `model_type`s that it reads.
-        ham_config: the HAM that computes what a configuration does; `ValueError` names a feature that HAM lacks.
+        ham_config: configuration of the HAM that computes the same; `ValueError` names a feature that HAM lacks.
         to_ham: rules for every tensor of the HAM.
         from_ham: rules for every tensor of the source.
-        requirements: what must hold of a HAM for the way back.
-        prepare: imports what Transformers must know of the source; `ImportError` says what to install.
+        requirements: conditions on a HAM for the way back.
+        prepare: imports the source's classes into Transformers; `ImportError` says what to install.
         logits: `[B, T, vocabulary]` float32 that the source's own code computes from a folder and tokens `[B, T]`.
-        source_code: what computes them, for the card, given the architecture.
+        source_code: name of the code that computes them, for the card, given the architecture.
         empty_source: the source's model of a configuration, with the tensors that its files hold.
-        rename: turns a tensor's name in the source's files, of which there may be several, into the one that the
-            rules use.
+        rename: turns a tensor's name in the source's files, which may differ, into the one that the rules use.
         inert: a pattern of the HAM's tensors that only its shut memory reads.
-        summary: what the new HAM is at first, for the user.
-        reads_gguf: whether a source may be a GGUF file, as Transformers reads it.
+        summary: the state of the new HAM, for the user.
+        reads_gguf: True if a source may be a GGUF file, as Transformers reads it.
         left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
-        left_out_because: why, for the user.
+        left_out_because: the reason, for the user.
     """
 
     script: str

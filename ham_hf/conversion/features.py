@@ -1,9 +1,9 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What several sources of HAMs have in common: fields of their configurations, and features that no HAM has."""
+"""Properties that several sources share: fields of their configurations, and features that HAM lacks."""
 
 from typing import Any
 
-# Kinds of layers of hybrids of Gated DeltaNet and attention, and what they become.
+# Layer types of hybrids of Gated DeltaNet and attention, and the HAM's layer types for them.
 LAYER_TYPES = {"linear_attention": "linear_attention", "full_attention": "hybrid"}
 SAME_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "initializer_range",
@@ -16,16 +16,16 @@ LINEAR_FIELDS = (
 
 
 def same_fields(config: Any, *others: str) -> dict[str, Any]:
-    """Fields of a source that a HAM's configuration has under the same names: those of any source, and `others`."""
+    """Fields that a source shares with a HAM's configuration by name: those of every source, and `others`."""
     fields = {name: getattr(config, name) for name in (*SAME_FIELDS, *others)}
-    # Old configurations say so that there is none.
+    # Old configurations mean "none" by -1.
     if fields["pad_token_id"] == -1:
         fields["pad_token_id"] = None
     return fields
 
 
 def check_partial_rotation(config: Any) -> None:
-    """Refuses, with `ValueError`, heads of which only a part rotates, in sources that do so for some kinds of RoPE."""
+    """Raises `ValueError` for heads that rotate in part, in sources that support this for some kinds of RoPE only."""
     factor = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     if factor != 1.0:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_partial_rotation(config: Any) -> None:
 
 
 def check_linear_hybrid(config: Any) -> None:
-    """Refuses, with `ValueError`, what a HAM lacks of hybrids of Gated DeltaNet and attention."""
+    """Raises `ValueError` for features of hybrids of Gated DeltaNet and attention that a HAM lacks."""
     for layer_type in config.layer_types:
         if layer_type not in LAYER_TYPES:
             raise ValueError(

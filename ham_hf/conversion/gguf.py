@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Reads a checkpoint in one GGUF file, of llama.cpp, as Transformers does: dequantised, to float32."""
+"""Reads a checkpoint in one GGUF file (llama.cpp) as Transformers does: dequantised to float32."""
 
 import json
 import struct
@@ -25,18 +25,18 @@ from .shards import Tensors
 
 SUFFIX = ".gguf"
 PACKAGES = ("gguf", "accelerate")
-# Of Transformers' own reading; a checkpoint of plain weights has none of it.
+# Fields that Transformers adds when it reads GGUF; a checkpoint of plain weights has none of them.
 READING_FIELDS = ("quantization_config", "_name_or_path", "_model_name_or_path")
 SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
 
-# What Transformers' readers raise on a file that is cut off, garbled or of another model.
+# Errors of Transformers' readers on a file that is cut off, garbled or of another model.
 READING_ERRORS = (ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, struct.error)
 
 
 @contextmanager
 def naming(folder: Path, file: str) -> Iterator[None]:
-    """Turns what goes wrong with a file into a `ValueError` that names it."""
+    """Turns an error in reading a file into a `ValueError` that names the file."""
     try:
         yield
     except READING_ERRORS as error:
@@ -54,7 +54,7 @@ def check_packages() -> None:
 
 
 def find_gguf(folder: Path, name: str | None) -> str | None:
-    """The name of the GGUF file to read in `folder`, or `None` where the folder holds a checkpoint of safetensors.
+    """The name of the GGUF file to read in `folder`, or `None` if the folder holds a checkpoint of safetensors.
 
     Raises:
         ValueError: if there is no such file, or the folder holds nothing else and `name` does not say which.
@@ -68,7 +68,7 @@ def find_gguf(folder: Path, name: str | None) -> str | None:
 
 
 def read_config(folder: Path, file: str) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The configuration in a GGUF file, and what the config.json of its plain weights would hold."""
+    """The configuration in a GGUF file, and the content of a config.json for its plain weights."""
     with naming(folder, file):
         config = AutoConfig.from_pretrained(folder, gguf_file=file)
     fields = json.loads(config.to_json_string())
@@ -78,7 +78,7 @@ def read_config(folder: Path, file: str) -> tuple[PreTrainedConfig, dict[str, An
 
 
 def read_tokenizer(folder: Path, file: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file, with the special tokens that its model has, which 5.17 mistakes."""
+    """The tokenizer in a GGUF file, with the special tokens of its model, which Transformers 5.17 gets wrong."""
     with naming(folder, file):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     for name in SPECIAL_TOKENS:
@@ -96,7 +96,7 @@ def read_model(folder: Path, file: str) -> torch.nn.Module:
 
 
 class GGUFTensors(Tensors):
-    """The tensors of a GGUF file, under the names that they have in Transformers; they are in memory all at once."""
+    """The tensors of a GGUF file, under their names in Transformers; all are in memory at once."""
 
     def __init__(self, folder: Path, file: str):
         super().__init__(folder, [file])
@@ -107,7 +107,7 @@ class GGUFTensors(Tensors):
         return set(self._tensors)
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor; `ValueError` if there is none of this name."""
+        """A tensor; raises `ValueError` if there is none of this name."""
         self.check_name(name)
         return self._tensors[name]
 

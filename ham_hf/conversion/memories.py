@@ -1,9 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The memory of a converted HAM layer that its source does not have, shut until training opens it.
 
-The memory that comes from the source passes a gate of 0.5 (a bias of 0, which a gradient can move) and an output
-projection twice as large, both exact in floating point. The new memory's gate has the bias `SHUT`, which float32 adds
-to nothing.
+The source's memory passes a gate of 0.5 (a bias of 0, which a gradient can move) and an output projection twice as
+large, both exact in floating point. The new memory's gate has the bias `SHUT`, so that it adds nothing in float32.
 """
 
 import math
@@ -27,12 +26,12 @@ INERT_ATTENTION = r"\.mixer\.(q_norm\.weight|k_norm\.weight|kv_norm\.weight|thre
 def new_rnn(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
     """Rules for the RNN of a hybrid layer made from an attention layer: shut, while attention keeps every token.
 
-    The RNN reads the attention's own q, k and v: its convolution passes them on. Decays are spread as in a fresh HAM:
-    `A` from 1 to 16, time steps log-spaced from 0.001 to 0.1; neither they nor the write strength (0.5, or 1 with
-    `allow_neg_eigval`) depend on the token at first.
+    The RNN reads the attention's own q, k and v: its convolution passes them on. Decays are spread as in a new HAM:
+    `A` from 1 to 16, time steps log-spaced from 0.001 to 0.1. At first neither they nor the write strength (0.5, or 1
+    with `allow_neg_eigval`) depend on the token.
 
     Args:
-        prefix: of the layer's tensors, such as `"model.layers.0.mixer"`.
+        prefix: prefix of the layer's tensors, such as `"model.layers.0.mixer"`.
         config: the HAM's configuration.
     """
     hidden, kv_heads = config.hidden_size, config.num_key_value_heads
@@ -50,7 +49,7 @@ def new_rnn(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
 
 
 def new_attention(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
-    """Rules for the attention of a hybrid layer made from a Gated DeltaNet layer: shut, and nothing is kept for it.
+    """Rules for the attention of a hybrid layer made from a Gated DeltaNet layer: shut, and it keeps no token.
 
     Arguments as in `new_rnn`.
     """
@@ -66,23 +65,23 @@ def doubled(name: str, source: str) -> TensorRule:
 
 
 def halved(name: str, source: str) -> TensorRule:
-    """The way back of `doubled`."""
+    """The inverse of `doubled`."""
     return TensorRule(name, (source,), lambda x: x / 2)
 
 
 def shut_rnn(prefix: str) -> Iterator[Requirement]:
-    """What must hold of a hybrid layer that is to be its attention alone."""
+    """Requirements for a hybrid layer to be its attention alone."""
     yield from _gates_unmoved(prefix, shut="rnn")
     yield Requirement(f"{prefix}.threshold", lambda x: bool((x <= 0).all()), "is above 0, so that tokens are dropped")
 
 
 def shut_attention(prefix: str) -> Iterator[Requirement]:
-    """What must hold of a hybrid layer that is to be its RNN alone."""
+    """Requirements for a hybrid layer to be its RNN alone."""
     yield from _gates_unmoved(prefix, shut="kv")
 
 
 def is_zero(x: torch.Tensor) -> bool:
-    """Whether every entry is 0."""
+    """True if every entry is 0."""
     return not x.any()
 
 

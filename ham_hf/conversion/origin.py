@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Gets what a conversion starts from, a repository's files and a tokenizer, or says what to do where it cannot."""
+"""Gets the inputs of a conversion, a repository's files and a tokenizer, or tells the user what to do."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +16,16 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from .gguf import read_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Weights once more, in the formats of their makers.
+# Second copies of the weights, in their makers' formats.
 SECOND_COPIES = ["consolidated*", "original/*"]
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
 
 
 def download(source: str, revision: str | None, gguf_file: str | None) -> Path:
-    """The folder of a repository's snapshot, of GGUF with this file alone.
+    """The folder of a repository's snapshot; for GGUF with this weight file alone.
 
     Raises:
-        ValueError: says what a repository is gated, missing or misnamed by, and what to do.
+        ValueError: if the repository is gated, missing or misnamed; says what to do.
     """
     wanted = DOWNLOADED if gguf_file is None else [x for x in DOWNLOADED if x != "*.safetensors"] + [gguf_file]
     must = f"`source` must be a folder, or OWNER/NAME on the Hub, got {source!r}"
@@ -50,7 +50,7 @@ def download(source: str, revision: str | None, gguf_file: str | None) -> Path:
 
 
 def load_tokenizer(folder: Path, gguf_file: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, else in a GGUF file, or `None` where there is none; its code is not run.
+    """The tokenizer in a folder, else in a GGUF file, or `None` if there is none; its code is not run.
 
     Raises:
         ValueError: if it cannot be read; says what to do.
@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path, gguf_file: str | None, config: PreTrainedConfig
                 "to the new folder afterwards: AutoTokenizer.from_pretrained(SOURCE, trust_remote_code=True)"
                 ".save_pretrained(OUTPUT)"
             )
-        # Transformers then tries tiktoken, and asks for that package.
+        # Transformers would try tiktoken, and ask for that package.
         elif "tokenizer.json" not in beside and "tokenizer.model" in beside and find_spec("sentencepiece") is None:
             reason = "is a tokenizer.model, which takes two packages to read: pip install sentencepiece protobuf"
         raise ValueError(

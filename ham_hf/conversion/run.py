@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""One conversion, from a source to a folder or back: resumed, verified, and written whole or not at all."""
+"""One conversion, from a source to a HAM or back: resumable, verified, and written whole or not at all."""
 
 import argparse
 import datetime
@@ -38,7 +38,7 @@ from .shards import TensorRule, Tensors, Weights, check_rules, write_shards
 from .verification import agree, compare_logits, model_logits, shapes_of, transformers_logits
 
 VERIFIED_ROWS = 2
-# As many as a convolution usually reads.
+# The usual width of a convolution.
 FEWEST_VERIFIED = 4
 # Fields of a HAMConfig that change no logit of a checkpoint without its RNN, or without its cache; training sets some.
 FREE_FIELDS = {
@@ -46,7 +46,7 @@ FREE_FIELDS = {
     "router_hidden_size", "target_kv_usage", "threshold_scope", "transformers_version", "use_cache",
 }  # fmt: skip
 
-# Once a HAM is written.
+# Printed once a HAM is written.
 NEXT = """\
 Next: ham-hf generate PROMPT --model {output}
 Then heal it, which teaches its new memory what the other one may drop: ham-hf train healing.yaml, with a recipe of
@@ -66,14 +66,14 @@ class Run:
         self.argv = argv
         self.output = Path(arguments.output)
         self.partial = self.output.with_name(self.output.name + ".partial")
-        # Says whose the partial folder is: there before it, and gone after it.
+        # Tells which command the partial folder belongs to: written before it, and removed after it.
         self.state = self.output.with_name(self.output.name + ".partial.json")
         if os.path.lexists(self.output):
             raise ValueError(f"`output` must not exist yet, got {self.output}.")
         self.source, self.gguf_file = self._find_source()
 
     def _find_source(self) -> tuple[Path, str | None]:
-        """The source's folder, and the name of the GGUF file in it that is to be read, if one is."""
+        """The source's folder, and the name of the GGUF file to read in it, if any."""
         source, revision, gguf_file = self.arguments.source, self.arguments.revision, self.arguments.gguf_file
         path = Path(source)
         if path.exists() and revision:
@@ -85,7 +85,7 @@ class Run:
                 raise ValueError(f"`--gguf-file` belongs to a folder or a repository, got the file {source}.")
             path, gguf_file = path.parent, path.name
         elif not path.is_dir():
-            print(f"{source} is no folder here: fetches it from the Hub", flush=True)
+            print(f"{source} is not a folder here: fetching it from the Hub", flush=True)
             path = download(source, revision, gguf_file)
         gguf_file = find_gguf(path, gguf_file)
         if gguf_file is not None:
@@ -95,12 +95,12 @@ class Run:
         return path, gguf_file
 
     def _source_name(self) -> str:
-        """A repository's name on the Hub, that of a folder or a file without the folders above it."""
+        """A repository's name on the Hub, or the name of a folder or file without the folders above it."""
         source = self.arguments.source
         return Path(source).resolve().name if Path(source).exists() else source
 
     def _command(self) -> str:
-        """What was called, for others: without the folders above source and output."""
+        """The command for others to read: without the folders above source and output."""
         names = {self.arguments.source: self._source_name(), self.arguments.output: self.output.name}
         arguments = [names.get(argument, argument) for argument in self.argv]
         return shlex.join(["python", f"conversion_scripts/{self.conversion.script}", *arguments])
@@ -121,7 +121,7 @@ class Run:
         ham_config.save_pretrained(self.partial)
         self._copy_companions(config)
         self._write(old, rules, shapes)
-        del old  # which may be in memory, and two models are about to be, in turn
+        del old  # it may be in memory, and two models follow in turn
         self._record(config, config_json, left_out - {"lm_head.weight"})
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
         write_whole(self.partial / REPOCARD_NAME, str(card))
@@ -131,7 +131,7 @@ class Run:
         print(f"{conversion.summary}\n{NEXT.format(output=self.output, teacher=teacher)}")
 
     def _record(self, config: Any, config_json: dict[str, Any], left_out: set[str]) -> None:
-        """Verifies the HAM and writes down where it comes from, for its card and for the way back."""
+        """Verifies the HAM and records its origin, for its card and for the way back."""
         conversion = self.conversion
         notes = [conversion.summary]
         if left_out:
@@ -175,13 +175,13 @@ class Run:
             )
 
     def _source_config(self) -> tuple[Any, dict[str, Any]]:
-        """The configuration of the source's language model, and what a config.json of that model alone holds."""
+        """The configuration of the source's language model, and the content of that model's own config.json."""
         if self.gguf_file is not None:
             config, config_json = read_config(self.source, self.gguf_file)
             self._check_model_type(config.model_type)
             return config, config_json
         config_json = read_json(self.source / CONFIG_NAME)
-        # Before Transformers reads it, which would ask whether to run the code of a type that it does not know.
+        # Before Transformers reads it, as it would ask whether to run the code of an unknown type.
         self._check_model_type(config_json.get("model_type"))
         config = AutoConfig.from_pretrained(self.source)
         if getattr(config, "quantization_config", None):
@@ -195,7 +195,7 @@ class Run:
         return language, json.loads(language.to_json_string())
 
     def from_ham(self) -> None:
-        """Writes the source's checkpoint again, from a HAM that a script made and that may have been trained since."""
+        """Writes the source's checkpoint again, from a HAM that a script made, which may have been trained since."""
         conversion = self.conversion
         record = read_conversion(self.source)
         if record is None:
@@ -257,7 +257,7 @@ class Run:
         write_shards(rules, shapes, old, self.partial, self.arguments.max_shard_size)
 
     def _resume_or_begin(self, old: Tensors) -> None:
-        """Keeps the shards that an interrupted run of the same command left, else starts afresh."""
+        """Keeps the shards of an interrupted run of the same command, or starts afresh."""
         state = {
             "script": self.conversion.script,
             "version": __version__,
@@ -279,14 +279,14 @@ class Run:
         self.partial.mkdir()
 
     def _copy_companions(self, config: PreTrainedConfig) -> None:
-        """Takes over what is not weights: tokenizer, generation settings, licence."""
+        """Copies tokenizer, generation settings and licence."""
         said = []
         tokenizer = None if self.arguments.no_tokenizer else load_tokenizer(self.source, self.gguf_file, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.partial)
             said.append("the tokenizer")
         if (self.source / GENERATION_CONFIG_NAME).is_file():
-            # As they are: Transformers does not save all that it loads, and reads no HAM's own from a marked file.
+            # Copied as JSON: Transformers does not save all that it loads, and ignores our fields in a marked file.
             settings = read_json(self.source / GENERATION_CONFIG_NAME)
             dropped = {"_from_model_config", *(ROUTING_ARGUMENTS if self.arguments.back else ())}
             settings = {name: value for name, value in settings.items() if name not in dropped}
@@ -305,7 +305,7 @@ class Run:
             print("Left the tokenizer out, as asked" if self.arguments.no_tokenizer else "Found no tokenizer to copy")
 
     def _licence(self) -> dict[str, str]:
-        """What the source's card states of its licence, if it can be read."""
+        """The licence that the source's card states, if the card can be read."""
         try:
             card = card_in(self.source)
         except ValueError as error:
@@ -317,7 +317,7 @@ class Run:
     def _verify(
         self, source_logits: Callable[[torch.Tensor], torch.Tensor], ham: Path, config: PreTrainedConfig
     ) -> dict[str, Any] | None:
-        """Compares the logits of both checkpoints on random tokens; one model at a time is in memory."""
+        """Compares the logits of both checkpoints on random tokens, with one model at a time in memory."""
         if self.arguments.no_verify:
             print("Not verified, as asked")
             return None

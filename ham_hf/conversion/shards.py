@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Reads and writes checkpoints of safetensors one tensor at a time, so that no model is ever whole in memory."""
+"""Reads and writes safetensors checkpoints one tensor at a time, so that no whole model is in memory."""
 
 import collections
 import json
@@ -26,13 +26,13 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class TensorRule:
-    """How one tensor of a new checkpoint is made.
+    """Rule that makes one tensor of a new checkpoint.
 
     Attributes:
         name: the new tensor.
-        sources: tensors of the old checkpoint, handed to `make` in this order.
-        make: what turns them into the new tensor.
-        dtype: of the new tensor; `None` takes that of the first source, or of most of the old checkpoint.
+        sources: tensors of the old checkpoint, passed to `make` in this order.
+        make: function from the sources to the new tensor.
+        dtype: dtype of the new tensor; `None` takes that of the first source, or of most of the old checkpoint.
     """
 
     name: str
@@ -50,7 +50,7 @@ def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, as Transformers finds them: one, or else the shards of its index.
 
     Raises:
-        ValueError: if a file is missing, or the index is none or points elsewhere.
+        ValueError: if a file is missing, or the index is invalid or names files elsewhere.
     """
     names, index = {SAFE_WEIGHTS_NAME}, folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
@@ -68,10 +68,10 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 class Tensors(ABC):
-    """The tensors of a checkpoint by their names, however they are stored.
+    """The tensors of a checkpoint by their names, in any storage.
 
     Args:
-        folder: where the checkpoint is.
+        folder: folder of the checkpoint.
         files: the names of the files that hold them.
     """
 
@@ -85,11 +85,11 @@ class Tensors(ABC):
 
     @abstractmethod
     def get(self, name: str) -> torch.Tensor:
-        """Reads a tensor; `ValueError` if there is none of this name."""
+        """Reads a tensor; raises `ValueError` if there is none of this name."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, which is not read."""
+        """The dtype of a tensor, without reading it."""
 
     def check_name(self, name: str) -> None:
         """Raises `ValueError` if there is no tensor of this name."""
@@ -97,11 +97,11 @@ class Tensors(ABC):
             raise ValueError(f"`source` lacks the tensor {name}, which its configuration implies.")
 
     def main_dtype(self) -> torch.dtype:
-        """The dtype that most tensors have."""
+        """The dtype of most tensors."""
         return collections.Counter(map(self.dtype, sorted(self.names()))).most_common(1)[0][0]
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Size and time of change of configuration and weights: what a run that goes on must find unchanged."""
+        """Size and modification time of configuration and weights, which a resumed run must find unchanged."""
         paths = {name: self.folder / name for name in (CONFIG_NAME, *self.files)}
         stats = {name: path.stat() for name, path in paths.items() if path.is_file()}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
@@ -111,11 +111,11 @@ class Weights(Tensors):
     """The tensors of a folder of safetensors, sharded or not, read when asked for.
 
     Args:
-        folder: where the safetensors are.
-        rename: turns the name of a tensor in the files into the name by which it is known here.
+        folder: folder of the safetensors.
+        rename: turns the name of a tensor in the files into its name here.
 
-    Raises `ValueError` for what `find_weights` refuses, files that are not whole, two tensors of one name, and dtypes
-    that are not plain floating point (quantised weights).
+    Raises `ValueError` as `find_weights` does, for files that are not whole, for two tensors of one name, and for
+    dtypes that are not plain floating point (quantised weights).
     """
 
     def __init__(self, folder: Path, rename: Callable[[str], str] = lambda name: name):
@@ -137,13 +137,13 @@ class Weights(Tensors):
         return set(self.stored)
 
     def get(self, name: str) -> torch.Tensor:
-        """Reads a tensor; `ValueError` if there is none of this name."""
+        """Reads a tensor; raises `ValueError` if there is none of this name."""
         self.check_name(name)
         shard, stored_name = self.stored[name]
         return self._open[shard].get_tensor(stored_name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, which is not read."""
+        """The dtype of a tensor, without reading it."""
         return DTYPES[self._slice(name).get_dtype()]
 
     def _slice(self, name: str) -> Any:
@@ -154,7 +154,7 @@ class Weights(Tensors):
 def check_rules(
     rules: dict[str, TensorRule], shapes: dict[str, torch.Size], left_out: Iterable[str], old: Tensors
 ) -> None:
-    """Refuses, with `ValueError`, rules that miss a tensor of the new model or leave one of the old unused."""
+    """Raises `ValueError` for rules that miss a tensor of the new model or leave one of the old model unused."""
     if rules.keys() != shapes.keys():
         missing, unknown = sorted(shapes.keys() - rules.keys()), sorted(rules.keys() - shapes.keys())
         raise ValueError(f"The new model has no rule for {missing[:5]}, and no place for {unknown[:5]}.")
@@ -170,14 +170,14 @@ def check_rules(
 def write_shards(
     rules: dict[str, TensorRule], shapes: dict[str, torch.Size], old: Tensors, folder: Path, max_shard_size: str
 ) -> None:
-    """Makes every tensor and writes it to `folder`, shard by shard; shards that are there already stay.
+    """Makes every tensor and writes it to `folder`, shard by shard; existing shards stay.
 
     Args:
-        rules: by the name of what they make.
-        shapes: of the new tensors.
+        rules: rules by the name of the new tensor.
+        shapes: shapes of the new tensors.
         old: the checkpoint to make them from.
-        folder: where the shards, and the index if there are several, go.
-        max_shard_size: such as `"5GB"`.
+        folder: folder for the shards, and for the index if there are several.
+        max_shard_size: size of the largest shard, such as `"5GB"`.
 
     Raises:
         ValueError: if a tensor comes out in another shape than `shapes` has.

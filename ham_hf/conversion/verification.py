@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-# Float32 rounding of one model computed in two orders; relative to the largest logit where that is above 1.
+# Float32 rounding of one model computed in two orders, relative to the largest logit if that is above 1.
 TOLERANCE = 1e-4
-# Functions of Transformers' models in whose place a package is called where it is installed.
+# Functions of Transformers' models that an installed package replaces.
 PACKAGED = (
     "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"
 )  # fmt: skip
@@ -36,9 +36,9 @@ def model_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def in_pytorch(model: torch.nn.Module) -> Iterator[None]:
-    """Has a model of Transformers compute in PyTorch.
+    """Makes a model of Transformers compute in PyTorch.
 
-    Where flash-linear-attention or causal-conv1d is installed, Transformers calls it for CPU tensors as well, and that
+    If flash-linear-attention or causal-conv1d is installed, Transformers calls it for CPU tensors too, and that
     crashes.
     """
     module = sys.modules[type(model).__module__]
@@ -58,7 +58,7 @@ def transformers_model(config: PreTrainedConfig) -> torch.nn.Module:
 
 
 def shapes_of(build: Callable[[Any], torch.nn.Module], config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """The shapes that a model's safetensors hold, without its weights: a tied head is not among them."""
+    """The shapes in a model's safetensors, found without weights; a tied head is not among them."""
     with torch.device("meta"):
         model = build(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -68,7 +68,7 @@ def shapes_of(build: Callable[[Any], torch.nn.Module], config: PreTrainedConfig)
 
 
 def compare_logits(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
-    """How far two models' logits `[B, T, vocabulary]` are apart, and what is allowed."""
+    """Differences between two models' logits `[B, T, vocabulary]`, and the allowed difference."""
     difference = (expected - got).abs()
     return {
         "tokens": expected.shape[0] * expected.shape[1],
@@ -81,5 +81,5 @@ def compare_logits(expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
 
 
 def agree(figures: dict[str, Any]) -> bool:
-    """Whether two models' logits are as close as is allowed; never if some are not finite numbers."""
+    """True if two models' logits differ by no more than allowed; never if some are not finite numbers."""
     return figures["max_abs_logit_error"] <= figures["tolerance"] < math.inf
