@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The command `ham-hf`: one file a command, which imports PyTorch only when it has something to compute."""
+"""The command `ham-hf`: one file per command, which imports PyTorch only when it needs to compute."""
 
 from .main import build_parser, main
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""`python -m ham_hf.cli`, as launchers of several processes call the command."""
+"""`python -m ham_hf.cli`, the form in which launchers of several processes call the command."""
 
 import sys
 

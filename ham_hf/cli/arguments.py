@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands: Any, name: str, help_text: str, description: str, epilog: str | None = None) -> Parser:
-    """Adds a command to those of `build_parser`; its parser takes the rest."""
+    """Adds a command to the parser of `build_parser`; returns the command's own parser."""
     parser: Parser = commands.add_parser(
         name,
         help=help_text,
@@ -36,7 +36,7 @@ def add_command(commands: Any, name: str, help_text: str, description: str, epil
 
 
 def number(expected: str, low: float, high: float, convert: type = float) -> Callable[[str], Any]:
-    """An argparse type: a number from `low` to `high`; anything else is answered with what was `expected`."""
+    """An argparse type: a number from `low` to `high`; an error names what is `expected`."""
 
     def parse(text: str) -> Any:
         try:
@@ -65,7 +65,7 @@ def failing_as(message: str, width: int = 160) -> Iterator[None]:
 
 
 def check_checkpoint_folder(folder: Path, argument: str) -> None:
-    """Refuses what is no folder with a config.json, before anything is imported to read it."""
+    """Raises `CommandError` unless `folder` holds a config.json, before anything is imported to read it."""
     if not folder.is_dir():
         raise CommandError(f"{argument}: there is no folder {folder}, takes the folder of a HAM checkpoint")
     if not (folder / "config.json").is_file():
@@ -73,7 +73,7 @@ def check_checkpoint_folder(folder: Path, argument: str) -> None:
 
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
-    """Runs a command and tells its errors in one line.
+    """Runs a command and prints its errors in one line.
 
     Returns:
         0, 1 (out of memory), 2 (a wrong call) or 130 (Ctrl-C).
@@ -87,7 +87,7 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        # On a terminal the text stops amid a line.
+        # On a terminal the output stops in the middle of a line.
         print("\n" * sys.stdout.isatty() + f"{program}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:

@@ -14,7 +14,7 @@ examples:
   ham-hf card my-ham --results my-results --repo-id OWNER/my-ham
   ham-hf card my-ham --output card.md --force
 
-Each of these files in --results adds what it says; the card tells what none says:
+The card is made of these files in --results, and says which facts are missing:
   usage.json, usage.png   loss and memory, from python -m ham_hf.evaluation.usage
   summary.md, data.md, recipe.md, results.md, limits.md   prose
   card.json   any of "name", "license", "language": ["en"], "datasets": [...], "tags": [...] and
@@ -28,13 +28,13 @@ def add_to(commands: Any) -> None:
         commands,
         "card",
         "write the model card of a checkpoint",
-        "Writes the model card of a checkpoint from its files and what was measured of it.",
+        "Writes the model card of a checkpoint from its files and its measurements.",
         EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a HAM checkpoint")
-    help_text = "folder with what was measured and written about it (default: CHECKPOINT)"
+    help_text = "folder with measurements and texts about it (default: CHECKPOINT)"
     parser.add_argument("--results", metavar="DIR", type=Path, help=help_text)
-    help_text = "where the card goes, usage.png beside it (default: CHECKPOINT/README.md)"
+    help_text = "file for the card, with usage.png beside it (default: CHECKPOINT/README.md)"
     parser.add_argument("--output", metavar="FILE", type=Path, help=help_text)
     help_text = "the name on the Hub, for the examples in the card (default: a placeholder)"
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help=help_text)

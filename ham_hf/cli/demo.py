@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
         "Continues a built-in story at five cache sizes, from every token kept to none.",
     )
     add_model_arguments(parser, max_new_tokens=40)
-    # So small a model repeats itself when it always takes the likeliest token.
+    # A model this small repeats itself if it always takes the likeliest token.
     parser.set_defaults(execute=execute, temperature=0.7)
 
 

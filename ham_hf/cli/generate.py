@@ -20,7 +20,7 @@ examples:
   ham-hf generate --prompt-file letter.txt --kv-usage 1 0.25 0 --loss
   cat letter.txt | ham-hf generate --prompt-file - --kv-budget 64 --temperature 0.8
 
-A token is kept where its routing score (0 to 1) reaches the threshold: 0 keeps every token, more than 1 keeps none.
+A token is kept if its routing score (0 to 1) reaches the threshold: 0 keeps every token, more than 1 keeps none.
 Put PROMPT before --threshold and --kv-usage, which take every number that follows them.
 """
 
@@ -40,16 +40,16 @@ def add_to(commands: Any) -> None:
     )
     threshold = number("numbers such as 0 0.5 2 (PROMPT goes before them)", -math.inf, math.inf)
     usage = number("fractions from 0 to 1 (PROMPT goes before them)", 0, 1)
-    help_text = "keep the tokens whose score reaches X (default: the checkpoint's own thresholds)"
+    help_text = "keep tokens with a score of at least X (default: the checkpoint's own thresholds)"
     parser.add_argument("--threshold", metavar="X", nargs="+", type=threshold, help=help_text)
     help_text = "keep about this fraction of the tokens instead, on a calibrated checkpoint"
     parser.add_argument("--kv-usage", metavar="U", nargs="+", type=usage, help=help_text)
     budget = number("a whole number from 1", 1, 2**31, int)
-    help_text = "keep at most N tokens a head: when it is full, the lowest score leaves"
+    help_text = "keep at most N tokens per head; a full head drops the lowest score"
     parser.add_argument("--kv-budget", metavar="N", type=budget, help=help_text)
-    help_text = "also measure the loss (nats a token) on the second half of the prompt"
+    help_text = "also measure the loss (nats per token) on the second half of the prompt"
     parser.add_argument("--loss", action="store_true", help=help_text)
-    parser.add_argument("--score", action="store_true", help=argparse.SUPPRESS)  # what --loss was called before
+    parser.add_argument("--score", action="store_true", help=argparse.SUPPRESS)  # the old name of --loss
     add_model_arguments(parser, max_new_tokens=60)
     parser.set_defaults(execute=execute)
 
@@ -75,7 +75,7 @@ def execute(arguments: argparse.Namespace) -> None:
 def compare(
     arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, settings: list["Setting"], loss: bool
 ) -> None:
-    """Runs the prompt at every setting, showing the text as it comes, then what the runs kept."""
+    """Runs the prompt at every setting; prints the text as it comes, then the kept tokens of all runs."""
     from ham_hf.inspection.comparison import Comparison
     from ham_hf.inspection.runs import run
 
@@ -95,7 +95,7 @@ def compare(
 
 
 def settings_of(arguments: argparse.Namespace) -> list["Setting"]:
-    """The settings that a call of `generate` asks for, one a run."""
+    """The settings that a call of `generate` asks for, one per run."""
     from ham_hf.inspection.runs import Setting
 
     if arguments.threshold:

@@ -1,16 +1,16 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Imports Transformers for a command, and keeps what other packages have to say off the terminal."""
+"""Imports Transformers for a command, and keeps the messages of other packages off the terminal."""
 
 import logging
 
-# Transformers imports torchao where it is installed. torchao then warns of each of its compiled kernels that this
-# build of PyTorch cannot load, and PyTorch of how torchao registers two classes with it: no command uses either.
+# Transformers imports torchao if it is installed. torchao then warns of each of its compiled kernels that this build
+# of PyTorch cannot load, and PyTorch warns of how torchao registers two classes: no command uses either.
 # Their errors still show, and so do the warnings of every other logger.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def import_transformers() -> None:
-    """Imports Transformers and registers HAM; from then on the commands tell themselves what goes on."""
+    """Imports Transformers, registers HAM and silences Transformers' messages; the commands print their own."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     import huggingface_hub

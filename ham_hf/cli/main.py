@@ -26,7 +26,7 @@ COMMANDS = (generate, demo, train, card, push, run)
 
 
 def build_parser() -> Parser:
-    """The parser of every command; without one the help is printed."""
+    """The parser of every command; without a command it prints the help."""
     parser = Parser(
         prog="ham-hf",
         description=DESCRIPTION,

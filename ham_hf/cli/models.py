@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Loads the model and the tokenizer that a command runs, or says in one line why it cannot."""
+"""Loads the model and the tokenizer of a command, or raises an error of one line."""
 
 import argparse
 import re
@@ -54,7 +54,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def load_model(name: str, dtype: str) -> Any:
-    """The model of a checkpoint; refuses one that is not HAM, and one that lacks weights."""
+    """The model of a checkpoint; refuses a checkpoint that is not a HAM or lacks weights."""
     import torch
     from transformers import PreTrainedConfig
 
@@ -63,7 +63,7 @@ def load_model(name: str, dtype: str) -> Any:
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if kind != "ham":
         raise CommandError(f"argument --model: {name} holds a model of type {kind!r}, takes a HAM model ('ham')")
-    # Told to go on, `from_pretrained` says which shapes differ; by itself it would print a table.
+    # With this option `from_pretrained` reports which shapes differ; without it, it would print a table.
     loaded: Any = HAMForCausalLM.from_pretrained(
         name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
     )
@@ -82,7 +82,7 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 def check_model_name(name: str) -> None:
-    """Refuses what can be neither a folder nor a name on the Hub, before anything is imported or looked for online."""
+    """Refuses a name that is neither a folder nor possible on the Hub, before anything is imported or downloaded."""
     if Path(name).is_dir():
         check_checkpoint_folder(Path(name), "argument --model")
     elif name == str(EMBEDDED_CHECKPOINT):
@@ -94,7 +94,7 @@ def check_model_name(name: str) -> None:
 
 
 def pick_device(name: str) -> Any:
-    """The device to run on, tried out."""
+    """The device to run on; raises `CommandError` if it does not work."""
     import torch
 
     if name == "auto":
@@ -107,6 +107,6 @@ def pick_device(name: str) -> Any:
 
 
 def calibrated(model: Any) -> bool:
-    """Whether the checkpoint holds the score quantiles that `kv_usage` needs."""
+    """True if the checkpoint holds the score quantiles that `kv_usage` needs."""
     mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
     return all(bool((mixer.score_quantiles.amax(-1) > 0).all()) for mixer in mixers)

@@ -13,8 +13,8 @@ examples:
   ham-hf push my-ham OWNER/my-ham --private
   ham-hf push my-ham OWNER/my-ham --revision trial
 
-The card is CHECKPOINT/README.md (see ham-hf card), else the one that the repository has, else one made of what lies in
-CHECKPOINT. Needs a token that may write: hf auth login, or the environment variable HF_TOKEN.
+The card is CHECKPOINT/README.md (see ham-hf card), else the repository's card, else one made from CHECKPOINT.
+Needs a token that may write: hf auth login, or the environment variable HF_TOKEN.
 """
 
 
@@ -28,9 +28,9 @@ def add_to(commands: Any) -> None:
         EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a HAM checkpoint")
-    help_text = "repository on the Hub, made if it is not there"
+    help_text = "repository on the Hub, created if it does not exist"
     parser.add_argument("repo_id", metavar="OWNER/NAME", help=help_text)
-    parser.add_argument("--revision", metavar="BRANCH", help="branch, made if it is not there (default: the main one)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, created if needed (default: the main one)")
     help_text = "make a new repository private (default: as the owner's settings say)"
     parser.add_argument("--private", action="store_true", default=None, help=help_text)
     parser.add_argument("--message", metavar="TEXT", help="first line of the commit")
@@ -62,7 +62,7 @@ def execute(arguments: argparse.Namespace) -> None:
                 "hf auth login, or the environment variable HF_TOKEN"
             ) from error
     size = f"{len(pushed.files)} files ({pushed.size / 1e6:.1f} MB)"
-    # True as well where nothing was new, so that no commit was made.
+    # Also true if nothing was new, so that no commit was made.
     print(f"{pushed.repo_id} holds the checkpoint, {size}, in one commit:")
     print(pushed.commit.commit_url)
     print(f"To load this state and no later one: revision={pushed.commit.oid!r}")

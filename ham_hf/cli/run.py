@@ -37,12 +37,12 @@ def execute(arguments: argparse.Namespace) -> None:
             f"argument TOOL: no installed package has a command {arguments.tool!r}, takes one such as lm_eval or "
             "transformers"
         )
-    # The other command's output, its packages' included, is its own: nothing is silenced here.
+    # Nothing is silenced here: the other command's output belongs to its user.
     from ham_hf.auto_classes import HAMForCausalLM
 
     sys.argv = [arguments.tool, *arguments.tool_arguments]
     command = next(iter(commands)).load()
-    # `transformers serve` looks a model's class up there, by the name in config.json, and asks no Auto class. The
-    # module is taken by its name, as it replaces itself while parts of it are imported.
+    # `transformers serve` looks a model's class up in this module, by the name in config.json, and uses no Auto class.
+    # The module is looked up by name, because it replaces itself while parts of it are imported.
     setattr(sys.modules["transformers"], HAMForCausalLM.__name__, HAMForCausalLM)
     sys.exit(command())

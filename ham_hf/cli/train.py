@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""`ham-hf train`: trains a model by a recipe, or goes on with it."""
+"""`ham-hf train`: trains a model by a recipe, or resumes its training."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ examples:
   accelerate launch --num_processes 2 -m ham_hf.cli train recipe.yaml   (two GPUs)
   torchrun --nproc-per-node 2 -m ham_hf.cli train recipe.yaml           (two processes on a CPU, with use_cpu: true)
 
-Run it again to go on where it was interrupted. A recipe to start from: ham_hf/training/examples/small.yaml
+Run it again to resume an interrupted training. A recipe to start from: ham_hf/training/examples/small.yaml
 """
 
 
@@ -24,8 +24,8 @@ def add_to(commands: Any) -> None:
     parser = add_command(
         commands,
         "train",
-        "train a model by a recipe, or go on with it",
-        "Trains a HAM as a YAML file describes, on one process or, under accelerate, on many.",
+        "train a model by a recipe, or resume its training",
+        "Trains a HAM by the recipe in a YAML file, in one process or, under accelerate, in several.",
         EXAMPLES,
     )
     help_text = "YAML file; its keys are those of ham_hf.training.recipe"
