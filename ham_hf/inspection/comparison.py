@@ -16,7 +16,7 @@ from ham_hf.inspection.kept_tokens import legend, numbered_text, pieces_of, prin
 from ham_hf.inspection.run_table import footnote, runs_table
 from ham_hf.inspection.runs import Run, Setting
 
-# Of a longer prompt only the end is repeated before each continuation, and only the end is drawn token by token.
+# Only the end of a longer prompt is repeated before each continuation, and drawn token by token.
 SHOWN_CHARACTERS = 300
 DRAWN_TOKENS = 1500
 PIPE_COLUMNS = 100
@@ -29,7 +29,7 @@ def make_console() -> Console:
 
 
 class ProseWriter:
-    """Writes text as it comes, broken between words on a terminal and nowhere in a pipe."""
+    """Writes text as it comes, broken between words on a terminal and unbroken in a pipe."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -50,7 +50,7 @@ class ProseWriter:
 
 
 class ProseStreamer(TextStreamer):
-    """Hands the words that `generate` produces to a writer."""
+    """Passes the words that `generate` produces to a writer."""
 
     def __init__(self, tokenizer: Any, writer: ProseWriter):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -76,7 +76,7 @@ class Comparison:
         self.runs: list[Run] = []
 
     def start(self, setting: Setting) -> ProseStreamer:
-        """Prints a run's heading and the end of the prompt; returns the streamer that writes on from there."""
+        """Prints a run's heading and the end of the prompt; returns the streamer that writes the continuation."""
         self._heading(setting.title)
         end = self.prompt
         if len(end) > SHOWN_CHARACTERS:
@@ -91,12 +91,12 @@ class Comparison:
         self.console.print("\n")
 
     def conclude(self, config: HAMConfig) -> None:
-        """Prints the table of all runs, and the prompt's tokens as one of them kept them."""
+        """Prints the table of all runs, and the prompt with the tokens that one of them kept."""
         self._heading("what the cache kept")
         self.console.print(runs_table(self.runs, self.console.width))
         scored = self.runs[0].loss is not None
         self.console.print(Text(f"\n{footnote(scored)}\n", style="dim"))
-        # The run that keeps nearest to one half tells tokens apart best.
+        # The run that keeps closest to one half distinguishes tokens best.
         run = min(self.runs, key=lambda run: abs(run.usage - 0.5))
         self._heading(f"what was kept of the prompt at {run.setting.title}")
         self._draw_kept_tokens(run, config.num_hybrid_layers * int(config.num_key_value_heads or 0))

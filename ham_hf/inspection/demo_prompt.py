@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The story that `ham-hf demo` lets a model continue; it breaks off within a name from its first sentence.
+"""The story that a model continues in `ham-hf demo`; it breaks off within a name from its first sentence.
 
 Written for this project, in the manner of the novels that the embedded checkpoint was trained on.
 """

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Draws a text with each token shaded by how many heads kept it, or numbered where there is no colour."""
+"""Draws a text with each token shaded by the number of heads that kept it, or numbered without colour."""
 
 from dataclasses import dataclass
 
@@ -12,21 +12,21 @@ LEVELS = len(SHADES) - 1
 FIRST_DARK = 7
 NO_HEAD = "·"
 
-# What would move the cursor or ring a bell becomes its picture, such as ␛.
+# Control characters, which would move the cursor or ring a bell, become pictures such as ␛.
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡", 0x9: " "}
 _CONTROL |= dict.fromkeys(range(0x80, 0xA0), "�")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one token, or of several that share a character, and how many heads kept it."""
+    """The text of one token, or of several that share a character, and the number of heads that kept it."""
 
     text: str
     heads: int
 
 
 def printable(text: str) -> str:
-    """`text` without characters that a terminal would obey; line breaks stay."""
+    """`text` without control characters; line breaks stay."""
     return text.replace("\r\n", "\n").translate(_CONTROL)
 
 
@@ -36,15 +36,15 @@ def pieces_of(text: str, offsets: list[tuple[int, int]], heads: list[int]) -> li
     Args:
         text: the prompt.
         offsets: first and one-past-last character of each token; tokens that hold parts of one character overlap.
-        heads: for each token, how many heads kept it.
+        heads: for each token, the number of heads that kept it.
 
     Returns:
-        Pieces that join to `text` from the first offset on. Overlapping tokens form one piece, with the count of the
-        one that most heads kept.
+        Pieces that join to `text` from the first offset on. Overlapping tokens form one piece, with their largest
+        count.
     """
     spans: list[tuple[int, int]] = []
     for (start, end), count in zip(offsets, heads, strict=True):
-        if end == start:  # a special token, which is no part of the text
+        if end == start:  # a special token, which is not part of the text
             continue
         if spans and start < spans[-1][0]:
             spans[-1] = (max(end, spans[-1][0]), max(count, spans[-1][1]))

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Lays out runs as one table, a row a run: what was kept, what it cost, how well the model still predicts."""
+"""Lays out runs as one table, a row per run: usage, memory and loss."""
 
 from rich import box
 from rich.table import Table
@@ -50,7 +50,7 @@ def cells(run: Run, unit_size: int) -> list[str | Text]:
 
 
 def footnote(scored: bool) -> str:
-    """What the table's numbers mean."""
+    """Explanation of the table's numbers."""
     loss = "; loss: nats a token on the second half of the prompt" if scored else ""
     return (
         f"KV held: bytes allocated, in pages of {PAGE_SIZE} tokens a head; KV full: keys and values of every token "

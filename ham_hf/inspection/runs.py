@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Runs a HAM model on one prompt at one setting of its cache, and measures what that took and what was kept."""
+"""Runs a HAM on one prompt at one setting of its cache, and measures its usage, memory, speed and loss."""
 
 import time
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from ham_hf.cache_ham import HAMCache
 
-# A prompt is read in pieces of this many tokens, so that the logits of one piece only are held at once.
+# A prompt is read in pieces of this many tokens, so that only the logits of one piece are held at once.
 PREFILL_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decide what the cache keeps.
+    """One rule for the tokens that the cache keeps.
 
     Attributes:
         name: `"threshold"`, `"kv_usage"` or, for the checkpoint's own thresholds, `"learned"`.
@@ -47,10 +47,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run kept and cost.
+    """Measurements of one run.
 
     Attributes:
-        setting: how the run was told to keep tokens.
+        setting: the run's rule for kept tokens.
         tokens_seen: tokens the cache has read.
         kept_per_head: tokens kept, the mean over the heads of every layer with attention.
         usage_by_layer: fraction kept by each layer with attention, the mean over its heads.
@@ -60,7 +60,7 @@ class Run:
         state_bytes: bytes of the states of fixed size.
         tokens_per_second: speed of the continuation.
         loss: mean negative log-likelihood (nats a token) of the prompt's second half, if it was scored.
-        prompt_heads: for each token of the prompt, how many heads of the hybrid layers hold it.
+        prompt_heads: for each token of the prompt, the number of heads of the hybrid layers that hold it.
     """
 
     setting: Setting
@@ -105,9 +105,9 @@ def run(
     Args:
         model: a `HAMForCausalLM`.
         ids: `[1, T]` int64 prompt on the model's device.
-        setting: what the cache is to keep.
-        score: whether to measure the loss on the prompt's second half.
-        seed: seed of what is random, for every run the same.
+        setting: rule for the tokens that the cache keeps.
+        score: True to measure the loss on the prompt's second half.
+        seed: seed of the sampling, the same for every run.
         streamer: receives the new tokens, as in `generate`.
         generation: further arguments of `generate`.
     """
@@ -128,7 +128,7 @@ def run(
 
 
 def measure(cache: HAMCache, setting: Setting, prompt_tokens: int, speed: float, loss: float | None) -> Run:
-    """Gathers what `cache` says about itself after a run."""
+    """Reads the measurements of a run from its `cache`."""
     layers = [i for i, layer_type in enumerate(cache.config.layer_types or []) if layer_type != "linear_attention"]
     usage = cache.kv_usage()[layers]
     return Run(
@@ -147,7 +147,7 @@ def measure(cache: HAMCache, setting: Setting, prompt_tokens: int, speed: float,
 
 
 def heads_that_kept(cache: HAMCache, num_tokens: int) -> list[int]:
-    """For each of the first `num_tokens` tokens of the only row, how many heads of the hybrid layers hold it."""
+    """For each of the first `num_tokens` tokens of the only row, the number of hybrid layers' heads that hold it."""
     heads = torch.zeros(num_tokens, dtype=torch.long)
     for layer_idx, layer_type in enumerate(cache.config.layer_types or []):
         if layer_type == "hybrid":
