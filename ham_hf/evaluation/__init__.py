@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Measuring a HAM: calibration of its scores, loss against usage, speed and memory."""
+"""Measurements of a HAM: calibration of its scores, and loss and cache bytes against usage."""
 
 from .calibration import calibrate
 

@@ -13,12 +13,12 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor | dict[str, 
     """Sets every `score_quantiles` buffer from the routing scores of sample text.
 
     Quantiles are taken at equally spaced levels from 0 to 1 for every key/value head. They are measured at the
-    thresholds in force, because what a layer keeps changes the inputs of the layers above it.
+    thresholds in force, because the tokens that a layer keeps change the inputs of the layers above it.
 
     Args:
         model: the model; its buffers change, so save it afterwards.
-        batches: `[B, T]` token ids without padding, of the kind and length the model will be used on; or
-            dictionaries of `input_ids` and what else a call takes, such as the `position_ids` of packed rows or an
+        batches: `[B, T]` token ids without padding, of the kind and length that the model will be used on; or
+            dictionaries of `input_ids` and other arguments of a call, such as the `position_ids` of packed rows or an
             `attention_mask`, whose padding does not count; `labels` are not needed.
 
     Raises:
@@ -35,7 +35,7 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor | dict[str, 
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
             inputs = {name: x.to(model.device) for name, x in inputs.items() if name != "labels"}
             mask = inputs.get("attention_mask")
-            # The whole model: under FSDP its parts cannot be called by themselves.
+            # Call the whole model: under FSDP its parts cannot be called alone.
             outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_routing_scores=True)
             for collected, layer_scores in zip(scores, outputs.routing_scores, strict=True):
                 real = layer_scores[mask.bool()] if mask is not None else layer_scores.flatten(0, 1)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Held-out loss and cache bytes of a checkpoint against the fraction of tokens it keeps, as table and plot.
+"""Held-out loss and cache bytes of a checkpoint against the fraction of tokens that it keeps, as table and plot.
 
 Usage: ``python -m ham_hf.evaluation.usage --model DIR --corpus DIR --output DIR``
 """
@@ -20,14 +20,14 @@ from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.documents import SPLIT_FILES, read_documents
 
 USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-# The part of a window that comes again at its end when recall is measured.
+# Part of a window that is repeated at its end to measure recall.
 REPEATED = 1 / 8
 
 
 def held_out_windows(
     corpus: Path, tokenizer: PreTrainedTokenizerBase, context: int, per_document: int
 ) -> list[torch.Tensor]:
-    """`[1, context]` windows of held-out text: of every document the first so many that do not overlap."""
+    """`[1, context]` windows of held-out text: the first `per_document` of each document that do not overlap."""
     windows = []
     for document in read_documents(corpus / SPLIT_FILES["held_out"]):
         tokens = [tokenizer.eos_token_id, *tokenizer.backend_tokenizer.encode(document.text).ids]
@@ -39,10 +39,10 @@ def held_out_windows(
 
 
 def recall_loss(model: HAMForCausalLM, tokens: torch.Tensor, kv_usage: float | None) -> float:
-    """Loss (nats per token) at the end of `tokens` `[1, T]`, once its first eighth was put there a second time."""
+    """Loss (nats per token) at the end of `tokens` `[1, T]`, after replacing the end by a copy of the first eighth."""
     size = int(tokens.shape[1] * REPEATED)
     again = torch.cat([tokens[:, :-size], tokens[:, :size]], dim=1)
-    # The first token of the second copy cannot be foreseen.
+    # The first token of the second copy cannot be predicted.
     logits = model(input_ids=again, use_cache=False, kv_usage=kv_usage, logits_to_keep=size).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits.float(), again[0, 1 - size :]).item()
 
@@ -132,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out loss and cache bytes against the fraction of tokens kept.")
     parser.add_argument("--model", type=Path, required=True, help="folder of a calibrated HAM checkpoint")
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
-    parser.add_argument("--output", type=Path, required=True, help="where the table and the plot go")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window (default %(default)s)")
-    parser.add_argument("--per-document", type=int, default=12, help="windows of a document (default %(default)s)")
+    parser.add_argument("--per-document", type=int, default=12, help="windows per document (default %(default)s)")
     arguments = parser.parse_args()
     model = HAMForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
