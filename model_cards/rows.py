@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Result files: JSON Lines with a row for each run, which is appended when the run is done."""
+"""Result files: JSON Lines with a row per run, appended when the run is done."""
 
 import json
 import os
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none if there is no file; a row at its end whose writing was interrupted is left out."""
+    """The rows of a file, none if there is no file; leaves out an interrupted row at its end."""
     if not path.exists():
         return []
     whole, _, _ = path.read_bytes().rpartition(b"\n")
@@ -19,7 +19,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Adds a row to a file, in the place of one at its end whose writing was interrupted."""
+    """Appends a row to a file, replacing an interrupted row at its end."""
     line = json.dumps(row).encode() + b"\n"
     with path.open("a+b") as file:
         file.seek(0)
@@ -30,7 +30,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def current_commit() -> str | None:
-    """The commit of this checkout, with `-dirty` behind it if its code was changed; `None` if git does not know it."""
+    """The commit of this checkout, with the suffix `-dirty` if its code was changed; `None` outside of git."""
     git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Speed and memory of HAM against Transformers' own models of the same shape, alternating in one run.
 
-Each comparison has a process of its own: memory that an earlier one freed would be reused without the page faults that
-new memory costs, and so change the times of what follows.
+Each comparison has a process of its own: memory freed by an earlier comparison would be reused without the page faults
+of new memory, which would change the times of later ones.
 
 Usage: ``python -m model_cards.benchmarks.bench`` (or ``make bench``); ``--output DIR`` also writes the tables.
 """
@@ -33,7 +33,7 @@ from .bench_models import SHAPE, build_ham, build_llama, build_qwen3_next, learn
 
 
 def alternate(first: Callable[[], None], second: Callable[[], None], runs: int) -> list[tuple[float, float]]:
-    """Seconds of both, run in turn after one warm-up, so that drifts of the machine meet both alike."""
+    """Seconds of both, run in turn after one warm-up, so that drifts of the machine affect both alike."""
     first()
     second()
     pairs = []
@@ -63,7 +63,7 @@ def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
 def bench_prefill(
     ham: HAMForCausalLM, length: int, kv_usage: float, rows: int, runs: int, logits_to_keep: int = 1
 ) -> dict:
-    """Prefill of `rows` prompts at once, HAM against Qwen3-Next, for the last logits as in `generate`, or all (0)."""
+    """Prefill of `rows` prompts at once, HAM against Qwen3-Next, with the last logits as in `generate`, or all (0)."""
     kv_heads = ham.config.num_key_value_heads
     other, tokens = build_qwen3_next(kv_heads), random_tokens(length, rows)
     pairs = alternate(
@@ -120,7 +120,7 @@ def training_step(model: PreTrainedModel, length: int) -> Callable[[], None]:
 
 
 def bench_training(ham: HAMForCausalLM, length: int, kv_usage: float, runs: int) -> dict:
-    """Forward and backward, HAM with thresholds that are being learned, and keep so much now, against Qwen3-Next."""
+    """Forward and backward, HAM with learning thresholds that keep `kv_usage`, against Qwen3-Next."""
     kv_heads = ham.config.num_key_value_heads
     learn_thresholds(ham, kv_usage)
     pairs = alternate(training_step(ham, length), training_step(build_qwen3_next(kv_heads), length), runs)
@@ -139,7 +139,7 @@ def bench_training_memory(kv_heads: int, length: int, kv_usage: float) -> dict:
 
 
 def training_memory(is_ham: bool, kv_heads: int, length: int, kv_usage: float) -> int:
-    """Bytes by which making and training a model raises this process's peak of resident memory, as Linux counts it."""
+    """Bytes by which building and training a model raises this process's peak of resident memory, by Linux's count."""
     before = _peak_of_this_process()
     torch.manual_seed(0)
     model = build_ham(kv_heads) if is_ham else build_qwen3_next(kv_heads)
@@ -152,26 +152,26 @@ def training_memory(is_ham: bool, kv_heads: int, length: int, kv_usage: float) -
 
 
 def _peak_of_this_process() -> int:
-    # Not `resource.getrusage`: there a process starts with the peak of the one that started it.
+    # Not `resource.getrusage`, in which a process inherits the peak of its parent.
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns, called in a new process."""
+    """Calls a module's function in a new process, and returns its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def compare(bench: Callable[..., dict], threads: int, kv_heads: int, *arguments: Any) -> dict:
-    """The result of a comparison with a new HAM, on so many threads."""
+    """Runs a comparison with a new HAM on `threads` threads."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     return bench(build_ham(kv_heads), *arguments)
 
 
 def environment() -> dict[str, str | int]:
-    """What the figures were measured with, and how the allocator of glibc was set, if it was."""
+    """Versions and machine of the measurements, and the settings of glibc's allocator, if any."""
     made_with: dict[str, str | int] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -197,7 +197,7 @@ def memory_cells(result: dict) -> list[str]:
 
 
 def to_markdown(results: list[dict], made_with: dict) -> str:
-    """The results as a table of speeds and, if it was measured, one of memory."""
+    """The results as a table of speeds and, if memory was measured, a table of memory."""
     columns = ["what", "key/value heads", "rows", "times as fast (median)", "smallest", "largest"]
     parts = [table(columns, (speed_cells(x) for x in results if "speedup" in x))]
     memory = [memory_cells(x) for x in results if "ham_peak_bytes" in x]

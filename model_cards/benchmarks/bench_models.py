@@ -24,7 +24,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def build_ham(kv_heads: int) -> HAMForCausalLM:
-    """A HAM with random weights, whose thresholds for a wanted usage come from calibration on random tokens."""
+    """A HAM with random weights, calibrated on random tokens."""
     model = HAMForCausalLM(HAMConfig(**SHAPE, num_key_value_heads=kv_heads, rope_parameters=ROPE)).eval()
     calibrate(model, [random_tokens(2048)])
     return model
@@ -47,8 +47,8 @@ def build_qwen3_next(kv_heads: int) -> PreTrainedModel:
     Its linear layers have as many value heads as the others have query heads, and at least half as many key heads, as
     in the released models.
     """
-    # Where Transformers finds these packages as it loads the model, it hands them tensors on a CPU, too, for which
-    # they have no kernels, and it has no switch for that. A module that is None counts as not installed.
+    # If Transformers finds these packages when it loads the model, it passes them CPU tensors too, for which they have
+    # no kernels, and there is no switch for that. A module that is None counts as not installed.
     for package in ("fla", "causal_conv1d"):
         sys.modules[package] = None  # type: ignore[assignment]
     from transformers import Qwen3NextForCausalLM

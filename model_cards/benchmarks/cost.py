@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What training a HAM costs: operations, memory, communication and time, by arithmetic, for `COST.md`.
+"""Cost of training a HAM: operations, memory, communication and time, by arithmetic, for `COST.md`.
 
-Tests hold the counts to real small models; the rates of the hardware are assumptions, named in `Hardware`.
+Tests compare the counts with real small models; the rates of the hardware are assumptions, named in `Hardware`.
 
 Usage: ``python -m model_cards.benchmarks.cost --output model_cards/benchmarks/COST.md``
 """
@@ -22,31 +22,31 @@ from ham_hf.evaluation.markdown import table
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
 
-# Bytes of a number: parameters, gradients and Adam's two moments are float32, activations and messages bfloat16.
+# Bytes per number: parameters, gradients and Adam's two moments are float32, activations and messages bfloat16.
 WIDE, NARROW = 4, 2
 BYTES_PER_PARAMETER = 4 * WIDE
-# Tokens of a chunk of the delta rule: in PyTorch, and in the kernel.
+# Tokens per chunk of the delta rule: in PyTorch, and in the kernel.
 CHUNK, KERNEL_CHUNK = 32, 64
-# Part of a GPU's memory that is filled: buffers of messages and fragments take the rest.
+# Usable part of a GPU's memory: message buffers and fragmentation take the rest.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates of one GPU: what its maker states for an H100 SXM, and what part of it is assumed to be reached."""
+    """Rates of one GPU: the maker's figures for an H100 SXM, and the assumed efficiencies."""
 
     memory: float = 80e9  # bytes
-    operations: float = 989e12  # bfloat16 multiplications and additions a second
-    matrices: float = 0.5  # reached in the projections, the MLP and the head
-    sequence: float = 0.2  # reached in the RNN and in attention
-    within: float = 450e9  # bytes a second to the other GPUs of a machine, one way
-    between: float = 50e9  # bytes a second to other machines, one way
-    link: float = 0.8  # reached on either
-    gpus: int = 8  # of a machine
+    operations: float = 989e12  # bfloat16 multiplications and additions per second
+    matrices: float = 0.5  # efficiency in the projections, the MLP and the head
+    sequence: float = 0.2  # efficiency in the RNN and in attention
+    within: float = 450e9  # bytes per second to the other GPUs of a machine, one way
+    between: float = 50e9  # bytes per second to other machines, one way
+    link: float = 0.8  # efficiency of both links
+    gpus: int = 8  # GPUs per machine
 
 
 class Model(NamedTuple):
-    """A shape, the tokens of a row and of a step of the whole system, and the fraction of them that is kept."""
+    """A shape, the tokens per row and per step of the whole system, and the fraction of tokens kept."""
 
     name: str
     config: HAMConfig
@@ -90,7 +90,7 @@ MODELS = (
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters: the head has none if it is the embedding; `matrices` are those of `Linear`s in layers."""
+    """Numbers of parameters; a tied head has none, and `matrices` counts the weights of `Linear`s in layers."""
 
     embedding: int
     layers: int
@@ -100,12 +100,12 @@ class Parameters(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All that is trained."""
+        """All trained parameters."""
         return self.embedding + self.layers + self.head + self.rest
 
 
 def parameters(config: HAMConfig) -> Parameters:
-    """Counts the parameters of a model, which is built without memory."""
+    """Counts the parameters of a model that is built without memory."""
     return _count(config.to_json_string())
 
 
@@ -125,7 +125,7 @@ def _count(text: str) -> Parameters:
 
 
 class Operations(NamedTuple):
-    """Multiplications and additions of a token in a forward pass (two a weight), by what does them."""
+    """Multiplications and additions per token of a forward pass (two per weight), by part of the model."""
 
     matrices: float
     rnn: float
@@ -138,30 +138,30 @@ class Operations(NamedTuple):
 
     @property
     def sequence(self) -> float:
-        """What is done between tokens."""
+        """Operations between tokens."""
         return self.rnn + self.solve + self.prediction + self.attention
 
     @property
     def sequence_backward(self) -> float:
-        """A product has two gradients, a solution a solution and a product."""
+        """Backward operations between tokens: two products per product, a solve and a product per solve."""
         return 2 * self.rnn + 3 * self.solve + self.prediction_backward + self.attention_backward
 
     @property
     def forward(self) -> float:
-        """All of a forward pass."""
+        """Operations of a whole forward pass."""
         return self.matrices + self.sequence + self.head
 
     @property
     def backward(self) -> float:
-        """All of a backward pass."""
+        """Operations of a whole backward pass."""
         return 2 * (self.matrices + self.head) + self.sequence_backward
 
 
 def operations(config: HAMConfig, context: int, usage: float, chunk: int = CHUNK) -> Operations:
-    """Operations of a token of hybrid layers; a query meets half of what is kept, on average, and its own block."""
+    """Operations per token of hybrid layers; on average a query sees half of the kept tokens, and its own block."""
     heads, kv_heads, key, value = _heads(config)
     layers = config.num_hidden_layers
-    # Of a key/value head: products of keys, updates, state; of a query head: products with keys, updates, state.
+    # Per key/value head: products of keys, updates, state; per query head: products with keys, updates, state.
     rnn = kv_heads * (2 * chunk * key + 4 * key * value)
     rnn += heads * (2 * chunk * key + 2 * chunk * value + 2 * key * value)
     predicts = config.router not in ("learned", "random")
@@ -172,7 +172,7 @@ def operations(config: HAMConfig, context: int, usage: float, chunk: int = CHUNK
         rnn=layers * rnn,
         solve=layers * kv_heads * chunk * (key + value),
         prediction=prediction,
-        # A score has a gradient only where the router learns from it.
+        # A score has a gradient only if the router learns from it.
         prediction_backward=2 * prediction * (config.router == "learned_error"),
         attention=met * 2 * (key + value),
         attention_backward=met * 2 * (3 * key + 2 * value),  # the weights again, then four gradients
@@ -181,25 +181,25 @@ def operations(config: HAMConfig, context: int, usage: float, chunk: int = CHUNK
 
 
 def saved_by_layer(config: HAMConfig, usage: float, kernels: bool, width: int = NARROW) -> float:
-    """Bytes of a token that a hybrid layer keeps for its backward pass, with activations of `width` bytes.
+    """Bytes per token that a hybrid layer saves for its backward pass, with activations of `width` bytes.
 
-    In PyTorch, or on a GPU with the kernels, which keep next to nothing of the RNN, and PyTorch's fused norms.
+    In PyTorch, or on a GPU with PyTorch's fused norms and the kernels, which save almost nothing of the RNN.
     """
     heads, kv_heads, key, value = _heads(config)
     hidden, channels = config.hidden_size, sum(config.layer_shape("hybrid").channels)
-    keys = heads * key + kv_heads * key  # of queries and keys together
-    # The MLP's four tensors, the convolution's two, what attention reads, the kept again, and gates.
+    keys = heads * key + kv_heads * key  # queries and keys together
+    # The MLP's four tensors, the convolution's two, the attention's inputs, the kept tokens again, and gates.
     narrow = 4 * config.intermediate_size + 2 * channels + keys + usage * kv_heads * (key + value) + 12 * heads
     if config.router in LEARNED_ROUTERS:
         narrow += 3 * config.router_hidden_size + 2 * kv_heads * value
     if kernels:
         narrow += 4 * hidden + 8 * heads * value + kv_heads * value
         return width * narrow + WIDE * (2 * keys + kv_heads * KERNEL_CHUNK)
-    # A norm keeps its input in float32 and its output, and of what was narrower the normalised, too.
+    # A norm saves its input in float32 and its output, and for a narrower input the normalised one, too.
     narrow += 2 * hidden + 6 * heads * value
     normed = 2 * hidden + 2 * heads * value
     wide: float = normed if width == WIDE else 2 * normed + keys
-    # The delta rule over chunks: of queries, of keys and values, and the states between chunks.
+    # The delta rule over chunks: tensors of queries, of keys and values, and the states between chunks.
     wide += heads * (2 * key + 2 * CHUNK)
     wide += kv_heads * (5 * key + 3 * value + 4 * CHUNK + 3 * key * value / CHUNK)
     copies = 2 * keys if width != WIDE else 0
@@ -207,7 +207,7 @@ def saved_by_layer(config: HAMConfig, usage: float, kernels: bool, width: int = 
 
 
 def activation_bytes(config: HAMConfig, usage: float, checkpointing: bool, kernels: bool = True) -> float:
-    """Bytes of a token: of all layers, or of their inputs and one layer at a time; and the head's float32 logits."""
+    """Bytes per token: of all layers, or of their inputs and one layer at a time; and the head's float32 logits."""
     layer = saved_by_layer(config, usage, kernels)
     head = 3 * NARROW * config.hidden_size + WIDE * config.vocab_size
     if not checkpointing:
@@ -216,19 +216,19 @@ def activation_bytes(config: HAMConfig, usage: float, checkpointing: bool, kerne
 
 
 def memory_of_weights(config: HAMConfig, sharded_by: int) -> float:
-    """Bytes on each GPU of weights, gradients and Adam's moments; when sharded, also of what is gathered at a time."""
+    """Bytes on each GPU of weights, gradients and Adam's moments; if sharded, also of the gathered weights."""
     counted = parameters(config)
     if sharded_by == 1:
-        # Autocast holds a narrow copy of what it multiplies with.
+        # Autocast holds a narrow copy of the weights that it multiplies by.
         return BYTES_PER_PARAMETER * counted.total + NARROW * (counted.matrices + counted.head)
-    # Two layers, as the next is gathered while one computes, and gradients of one; embedding, head, and theirs.
+    # Two layers, as one computes while the next is gathered, gradients of one, and embedding and head with gradients.
     layer = counted.layers / config.num_hidden_layers
     gathered = 2 * NARROW * layer + WIDE * layer + (NARROW + WIDE) * (counted.embedding + counted.head + counted.rest)
     return BYTES_PER_PARAMETER * counted.total / sharded_by + gathered
 
 
 class Traffic(NamedTuple):
-    """Bytes of the tensors that collectives work on in a step, by kind; what crosses a link follows from them."""
+    """Bytes of the tensors in a step's collectives, by kind; the bytes on a link follow from them."""
 
     all_reduce: float = 0
     all_gather: float = 0
@@ -253,12 +253,12 @@ def sharded_traffic(config: HAMConfig, width: int = NARROW) -> Traffic:
 
 
 def tensor_parallel_traffic(config: HAMConfig, tokens: int, width: int = NARROW) -> Traffic:
-    """Transformers' plan for `tokens` of a row: what is gathered, summed, and both again for the gradients."""
+    """Transformers' plan for `tokens` of a row: gathers and sums, forward and for the gradients."""
     shape, hidden = config.layer_shape("hybrid"), config.hidden_size
     gate = shape.out_channels if config.output_gate else 0
-    # Queries, keys, values and gate are gathered; behind the output projection its input's gradient is.
+    # Queries, keys, values and gate are gathered, and so is the gradient of the output projection's input.
     gathered = sum(shape.channels) + gate + shape.out_channels
-    # Forward: attention's and the MLP's outputs. Backward: the input's gradient of each matrix that columns divide.
+    # Forward: the outputs of mixer and MLP. Backward: the gradient of the input of each matrix divided by columns.
     summed = (2 + 3 + bool(gate) + 2) * hidden
     layers = config.num_hidden_layers
     return Traffic(
@@ -273,18 +273,18 @@ def _heads(config: HAMConfig) -> tuple[int, int, int, int]:
 
 
 def checkpoints(model: Model, hardware: Hardware) -> bool:
-    """Whether a row fits a machine's GPUs only when its activations are computed again."""
+    """True if a row fits a machine's GPUs only with activation checkpointing."""
     row = model.context * activation_bytes(model.config, model.usage, checkpointing=False)
     return row + memory_of_weights(model.config, hardware.gpus) > USABLE * hardware.memory
 
 
 def fits_alone(model: Model, hardware: Hardware) -> bool:
-    """Whether one GPU holds weights, gradients and moments."""
+    """True if one GPU holds weights, gradients and moments."""
     return memory_of_weights(model.config, 1) <= hardware.memory
 
 
 def compute_seconds(model: Model, hardware: Hardware) -> float:
-    """Seconds of forward and backward of a token on one GPU, with checkpoints where a row needs them."""
+    """Seconds of forward and backward per token on one GPU, with checkpointing if a row needs it."""
     again = checkpoints(model, hardware)
     done = operations(model.config, model.context, model.usage, KERNEL_CHUNK)
     matrices = 3 * (done.matrices + done.head) + again * done.matrices
@@ -293,10 +293,10 @@ def compute_seconds(model: Model, hardware: Hardware) -> float:
 
 
 def message_seconds(way: str, config: HAMConfig, gpus: int, hardware: Hardware) -> float:
-    """Seconds of a step's messages between `gpus`, by DDP, FSDP2 or HSDP (FSDP2 in a machine, DDP between them).
+    """Seconds of a step's messages between `gpus`, by DDP, FSDP2 or HSDP (FSDP2 in a machine, DDP between machines).
 
-    Rings through several machines leave each by all of its cards at once; a ring goes as fast as its slowest link.
-    Of HSDP's rings between machines each has the card of one GPU, and that GPU's share of the gradients.
+    Rings through several machines use all network cards of a machine at once; a ring is as fast as its slowest link.
+    Each of HSDP's rings between machines has the card of one GPU, and that GPU's share of the gradients.
     """
     inside, outside = hardware.within * hardware.link, hardware.between * hardware.link
     if way == "HSDP" and gpus > hardware.gpus:
@@ -307,7 +307,7 @@ def message_seconds(way: str, config: HAMConfig, gpus: int, hardware: Hardware) 
 
 
 def tensor_parallel_speedup(model: Model, ranks: int, hardware: Hardware) -> float:
-    """How many times as fast `ranks` of a machine compute a token: they divide matrices, repeat the rest, and wait."""
+    """Speedup of a token on `ranks` GPUs of a machine: they divide matrices, repeat the rest, and wait."""
     done = operations(model.config, model.context, model.usage, KERNEL_CHUNK)
     again = checkpoints(model, hardware)
     repeated = ((1 + again) * done.sequence + done.sequence_backward) / hardware.sequence
@@ -317,7 +317,7 @@ def tensor_parallel_speedup(model: Model, ranks: int, hardware: Hardware) -> flo
 
 
 def parameter_table() -> str:
-    """What each model is made of."""
+    """The models' shapes and parameters."""
     rows = []
     for model in MODELS:
         config, counted = model.config, parameters(model.config)
@@ -330,7 +330,7 @@ def parameter_table() -> str:
 
 
 def operation_table() -> str:
-    """Operations of a token, forward by part and backward, at several usages."""
+    """Operations per token, forward by part and backward, at several usages."""
     rows = []
     for model in MODELS:
         for usage in (0.0, 0.25, 0.5, 1.0):
@@ -388,7 +388,7 @@ def message_table() -> str:
 
 
 def time_table(hardware: Hardware) -> str:
-    """Seconds of a step by number of GPUs, and what holds it up."""
+    """Seconds of a step's computing and messages by number of GPUs."""
     rows = []
     for model in MODELS:
         most = model.batch // model.context

@@ -1,8 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Puts measured tables into documents, between markers, so that no figure is copied by hand.
 
-Usage: ``python -m model_cards.benchmarks.tables README.md usage=model_cards/ham_tiny/usage.md``; of a long table
-``study=model_cards/study/differences.md:cosine - gdn;cosine - random`` takes only the rows that begin so.
+Usage: ``python -m model_cards.benchmarks.tables README.md usage=model_cards/ham_tiny/usage.md``. From a long table,
+``study=model_cards/study/differences.md:cosine - gdn;cosine - random`` takes only the rows with these first cells.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from ham_hf.files import write_whole
 
 
 def insert_table(document: str, name: str, table: str) -> str:
-    """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->`; `ValueError` without a marker."""
+    """Replaces the text between `<!-- name:begin -->` and `<!-- name:end -->`; `ValueError` without a marker."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if document.count(begin) != 1 or document.count(end) != 1:
         raise ValueError(f"The document must hold {begin} and {end} once each.")
@@ -21,7 +21,7 @@ def insert_table(document: str, name: str, table: str) -> str:
 
 
 def rows_of(table: str, labels: list[str]) -> str:
-    """The first table of a text with only those rows whose first cell is one of `labels`; `ValueError` lacking one."""
+    """The first table of a text, with the rows whose first cell is in `labels`; `ValueError` if one is missing."""
     lines = table.strip().split("\n\n")[0].splitlines()
     rows = [line for line in lines[2:] if line.split("|")[1].strip() in labels]
     missing = sorted(set(labels) - {row.split("|")[1].strip() for row in rows})

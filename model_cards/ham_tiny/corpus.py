@@ -98,7 +98,7 @@ def fingerprint(text: str) -> set[int]:
 
 
 def drop_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    """Keeps the first of works that are the same or that differ only as two editions do."""
+    """Keeps the first of works that are equal or are editions of one work."""
     seen: set[int] = set()
     seen_texts: set[int] = set()
     for document in documents:
@@ -113,7 +113,7 @@ def drop_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def is_held_out(document: Document, held_out_titles: frozenset[str] | None) -> bool:
-    """Decides by whole work, so that no name or phrase of a held-out work is learned from its other half."""
+    """True if a whole work is held out, so that none of its names or phrases is learned from another part of it."""
     if held_out_titles is not None:
         return document.title in held_out_titles
     return stable_hash(document.title) % 100 < HELD_OUT_PERCENT

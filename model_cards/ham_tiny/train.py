@@ -3,10 +3,10 @@
 
 Usage: ``python -m model_cards.ham_tiny.train --corpus DIR --tokenizer DIR --output DIR``
 
-Every second step keeps what the learned thresholds keep, which the control loop drives to half of the tokens; the
-others keep a fraction drawn anew through the score quantiles measured so far, so that one checkpoint serves every
-usage. Recall is helped in two ways, because text alone teaches it only after billions of tokens: the layers start out
-as copying layers (`initialize_recall`), and in the first steps most rows repeat themselves.
+Every second step uses the learned thresholds, which the control loop drives to half of the tokens; the other steps
+keep a randomly drawn fraction, by the score quantiles measured so far, so that one checkpoint serves every usage.
+Recall is helped in two ways, because text alone teaches it only after billions of tokens: the layers start as copying
+layers (`initialize_recall`), and in the first steps most rows repeat themselves.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SAVE_EVERY = 100
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, written into the log."""
+    """Everything that determines the result, stored with it."""
 
     seed: int = 0
     steps: int = 4400
@@ -67,7 +67,7 @@ class Recipe:
         return min(1.0, (step + 1) / self.warmup, max(0.02, rest))
 
     def batch_shape(self, step: int) -> tuple[int, int]:
-        """Rows and tokens in a row: short rows first, which are cheaper, long ones and more of them for the last."""
+        """Rows and tokens per row: short, cheap rows first, and more and longer rows in the last part."""
         if step >= self.late_from:
             return self.late_tokens_per_step // self.late_context, self.late_context
         context = self.repeat_context if step < self.repeat_until else self.context
@@ -82,7 +82,7 @@ class Recipe:
     def usage_at(self, step: int) -> float | None:
         """Fraction of tokens that a step keeps; `None` for the learned thresholds.
 
-        Drawn from (0, 1), in the late part from a range beyond 1, so that keeping all is practised too.
+        Drawn from (0, 1), and in the late part from a range beyond 1, so that training also keeps all tokens.
         """
         if step % 2 == 0 or step <= CALIBRATE_EVERY:
             return None
@@ -90,8 +90,8 @@ class Recipe:
         return min(1.0, highest * float(np.random.default_rng([self.seed, step]).uniform()))
 
 
-# What goes on from a finished checkpoint: long windows only, names in some, and all of the run is its decay. The mean
-# of the weights before and after, of which the latter weigh three times as much, is better than both.
+# Continues a finished checkpoint: long windows only, names in some, and a decay over almost the whole run. The mean of
+# the weights before and after, with three times the weight on those after, is better than both.
 CONTINUED = Recipe(
     steps=1600,
     decay_from=50,
@@ -102,7 +102,7 @@ CONTINUED = Recipe(
     other_lr=2e-3,
     start_share=0.25,
 )
-# Many more tokens a step, for a GPU: also goes on from a finished checkpoint.
+# Also continues a finished checkpoint, with many more tokens per step, for a GPU.
 LONG = replace(
     CONTINUED,
     steps=900,
@@ -118,7 +118,7 @@ RECIPES = {"first": Recipe(), "continued": CONTINUED, "long": LONG}
 def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
     """The shape of ham-tiny: 5 million parameters, and an RNN state small enough that the kept tokens matter.
 
-    Without RoPE, which turns a query away from an equal key further back; the RNN and the convolution know the order.
+    Without RoPE, which rotates a query away from an equal key further back; RNN and convolution know the order.
     """
     return HAMConfig(
         vocab_size=len(tokenizer),
@@ -142,7 +142,7 @@ def ham_tiny_config(tokenizer: PreTrainedTokenizerBase) -> HAMConfig:
 def build_optimizers(model: HAMForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest, and thresholds without weight decay at their own rate.
 
-    Not the groups of `ham_hf.training.control`, which are newer: this stays what made the checkpoint.
+    These are not the newer groups of `ham_hf.training.control`, because this code must stay as it made the checkpoint.
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(f"This recipe needs `torch.optim.Muon` of PyTorch 2.9 or newer, found {torch.__version__}.")
@@ -217,10 +217,10 @@ def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list, r
 
 
 def load_state(path: Path, model: HAMForCausalLM, optimizers: list, recipe: Recipe) -> int:
-    """Takes over what `save_state` wrote; returns the step after which it was written.
+    """Restores a state of `save_state`; returns the step after which it was written.
 
     Raises:
-        ValueError: if it was written by another recipe, but for the number of steps.
+        ValueError: if another recipe wrote it, apart from the number of steps.
     """
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
@@ -241,7 +241,7 @@ def load_state(path: Path, model: HAMForCausalLM, optimizers: list, recipe: Reci
 
 
 def read_log(path: Path, before: int) -> list[dict]:
-    """The entries of a JSON Lines log before a step, so that a resumed run rewrites what came after its last save."""
+    """The entries of a JSON Lines log before a step, so that a resumed run rewrites those after its last save."""
     if not path.exists():
         return []
     return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["step"] < before]
@@ -289,7 +289,7 @@ def train(
                 tqdm.write(json.dumps(entry))
             log.append(entry | {"seconds": round(time.monotonic() - started, 1)})
             if step % SAVE_EVERY == SAVE_EVERY - 1 or step == recipe.steps - 1:
-                # The log first: what it says of steps after the last state is dropped when the run resumes.
+                # The log first: a resumed run drops its entries after the last saved state.
                 write_whole(log_path, "".join(json.dumps(x) + "\n" for x in log))
                 save_state(state, step, model, optimizers, recipe)
     if start is not None and recipe.start_share:
@@ -300,13 +300,13 @@ def train(
 
 @torch.no_grad()
 def mix_in(model: HAMForCausalLM, other: HAMForCausalLM, share: float) -> None:
-    """Makes every parameter the mean of two models' in which `other` has this share."""
+    """Replaces every parameter by the mean of two models, in which `other` has the weight `share`."""
     for parameter, its in zip(model.parameters(), other.parameters(), strict=True):
         parameter.lerp_(its, share)
 
 
 def earlier_recipes(start: Path | None) -> list[dict]:
-    """What a checkpoint went through, one recipe after the other."""
+    """The recipes that made a checkpoint, in order."""
     if start is None or not (start / "recipe.json").exists():
         return []
     recipes = json.loads((start / "recipe.json").read_text())
@@ -318,10 +318,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains ham-tiny; run again to resume.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by corpus.py beside this")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by tokenizer.py beside this")
-    parser.add_argument("--output", type=Path, required=True, help="where state, log and the checkpoint go")
-    parser.add_argument("--start", type=Path, help="finished checkpoint to go on from, with a recipe of its own")
+    parser.add_argument("--output", type=Path, required=True, help="folder for state, log and the checkpoint")
+    parser.add_argument("--start", type=Path, help="finished checkpoint to continue, with a recipe of its own")
     parser.add_argument("--recipe", choices=RECIPES, help="default: continued with --start, otherwise first")
-    parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="device to train on (default: cpu)")
     parser.add_argument("--steps", type=int, help="updates in all (default: the recipe's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     arguments = parser.parse_args()

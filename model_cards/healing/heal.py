@@ -1,10 +1,10 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Shows that a converted Transformer heals: trains one, converts it, lowers its usage, and measures what that costs.
+"""Shows that a converted Transformer heals: trains one, converts it, lowers its usage, and measures the loss.
 
 Usage: ``python -m model_cards.healing.heal --corpus DIR --output DIR``
 
 Healing follows recipes of `ham-hf train`, which are written to the output. Every stage writes its result whole; run
-again to go on after the last one that is done, or, while healing, after the last checkpoint.
+again to resume after the last complete stage, or, while healing, after the last checkpoint.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from .settings import RUNS, Settings
 ROOT = Path(__file__).parents[2]
 CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
 HAM_TINY = ROOT / "ham_hf" / "checkpoints" / "ham-tiny"
-# Windows of the source's training are numbered from here for every seed, those of calibration from there.
+# First numbers of windows: of the source's training, times the seed, and of calibration.
 SEEDS_APART, CALIBRATION = 1_000_003, 10**9
 
 
@@ -71,7 +71,7 @@ class Windows(Dataset):
 
 
 def source_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> LlamaForCausalLM:
-    """The Llama that is to be converted: 2.4 million parameters."""
+    """The Llama to convert, of 2.4 million parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -90,7 +90,7 @@ def source_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Llam
 
 
 def trainer_options(steps: int, lr: float, settings: Settings) -> dict[str, Any]:
-    """Of Trainer, for the source and for healing: warm-up, decay to a tenth, precision."""
+    """Options of Trainer for the source and for healing: warm-up, decay to a tenth, precision."""
     return {
         "learning_rate": lr,
         "per_device_train_batch_size": settings.rows,
@@ -125,7 +125,7 @@ def measure(model: PreTrainedModel, windows: torch.Tensor, **arguments: Any) -> 
 
 
 class Study:
-    """The stages, each of which leaves a folder or a file in `output`, and is skipped where that is there."""
+    """The stages, each of which writes a folder or a file to `output`, and is skipped if that exists."""
 
     def __init__(self, corpus: Path, tokenizer: Path, output: Path, settings: Settings):
         self.corpus, self.output, self.settings = corpus, output, settings
@@ -136,7 +136,7 @@ class Study:
         self.source, self.converted = output / "source", output / "converted"
 
     def train(self, model: LlamaForCausalLM, data: Dataset, steps: int, lr: float) -> None:
-        """Trains the source on next tokens."""
+        """Trains the source on its next-token loss."""
         options = trainer_options(steps, lr, self.settings)
         arguments = TrainingArguments(
             str(self.output), max_steps=steps, seed=self.settings.seed, save_strategy="no", **options
@@ -144,7 +144,7 @@ class Study:
         Trainer(model, arguments, train_dataset=data).train()
 
     def train_source(self) -> None:
-        """The Llama, from scratch."""
+        """Trains the Llama from scratch."""
         settings = self.settings
         set_seed(settings.seed)
         model = source_model(self.tokenizer, settings)
@@ -161,14 +161,14 @@ class Study:
         unfinished.rename(folder)
 
     def calibrated(self, model: HAMForCausalLM) -> dict[str, Any]:
-        """Figures of a model that is asked for fractions."""
+        """Measurements of a model at several usages, by calibrated thresholds."""
         settings = self.settings
         batches = [self.sampler.batch(CALIBRATION + i, settings.rows, settings.context) for i in range(4)]
         calibrate(model, batches)
         return {f"{usage:.0%}": measure(model, self.windows, kv_usage=usage) for usage in (1.0, 0.5, 0.25, 0.0)}
 
     def unhealed(self) -> dict[str, Any]:
-        """The source, and the model that was made of it, before training."""
+        """Measurements of the source, and of the converted model before training."""
         source = measure(LlamaForCausalLM.from_pretrained(self.source), self.windows)
         model = HAMForCausalLM.from_pretrained(self.converted)
         figures = self.calibrated(model)
@@ -176,7 +176,7 @@ class Study:
         return {"source": source, **figures, "opened": measure(model, self.windows)}
 
     def trained_on(self) -> dict[str, Any]:
-        """The source after as many more tokens as healing takes, the same ones: what they alone are worth."""
+        """Measurements of the source after training on the same tokens as healing, to show their effect alone."""
         settings = self.settings
         set_seed(settings.seed)
         model = LlamaForCausalLM.from_pretrained(self.source)
@@ -186,7 +186,7 @@ class Study:
         return measure(model, self.windows)
 
     def data(self) -> dict[str, Any]:
-        """The section of the recipes; all rows of the corpus are shuffled, not only those of neighbouring books."""
+        """The recipes' section `data`; it shuffles all rows of the corpus, not only those of neighbouring books."""
         return {"files": str(self.corpus / SPLIT_FILES["train"]), "shuffle_rows": 100_000}
 
     def recipe(self, name: str) -> Path:
@@ -226,7 +226,7 @@ class Study:
         return path
 
     def heal(self, name: str) -> dict[str, Any]:
-        """One way to heal: the curve over its checkpoints, and the healed model where it is asked for fractions."""
+        """Heals in one way: measures its checkpoints, and the healed model at several usages."""
         folder = train(read_recipe(self.recipe(name)))
         if folder is None:
             raise KeyboardInterrupt
@@ -239,7 +239,7 @@ class Study:
         return {"curve": curve, "asked": self.calibrated(model), "rnn_gates": gates}
 
     def stored(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` returns, or returned the last time."""
+        """The result of `make`, stored when it was first called."""
         path = self.output / f"{name}.json"
         if not path.exists():
             print(f"Stage: {name}", flush=True)
@@ -247,7 +247,7 @@ class Study:
         return json.loads(path.read_text())
 
     def results(self, runs: Iterable[str] = RUNS) -> dict[str, Any]:
-        """Every stage, in order; of the ways to heal, those that are named.
+        """Runs every stage in order, with the ways to heal in `runs`.
 
         Raises:
             ValueError: if `output` holds stages of other settings.
@@ -268,13 +268,13 @@ class Study:
 
 
 def main() -> None:
-    """Runs what is left to do, and writes `results.jsonl`, `results.md` and `healing.png` to `--results`."""
-    parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to go on.")
+    """Runs the missing stages, and writes `results.jsonl`, `results.md` and `healing.png` to `--results`."""
+    parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to resume.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
-    parser.add_argument("--output", type=Path, required=True, help="where models and the stages' figures go")
+    parser.add_argument("--output", type=Path, required=True, help="folder for models and the stages' results")
     parser.add_argument("--tokenizer", type=Path, default=HAM_TINY, help="default: that of ham-tiny")
-    parser.add_argument("--results", type=Path, help="where table and plot go (default: --output)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default %(default)s)")
+    parser.add_argument("--results", type=Path, help="folder for table and plot (default: --output)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default %(default)s)")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")
     arguments = parser.parse_args()
     settings = Settings(seed=arguments.seed)

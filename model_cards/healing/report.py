@@ -12,14 +12,14 @@ from .settings import RUNS, Run, Settings
 
 
 def before_healing(figures: dict[str, Any]) -> str:
-    """The held-out losses that healing begins from, on one line."""
+    """The held-out losses before healing, on one line."""
     names = {"source": "source", "100%": "converted", "50%": "at 50%", "25%": "at 25%", "opened": "gates opened"}
     losses = ", ".join(f"{name} {figures[key]['loss']:.4f}" for key, name in names.items())
     return f"Held-out loss before healing (nats/token): {losses}"
 
 
 def done(results: dict[str, Any]) -> list[tuple[str, Run]]:
-    """The ways to heal that there are results of."""
+    """The ways to heal that have results."""
     return [(name, run) for name, run in RUNS.items() if name in results]
 
 

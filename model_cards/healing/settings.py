@@ -1,12 +1,12 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Everything that decides the result of healing: sizes and rates, and the ways to heal that are compared."""
+"""Everything that determines the result of healing: sizes and rates, and the compared ways to heal."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result, written beside it."""
+    """Everything that determines the result, stored with it."""
 
     seed: int = 0
     context: int = 512

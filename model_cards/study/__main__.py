@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""`python -m model_cards.study`: trains small models of every kind and compares what they recall and keep."""
+"""`python -m model_cards.study`: trains small models of every kind and compares their recall, loss and usage."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ examples:
   python -m model_cards.study cpu --output model_cards/study --report
 
 STUDY is cpu, gpu or a YAML file like theirs. Every model's result is added to OUTPUT/PART.jsonl when it is done,
-so the same command goes on where it was interrupted. CORPUS and TOKENIZER, which only language needs, are written by
+so the same command resumes an interrupted study. Only language needs CORPUS and TOKENIZER, which are written by
 python -m model_cards.ham_tiny.corpus and python -m model_cards.ham_tiny.tokenizer.
 """
 
@@ -29,28 +29,28 @@ def build_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(
         prog="python -m model_cards.study",
-        description="Trains small models of every kind, and tells and draws what they recall, keep and predict.",
+        description="Trains small models of every kind, and reports their recall, usage and loss in tables and plots.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     whole = number("a whole number from 1", 1, 2**31, int)
     parser.add_argument("study", metavar="STUDY", help="cpu, gpu or a YAML file")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where results and plots go")
-    parser.add_argument("--parts", metavar="PART", nargs="+", help="of the study (default: all)")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for results and plots")
+    parser.add_argument("--parts", metavar="PART", nargs="+", help="parts of the study (default: all)")
     parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, for language")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
     parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--report", action="store_true", help="train nothing: tell and draw all that is stored")
+    parser.add_argument("--report", action="store_true", help="train nothing: report all stored results")
     return parser
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Trains what is missing, and writes the report."""
+    """Trains the missing models, and writes the report."""
     if arguments.report and arguments.parts:
-        raise CommandError("argument --parts: not with --report, which tells of all parts that have results")
-    if find_spec("matplotlib") is None:  # found out before the training, not behind it
+        raise CommandError("argument --parts: not with --report, which covers all parts that have results")
+    if find_spec("matplotlib") is None:  # checked before the training, not after it
         raise CommandError("the plots need matplotlib, which the extra `eval` brings: pip install 'ham-hf[eval]'")
     if not Path(arguments.study).is_file() and not (STUDIES / f"{arguments.study}.yaml").is_file():
         known = ", ".join(sorted(x.stem for x in STUDIES.glob("*.yaml")))

@@ -17,24 +17,24 @@ from ham_hf.training.initialization import initialize_recall
 from ham_hf.training.recipe import at_least
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-# Steps of which results tell the mean loss.
+# Number of steps over which results average the loss.
 LOSS_BLOCK = 50
 
 
 @dataclass(frozen=True)
 class Training:
-    """How every model of a study is trained: AdamW, a warm-up, then a cosine down to nothing.
+    """Training of every model of a study: AdamW, a warm-up, then a cosine decay to zero.
 
     Attributes:
-        steps: updates.
+        steps: number of updates.
         rows: rows in a batch.
-        learning_rate: peak, of all but thresholds.
-        router_learning_rate: peak of learned routers; `learning_rate` if `None`.
-        weight_decay: of matrices.
+        learning_rate: peak rate of all parameters but thresholds.
+        router_learning_rate: peak rate of learned routers; `learning_rate` if `None`.
+        weight_decay: weight decay of matrices.
         warmup: steps until the peak.
         usage_from: usage at the beginning, which falls in a straight line to the target over the first
             `usage_ramp` of the steps; `None` begins at the target.
-        usage_ramp: fraction of the steps.
+        usage_ramp: fraction of the steps in which usage falls.
     """
 
     steps: int
@@ -72,7 +72,7 @@ def build_model(config: HAMConfig, seed: int) -> HAMForCausalLM:
 
 
 def config_of_size(settings: dict[str, Any], parameters: int) -> HAMConfig:
-    """Of these settings, but with the MLP width that brings the model closest to a number of parameters.
+    """The configuration with these settings and the MLP width that comes closest to a number of parameters.
 
     Raises:
         ValueError: if it has more without an MLP.
@@ -100,7 +100,7 @@ def fit(
 
     Args:
         model: changed in place, and left in evaluation mode.
-        batch_at: gives token ids and labels `[rows, T]` of a step.
+        batch_at: function that returns token ids and labels `[rows, T]` of a step.
         training: the recipe.
         name: shown beside the progress.
         watch: called after every step with its number.
@@ -112,7 +112,7 @@ def fit(
         model, training.learning_rate, training.weight_decay, router_learning_rate=training.router_learning_rate
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    # Thresholds, which only hybrid layers have, follow their usage at one pace.
+    # Thresholds, which only hybrid layers have, keep a constant learning rate.
     scheduled = optimizer.param_groups[:-1] if model.config.num_hybrid_layers else optimizer.param_groups
     peaks = [group["lr"] for group in scheduled]
     assert model.config.target_kv_usage is not None

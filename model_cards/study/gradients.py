@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The ways to give a learned router a gradient that were compared with the one HAM has; not for use elsewhere."""
+"""Ways to give a learned router a gradient, for comparison with that of HAM; not for use elsewhere."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ham_hf.modeling_ham import HAMForCausalLM
 
 
 class LogBiasMixer(HAMMixer):
-    """Adds the logarithm of a token's score to the logits of those who read it.
+    """Adds the logarithm of a token's score to the attention logits of later queries.
 
     Weights are then `e_j exp(l_j)` over their sum: attention over scaled values, divided by attention over scores.
     """
@@ -26,7 +26,7 @@ class LogBiasMixer(HAMMixer):
 
 
 class StraightThroughMixer(HAMMixer):
-    """Leaves the values as they are, and gives the score the gradient that scaling them would have given it."""
+    """Leaves the values unscaled, and gives the score the gradient that scaling would give."""
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return v * (1 + scores - scores.detach())[..., None].to(v.dtype)
@@ -40,6 +40,6 @@ GRADIENTS: dict[str, type[HAMMixer]] = {
 
 
 def use_gradient(model: HAMForCausalLM, gradient: str) -> None:
-    """Makes the learned routers of a model learn by one of `GRADIENTS`."""
+    """Makes the learned routers of a model learn with one of `GRADIENTS`."""
     for layer in model.model.layers:
         layer.mixer.__class__ = GRADIENTS[gradient]

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""One model of a study: its name, all that decides its result, and how it is built."""
+"""One model of a study: its name, all settings that determine its result, and its construction."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from ham_hf.modeling_ham import HAMForCausalLM
 
 from .fitting import Training, build_model, config_of_size
 
-# Unique in a study; of a job's fields, or of those of its result.
+# Name of a job, unique in a study, from the fields of the job or of its result.
 NAME = "{part}.{task}.{arm}.{seed}"
 
 
@@ -21,11 +21,11 @@ class Job:
 
     Attributes:
         part: `"recall"`, `"gradients"` or `"language"`.
-        task: its name in the study file.
+        task: the task's name in the study file.
         arm: the model's name there.
-        seed: of weights and data.
-        settings: all else that decides the result: `model` (fields of its HAMConfig), `equal_to` (those of the model
-            whose number of parameters it is to have), `task`, `training`, `gradient`, `usages` and `pairs`.
+        seed: seed of weights and data.
+        settings: all other settings that determine the result: `model` (fields of its HAMConfig), `equal_to` (fields
+            of the model whose number of parameters it matches), `task`, `training`, `gradient`, `usages` and `pairs`.
     """
 
     part: str
@@ -36,21 +36,21 @@ class Job:
 
     @property
     def name(self) -> str:
-        """See `NAME`."""
+        """The job's name, see `NAME`."""
         return NAME.format_map(vars(self))
 
     @property
     def training(self) -> Training:
-        """How the model is trained."""
+        """The model's training."""
         return Training(**self.settings["training"])
 
     def config(self, vocab_size: int) -> HAMConfig:
-        """The model's, its MLP as wide as makes it equal in parameters."""
+        """The model's configuration, with an MLP width that equalises the number of parameters."""
         vocabulary = {"vocab_size": vocab_size}
         with torch.device("meta"):
             parameters = HAMForCausalLM(HAMConfig(**self.settings["equal_to"] | vocabulary)).num_parameters()
         return config_of_size(self.settings["model"] | vocabulary, parameters)
 
     def build(self, vocab_size: int, device: str) -> HAMForCausalLM:
-        """The model with its first weights."""
+        """The model with its initial weights."""
         return build_model(self.config(vocab_size), self.seed).to(device)  # type: ignore[arg-type]  # torch wraps it

@@ -19,10 +19,10 @@ from ham_hf.training.sampling import TokenSampler
 from .fitting import block_means, fit
 from .job import Job
 
-# Batches for calibration and needles are drawn from here on, where no training batch is.
+# Seeds of calibration and needles start here, beyond those of training batches.
 EVALUATION_SEED = 10**9
 CALIBRATION_BATCHES = 16
-# Random tokens of a needle; the first of them are the question, the others the answer.
+# Random tokens of a needle, and how many of them, at its start, are the question; the others are the answer.
 NEEDLE, QUESTION = 10, 2
 NEEDLES = 24
 # Fractions of the text before the question at which needles lie.
@@ -31,13 +31,13 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class LanguageTask:
-    """What is trained on and measured.
+    """Settings of training and measurement.
 
     Attributes:
-        context: tokens of a row.
+        context: tokens in a row.
         repeats: the fractions of rows that repeat text and random tokens.
-        windows: how many held-out windows of each work are read.
-        distances: tokens before a question.
+        windows: number of held-out windows of each work.
+        distances: numbers of tokens before a question.
     """
 
     context: int
@@ -78,7 +78,7 @@ def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
     Returns:
         `parameters`; `losses` of training, see `block_means`; `held_out`, by usage, the loss (nats per token) of
         every window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's
-        tokens that are foreseen; `traces` of hybrid models, see `_traces`.
+        tokens that are predicted; `traces` of hybrid models, see `_traces`.
     """
     task, training, sampler = LanguageTask(**job.settings["task"]), job.training, texts.training
     model = job.build(sampler.vocab_size, device)
@@ -120,7 +120,7 @@ def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: floa
 
 
 def _with_needle(window: torch.Tensor, distance: int, index: int, vocab_size: int) -> tuple[torch.Tensor, int]:
-    """Text `[1, distance + NEEDLE]` that holds a needle, and again at its end; and where it lies."""
+    """Text `[1, distance + NEEDLE]` that holds a needle, repeated at its end; and the needle's position."""
     random = np.random.default_rng([EVALUATION_SEED, index])
     needle = torch.from_numpy(random.integers(vocab_size, size=NEEDLE))[None]
     place = int(DEPTHS[index % len(DEPTHS)] * (distance - NEEDLE))
@@ -130,10 +130,10 @@ def _with_needle(window: torch.Tensor, distance: int, index: int, vocab_size: in
 
 @torch.no_grad()
 def _needle(model: HAMForCausalLM, windows: list[torch.Tensor], distance: int, kv_usage: float | None) -> float:
-    """The fraction of the answers' tokens that are the likeliest, over needles at several depths."""
+    """The fraction of answer tokens that the model ranks first, over needles at several depths."""
     right = []
     for index in range(NEEDLES):
-        # Longer texts than a window are several of them.
+        # A text longer than a window joins several windows.
         text = torch.cat([windows[(index + i) % len(windows)] for i in range(distance // windows[0].shape[1] + 1)], 1)
         ids = _with_needle(text, distance, index, model.config.vocab_size)[0].to(model.device)
         logits = model(input_ids=ids, use_cache=False, kv_usage=kv_usage, logits_to_keep=NEEDLE).logits[0]
@@ -144,7 +144,7 @@ def _needle(model: HAMForCausalLM, windows: list[torch.Tensor], distance: int, k
 
 @torch.no_grad()
 def _traces(model: HAMForCausalLM, windows: list[torch.Tensor]) -> dict[str, Any]:
-    """What plots of scores need, means over heads.
+    """Data for plots of scores, averaged over heads.
 
     Returns:
         `scores` and `decay` `[L, T]` along one window with a needle at `needle` (decay is `exp(g)`); `by_position`

@@ -18,7 +18,7 @@ Colours = dict[str, Any]
 
 
 def colours_of(arms: list[str]) -> Colours:
-    """Ten strong colours first, as neighbours in this map are shades of one; after twenty they come again."""
+    """Colours of the arms: ten strong ones first, as neighbours in this map are similar; they repeat after 20."""
     return {arm: colormaps["tab20"]((2 * place) % 20 + place // 10 % 2) for place, arm in enumerate(arms)}
 
 
@@ -115,7 +115,7 @@ def plot_language(results: list[Result], colours: Colours, path: Path) -> Path:
 def plot_scores(results: list[Result], path: Path) -> Path:
     """Scores and decay along a sequence with a needle, and mean scores by position and layer, of the cosine router.
 
-    Or of the first result, if there is none of it; all have traces.
+    Without a result of the cosine router, it plots the first result; all have traces.
     """
     runs = select(results, arm="cosine") or results
     traces = runs[0]["traces"]

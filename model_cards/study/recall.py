@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Multi-query associative recall: pairs hidden among filler, then keys whose values are to be named."""
+"""Multi-query associative recall: pairs hidden among filler, then keys that ask for their values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ IGNORED = -100
 class RecallTask:
     """Rows that hold pairs of a key and a value at random places, and end in queries (after arXiv 2312.04927).
 
-    Filler is made of values, so that no token tells by itself whether it belongs to a pair, unless it is `marked`.
+    Filler consists of values, so that no token shows by itself that it belongs to a pair, unless filler is `marked`.
     Keys are token ids from 0, values follow, and then the tokens of marked filler.
 
     Attributes:
-        filler: `"random"`, or `"pattern"`: a few values of the row's own that repeat, which an RNN can predict.
-        pairs: how many pairs a row may hold; a training row draws one of them.
-        length: tokens in a row; three for each pair where that is more.
+        filler: `"random"`, or `"pattern"`: a few values of the row that repeat, which an RNN can predict.
+        pairs: possible numbers of pairs in a row; a training row draws one of them.
+        length: tokens in a row; three for each pair if that is more.
         queries: pairs asked for at the end of a row, each a key and its value; two tokens each.
-        keys: different keys, at least as many as pairs.
-        values: different values.
+        keys: number of different keys, at least as many as pairs.
+        values: number of different values.
         period: tokens after which a pattern repeats.
-        marked: whether filler has tokens of its own, as many as there are values.
+        marked: True to give filler tokens of its own, as many as there are values.
     """
 
     filler: str
@@ -48,7 +48,7 @@ class RecallTask:
         self.check_pairs(self.pairs)
 
     def check_pairs(self, pairs: Sequence[int]) -> None:
-        """Refuses, with `ValueError`, numbers of pairs for which there are not enough keys."""
+        """Raises `ValueError` for numbers of pairs for which there are not enough keys."""
         if not pairs or min(pairs) < 1 or max(pairs) > self.keys:
             raise ValueError(f"`pairs` must lie between 1 and {self.keys}, the number of keys, got {pairs}.")
 
@@ -58,12 +58,12 @@ class RecallTask:
         return self.keys + self.values * (1 + self.marked)
 
     def batch(self, seed: int, rows: int, pairs: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels, `[rows, T]` int64 each; labels are -100 but for the values asked for.
+        """Token ids and labels, `[rows, T]` int64 each; labels are -100 except for the values asked for.
 
         Args:
-            seed: what everything is drawn from.
-            rows: how many rows.
-            pairs: in every row, instead of a number drawn for each; it may be one that training does not see.
+            seed: seed of all random choices.
+            rows: number of rows.
+            pairs: number of pairs in every row, instead of a drawn one; training need not have seen it.
         """
         random = np.random.default_rng(seed)
         most = pairs or max(self.pairs)
@@ -80,7 +80,7 @@ class RecallTask:
             filler = np.resize(filler[: self.period], fillers)
         keys = random.permutation(self.keys)[:pairs]
         values = random.integers(self.values, size=pairs) + self.keys
-        # A pair stands as one among the fillers, so that it is never torn apart.
+        # A pair counts as one item among the fillers, so that it is never split.
         is_pair = np.zeros(fillers + pairs, dtype=bool)
         is_pair[random.permutation(fillers + pairs)[:pairs]] = True
         widths = np.where(is_pair, 2, 1)

@@ -14,20 +14,20 @@ from .gradients import use_gradient
 from .job import Job
 from .recall import IGNORED, RecallTask
 
-# Batches of evaluation and calibration are drawn from here on, where no training batch is.
+# Seeds of evaluation and calibration start here, beyond those of training batches.
 EVALUATION_SEED = 10**9
 EVALUATION_ROWS = 64
 CALIBRATION_BATCHES = 4
-# How often the masks before and after an update are compared.
+# Steps between comparisons of the masks before and after an update.
 PROBE_EVERY = 50
 
 
 def run_recall(job: Job, device: str) -> dict[str, Any]:
-    """Trains one model and measures what it recalls, at its learned thresholds and at the study's usages.
+    """Trains one model and measures its recall, at its learned thresholds and at the study's usages.
 
     Returns:
         `parameters`; `losses`, see `block_means`; `flicker`, the fraction of masks that one update changed,
-        every 50 steps; `accuracy` and `usage`, by what was asked for (`"learned"` or a fraction) and number of pairs.
+        every 50 steps; `accuracy` and `usage`, by requested usage (`"learned"` or a fraction) and number of pairs.
     """
     task, training = RecallTask(**job.settings["task"]), job.training
     model = job.build(task.vocab_size, device)
@@ -61,7 +61,7 @@ def run_recall(job: Job, device: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure(model: HAMForCausalLM, task: RecallTask, pairs: int, kv_usage: float | None) -> tuple[float, float]:
-    """The fraction of values named right, and the fraction of tokens kept, in rows with so many pairs."""
+    """The fraction of values predicted correctly, and the fraction of tokens kept, in rows with `pairs` pairs."""
     ids, labels = (x.to(model.device) for x in task.batch(EVALUATION_SEED + pairs, EVALUATION_ROWS, pairs))
     if model.config.num_hybrid_layers:
         with UsageMeter(model) as meter:
@@ -76,7 +76,7 @@ def _measure(model: HAMForCausalLM, task: RecallTask, pairs: int, kv_usage: floa
 
 
 class _Probe:
-    """Watches how many masks of a fixed batch one update changes."""
+    """Measures the fraction of masks of a fixed batch that one update changes."""
 
     def __init__(self, model: HAMForCausalLM, ids: torch.Tensor):
         self.model, self.ids = model, ids
@@ -85,7 +85,7 @@ class _Probe:
 
     @torch.no_grad()
     def watch(self, step: int) -> None:
-        """Looks at the masks before and after the last of every 50 steps."""
+        """Compares the masks before and after the last of every 50 steps."""
         if (step + 1) % PROBE_EVERY > 0 and (step + 2) % PROBE_EVERY > 0:
             return
         self.model.eval()

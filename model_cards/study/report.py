@@ -20,9 +20,9 @@ def spread(values: list[float]) -> str:
 
 
 def recall_table(results: list[Result]) -> str:
-    """A row per arm and task: accuracy by usage over all pairs, and by number of pairs (with what was kept of those).
+    """A row per arm and task: accuracy by usage over all pairs, and accuracy (with usage) by number of pairs.
 
-    The latter are at the learned thresholds.
+    Accuracies by number of pairs are at the learned thresholds.
     """
     pairs = list(results[0]["accuracy"][LEARNED])
     usages = [str(x) for x in results[0]["settings"]["usages"]]
@@ -51,10 +51,10 @@ def _accuracy_and_kept(runs: list[Result], pairs: str) -> str:
 
 
 def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -> str:
-    """A row per comparison, part and task: how far two arms lie apart, paired by seed, and what both kept.
+    """A row per comparison, part and task: difference of two arms, paired by seed, and the usage of both.
 
-    Over all numbers of pairs, and for the fewest and the most, which differ in how much there is to keep; behind each
-    in how many seeds the first arm is ahead.
+    Differences are over all numbers of pairs, and for the fewest and the most pairs, which differ in the number of
+    tokens to keep; each is followed by the number of seeds in which the first arm is ahead.
     """
     columns = "comparison | filler | seeds | kept | all pairs (seeds above 0) | fewest pairs | most pairs"
     rows = []
@@ -78,7 +78,7 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
 
 
 def gradient_table(results: list[Result]) -> str:
-    """A row per router and way of training it: accuracy over all pairs, by seed, and how its masks flicker."""
+    """A row per router and way of training it: accuracy over all pairs, by seed, and the flicker of its masks."""
     columns = "router | seeds | accuracy | of each seed | masks changed by an update, early | late"
     rows = []
     for arm in arms_of(results):
@@ -90,7 +90,7 @@ def gradient_table(results: list[Result]) -> str:
 
 
 def _flicker(runs: list[Result]) -> tuple[str, str]:
-    """Masks that an update changed in the first and in the last third of training; nothing where none were watched."""
+    """Masks that an update changed in the first and in the last third of training; empty if none were watched."""
     third = max(1, len(runs[0]["flicker"]) // 3)
     if not runs[0]["flicker"]:
         return "", ""
@@ -102,9 +102,9 @@ def _flicker(runs: list[Result]) -> tuple[str, str]:
 
 
 def language_table(results: list[Result]) -> str:
-    """A row per arm: held-out loss by usage (and what that kept of this text), and recall of needles by distance.
+    """A row per arm: held-out loss by usage (and the fraction kept of this text), and recall of needles by distance.
 
-    The loss without a usage, and needles, are at the learned thresholds.
+    The loss without a usage, and the needles, are at the learned thresholds.
     """
     usages = [str(x) for x in results[0]["settings"]["usages"]]
     distances = list(results[0]["needle"][LEARNED])
@@ -124,7 +124,7 @@ def _loss_and_kept(runs: list[Result], usage: str) -> str:
     return f"{spread([statistics.mean(x['held_out'][usage]) for x in runs])} ({kept:.0%})"
 
 
-# Which arms the paper's claims, and what it leaves open, are about: the first minus the second.
+# Pairs of arms for the paper's claims and its open questions: the first minus the second.
 QUESTIONS = (
     ("cosine", "gdn"),
     ("cosine-10", "gdn"),
@@ -141,12 +141,12 @@ QUESTIONS = (
 
 
 def write_report(results: list[Result], arms: list[str], output: Path) -> list[Path]:
-    """Writes `study.md`, `differences.md` and the plots of the parts that have results; returns what was written.
+    """Writes `study.md`, `differences.md` and the plots of the parts that have results; returns the written files.
 
     Args:
-        results: of a study, all of whose arms are in `arms`.
-        arms: their order in tables, and who has which colour in the plots of all parts.
-        output: folder of what is written.
+        results: results of a study with arms in `arms`.
+        arms: the arms in the order of the tables, which also fixes their colours in all plots.
+        output: folder for the files.
 
     Raises:
         ValueError: if there are no results.

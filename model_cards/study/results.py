@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Reads the results of a study: files with a row for each job, one file a part."""
+"""Reads the results of a study: one file per part, with a row for each job."""
 
 import statistics
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from ..rows import Row, read_rows
 from .job import NAME, Job
 
 Result = Row
-# What is compared arm by arm: recall with the thresholds that training drove to the target.
+# Key of results at the thresholds that training drove to the target, which are compared arm by arm.
 LEARNED = "learned"
 
 
@@ -26,7 +26,7 @@ def arms_of(results: Iterable[Result]) -> list[str]:
 
 
 def recall_accuracy(result: Result, kept: str = LEARNED) -> float:
-    """The mean over numbers of pairs; a model without hybrid layers has one figure, whatever is asked for."""
+    """The mean over numbers of pairs; a model without hybrid layers has one figure for every usage."""
     accuracy = result["accuracy"]
     return statistics.mean(accuracy.get(kept, accuracy[LEARNED]).values())
 
@@ -42,13 +42,13 @@ def result_file(part: str, output: Path) -> Path:
 
 
 def results_by_name(jobs: list[Job], output: Path) -> dict[str, Result]:
-    """All results that `output` holds of the parts of these jobs, by the names of their jobs."""
+    """All results in `output` of these jobs' parts, by the names of their jobs."""
     parts = dict.fromkeys(job.part for job in jobs)
     return {NAME.format_map(row): row for part in parts for row in read_rows(result_file(part, output))}
 
 
 def check_results(jobs: list[Job], output: Path) -> None:
-    """Refuses, with `ValueError`, a folder with a result of one of these jobs that other settings led to."""
+    """Raises `ValueError` for a folder that holds a result of one of these jobs with other settings."""
     stored = results_by_name(jobs, output)
     for job in jobs:
         if job.name in stored and stored[job.name]["settings"] != job.settings:
@@ -59,6 +59,6 @@ def check_results(jobs: list[Job], output: Path) -> None:
 
 
 def read_results(jobs: list[Job], output: Path) -> list[Result]:
-    """The results that `output` holds of these jobs, in their order."""
+    """The results of these jobs in `output`, in the jobs' order."""
     stored = results_by_name(jobs, output)
     return [stored[job.name] for job in jobs if job.name in stored]

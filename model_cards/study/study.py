@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Runs the jobs of a study file, each a model, a task and a seed, and adds each result to the file of its part."""
+"""Runs the jobs of a study file (a model, a task and a seed each), and appends each result to its part's file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +25,10 @@ PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
 
 
 def read_study(name: str) -> dict[str, Any]:
-    """The study in a YAML file, or in the file of that name which comes with this package.
+    """Reads the study in a YAML file, or in this package's file of that name.
 
     Raises:
-        ValueError: if it is no study.
+        ValueError: if it is not a study.
     """
     path = STUDIES / f"{name}.yaml"
     if not path.exists():
@@ -82,7 +82,7 @@ def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
 
 
 def parts_of(study: dict[str, Any]) -> list[str]:
-    """The parts that a study has, in the order in which they are run."""
+    """The parts of a study, in the order in which they run."""
     return [part for part in PARTS if part in study]
 
 
@@ -101,7 +101,7 @@ def _settings(plan: dict[str, Any], task: str, arm: dict[str, Any]) -> dict[str,
     gradient = arm.pop("gradient", "scaled_values")
     model = plan["model"] | arm
     if "layer_types" in model:
-        # Said once, for models of any depth: one kind of layer, or several in turn.
+        # Given once for models of any depth: one kind of layer, or several in turn.
         kinds = model["layer_types"] if isinstance(model["layer_types"], list) else [model["layer_types"]]
         model["layer_types"] = [kinds[i % len(kinds)] for i in range(model["num_hidden_layers"])]
     return {
@@ -124,7 +124,7 @@ def run_job(job: Job, texts: Texts | None, device: str) -> dict[str, Any]:
 
 
 def run_study(jobs: list[Job], output: Path, texts: Texts | None, device: str) -> None:
-    """Runs every job whose result is not in `output` yet; `check_results` tells whether what is there is theirs."""
+    """Runs every job without a result in `output`; call `check_results` first to check the existing results."""
     output.mkdir(parents=True, exist_ok=True)
     done, commit = results_by_name(jobs, output), current_commit()
     missing = [job for job in jobs if job.name not in done]
