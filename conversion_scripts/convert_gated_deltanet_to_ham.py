@@ -3,9 +3,9 @@
 """Turns a Gated DeltaNet of flash-linear-attention into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose RNN is the source's; the attention beside it is new, keeps no token and is shut.
-The gate is shut too far for training to find it: to use the attention, raise `kv_gate_proj.bias` of every layer, from
--20 to -4 for instance, set `target_kv_usage`, 0 at first, and train. Thresholds begin at 1.01, above every score: give
-them a learning rate of 0.01, lest they take long to come down.
+The shut gate has too small a gradient to train. To use the attention, raise `kv_gate_proj.bias` of every layer, for
+instance from -20 to -4, raise `target_kv_usage`, which is 0 at first, and train. Thresholds begin at 1.01, above every
+score: give them a learning rate of 0.01, so that they come down quickly.
 
 Needs flash-linear-attention (tested with 0.6.0). Without a GPU its kernels run under Triton's interpreter, which suits
 small models: compare fewer tokens of a large one (`--verify-tokens 4`), or none (`--no-verify`).
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers.utils.versions import require_version
 
-# Chosen before anything imports Triton, which reads it once.
+# Set before anything imports Triton, which reads it once.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -37,7 +37,7 @@ from ham_hf.conversion.memories import INERT_ATTENTION, doubled, halved, new_att
 from ham_hf.conversion.run import VERIFIED_ROWS
 from ham_hf.conversion.shards import TensorRule, copied
 
-# What a token of a block of values takes in fla's recurrent kernel under the interpreter, in seconds.
+# Seconds per token and block of values in fla's recurrent kernel under the interpreter, and the size of a block.
 INTERPRETED_STEP, VALUE_BLOCK = 0.01, 8
 
 
@@ -48,10 +48,10 @@ def import_fla() -> None:
 
 
 def check_features(config: Any) -> None:
-    """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
+    """Raises `ValueError`, naming the feature, for a configuration that a HAM cannot represent."""
     if not config.use_short_conv:
         raise ValueError("`use_short_conv` must be True, got False: a HAM's RNN always has its convolution.")
-    # fla's layer knows such biases; its model, of which `config` is, never makes them.
+    # fla's layer supports such biases; its model, which `config` belongs to, never makes them.
     if getattr(config, "conv_bias", False):
         raise ValueError("`conv_bias` must be False, got True: a HAM's convolution has no bias.")
     if config.attn is not None:
@@ -71,7 +71,7 @@ def check_features(config: Any) -> None:
 
 
 def value_heads(config: Any) -> int:
-    """Heads of the source's values, of which several may share a head of its queries and keys."""
+    """Number of the source's value heads, several of which may share a head of queries and keys."""
     return config.num_heads if config.num_v_heads is None else config.num_v_heads
 
 
@@ -119,12 +119,12 @@ def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
 
 
 def repeated(rows: torch.Tensor, heads: int, times: int) -> torch.Tensor:
-    """Every head of `rows` `[heads * size, ...]` for `times` heads in a row."""
+    """Repeats every head of `rows` `[heads * size, ...]` for `times` consecutive heads."""
     return rows.unflatten(0, (heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
 
 
 def first_of(rows: torch.Tensor, heads: int, times: int) -> torch.Tensor:
-    """The way back of `repeated`."""
+    """The inverse of `repeated`."""
     return rows.unflatten(0, (heads, times, -1))[:, 0].flatten(0, 1)
 
 
@@ -169,7 +169,7 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
-    """What must hold of a HAM for the way back."""
+    """Requirements on a HAM for the way back."""
     heads, times = source.num_heads, config.num_attention_heads // source.num_heads
 
     def rows_equal(rows: torch.Tensor) -> bool:
@@ -189,9 +189,9 @@ def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
 
 
 def fla_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits `[B, T, vocabulary]` in float32 by fla's classes and kernels, of which the recurrent one is exact.
+    """Logits `[B, T, vocabulary]` in float32 by fla's classes and its recurrent kernel, which is exact.
 
-    Its chunked kernel rounds to TF32 on a GPU, and does not run under Triton's interpreter.
+    fla's chunked kernel rounds to TF32 on a GPU, and does not run under Triton's interpreter.
     """
     from fla.models.gated_deltanet import GatedDeltaNetForCausalLM
 
@@ -204,10 +204,10 @@ def fla_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_interpreter(config: Any, length: int) -> None:
-    """Lets fla's kernels run without a GPU, and says how long that takes."""
+    """Makes fla's kernels run without a GPU, and prints an estimate of the time."""
     from triton.runtime.autotuner import Autotuner
 
-    # Nothing is there to time a kernel's configurations on, which differ in speed only: the first one is taken.
+    # Without a GPU a kernel's configurations, which differ in speed only, cannot be timed: take the first one.
     Autotuner.do_bench = lambda self, kernel, quantiles: [0.0, 0.0, 0.0]
     blocks = -(-int(config.head_dim * config.expand_v) // VALUE_BLOCK)
     steps = VERIFIED_ROWS * length * config.num_hidden_layers * value_heads(config) * blocks
@@ -219,7 +219,7 @@ def prepare_interpreter(config: Any, length: int) -> None:
 
 
 def source_code(architecture: str) -> str:
-    """What computed the logits that the HAM's were compared with."""
+    """Name of the code that computed the logits that the HAM's are compared with."""
     import fla
 
     how = "on a GPU" if torch.cuda.is_available() else "under Triton's interpreter"

@@ -2,14 +2,14 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Turns an OLMo-Hybrid checkpoint into a HAM that computes the same, and back.
 
-Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
-source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. To keep less,
-raise `rnn_gate_proj.bias` of these layers, from -20 to -4 for instance, lower `target_kv_usage`, and train.
+Linear layers (Gated DeltaNet) stay as they are. Layers of full attention become HAM layers whose attention is the
+source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. To keep fewer
+tokens, raise `rnn_gate_proj.bias` of these layers, for instance from -20 to -4, lower `target_kv_usage`, and train.
 
   python conversion_scripts/convert_olmo_hybrid_to_ham.py path/to/Olmo-Hybrid-7B olmo-ham
   python conversion_scripts/convert_olmo_hybrid_to_ham.py olmo-ham olmo-again --back
 
-The way back is bit for bit, under the names that the released checkpoints have.
+The way back is exact to the bit, with the tensor names of the released checkpoints.
 """
 
 import sys
@@ -35,14 +35,14 @@ from ham_hf.conversion.memories import INERT_RNN, doubled, halved, is_zero, new_
 from ham_hf.conversion.shards import TensorRule, copied
 from ham_hf.conversion.verification import transformers_model
 
-# In the source's code, not in its configuration.
+# Set in the source's code, not in its configuration.
 OUTPUT_NORM_EPS = 1e-5
-# Of a linear layer and of one with attention: equal names, in the HAM as well.
+# Norms of a linear layer and of a layer with attention, with equal names in the HAM.
 NORMS = {
     "linear_attention": ("input_layernorm", "post_attention_layernorm"),
     "hybrid": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
-# Of the mixer: the HAM's names and the source's.
+# Tensors of the mixer: the HAM's names and the source's.
 MIXER = {
     "linear_attention": {
         **{f"{x}_proj.weight": f"{x}_proj.weight" for x in "qkvabo"},
@@ -66,7 +66,7 @@ def rename(name: str) -> str:
 
 
 def check_features(config: Any) -> None:
-    """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
+    """Raises `ValueError`, naming the feature, for a configuration that a HAM cannot represent."""
     check_linear_hybrid(config)
     check_partial_rotation(config)
 
@@ -78,7 +78,7 @@ def ham_config(config: Any) -> HAMConfig:
     return HAMConfig(
         **same_fields(config, *TRANSFORMER_FIELDS, *LINEAR_FIELDS),
         head_dim=getattr(config, "head_dim", None),
-        # The source takes no base to mean no positions.
+        # In the source no base means no positions.
         rope_parameters=dict(rope) if rope and rope.get("rope_theta") is not None else None,
         attention_bias=config.attention_bias,
         layer_types=[LAYER_TYPES[layer_type] for layer_type in config.layer_types],
@@ -128,7 +128,7 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
             yield doubled(f"{mixer}.o_proj.weight", f"{source_mixer}.o_proj.weight")
             yield from new_rnn(mixer, config)
             continue
-        # Wherever the source cuts: Transformers saves three parts of about the same size.
+        # The parts may be cut anywhere: Transformers saves three of about the same size.
         parts = tuple(f"{source_mixer}.{x}_conv1d.weight" for x in "qkv")
         yield TensorRule(f"{mixer}.conv.weight", parts, lambda *x: torch.cat(x).squeeze(1))
         if config.attention_bias:
@@ -155,7 +155,7 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
-    """What must hold of a HAM for the way back."""
+    """Requirements on a HAM for the way back."""
     for layer_type, mixer, _ in layers(config):
         if layer_type == "hybrid":
             yield from shut_rnn(mixer)
@@ -165,7 +165,7 @@ def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
 
 
 def empty_source(config: Any) -> nn.Module:
-    """The source's model, with the three convolutions that the released checkpoints hold in place of one."""
+    """The source's model, with three convolutions in place of one, as in the released checkpoints."""
     model = transformers_model(config)
     for layer, layer_type in zip(model.model.layers, config.layer_types, strict=True):
         if layer_type == "linear_attention":

@@ -2,10 +2,11 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Turns a dense Qwen3-Next or Qwen3.5 checkpoint into a HAM that computes the same, and back.
 
-Linear layers (Gated DeltaNet) stay what they are. Layers of full attention become HAM layers whose attention is the
-source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. Of a multimodal
-checkpoint the language model is taken. Mixtures of experts are refused. To keep less, raise `rnn_gate_proj.bias` of
-these layers, from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
+Linear layers (Gated DeltaNet) stay as they are. Layers of full attention become HAM layers whose attention is the
+source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. The script
+converts only the language model of a multimodal checkpoint, and refuses mixtures of experts. To keep fewer tokens,
+raise `rnn_gate_proj.bias` of these layers, for instance from -20 to -4, lower `target_kv_usage`, which is 1 at first,
+and train.
 
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back
@@ -32,12 +33,12 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def rename(name: str) -> str:
-    """What a multimodal checkpoint's tensor is called in the language model alone."""
+    """The name of a multimodal checkpoint's tensor in the language model alone."""
     return name.replace("model.language_model.", "model.", 1)
 
 
 def check_features(config: Any) -> None:
-    """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
+    """Raises `ValueError`, naming the feature, for a configuration that a HAM cannot represent."""
     dense, step = getattr(config, "mlp_only_layers", None) or [], getattr(config, "decoder_sparse_step", 1)
     if getattr(config, "num_experts", 0):
         sparse = [i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0]
@@ -54,7 +55,7 @@ def check_features(config: Any) -> None:
 def ham_config(config: Any) -> HAMConfig:
     """The HAM of the same shape."""
     check_features(config)
-    # Text has the same position in all sections of multimodal RoPE, which then is RoPE.
+    # Text has the same position in all sections of multimodal RoPE, which then equals RoPE.
     rope = {name: value for name, value in config.rope_parameters.items() if not name.startswith("mrope_")}
     return HAMConfig(
         **same_fields(config, *TRANSFORMER_FIELDS, *LINEAR_FIELDS),
@@ -73,12 +74,12 @@ def ham_config(config: Any) -> HAMConfig:
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection of the source, which holds several of a HAM's.
+    """A projection of the source, which holds several of a HAM's projections.
 
     Attributes:
-        name: in the source.
-        groups: heads by which its rows are grouped.
-        rows: of each of the HAM's projections in a group, in order.
+        name: its name in the source.
+        groups: number of heads by which its rows are grouped.
+        rows: number of rows of each of the HAM's projections in a group, in order.
     """
 
     name: str
@@ -92,14 +93,14 @@ class Projection:
         return (rows if order is None else rows[:, order]).flatten(0, 1)
 
     def join(self, *weights: torch.Tensor, orders: list[torch.Tensor | None]) -> torch.Tensor:
-        """The projection, of its parts in those orders."""
+        """The projection, joined from its parts in those orders."""
         parts = [weight.unflatten(0, (self.groups, -1)) for weight in weights]
         parts = [x if order is None else x[:, order.argsort()] for x, order in zip(parts, orders, strict=True)]
         return torch.cat(parts, 1).flatten(0, 1)
 
 
 def projections(source: Any, layer_type: str) -> list[Projection]:
-    """The source's projections that lead into a layer."""
+    """The source's input projections of a layer."""
     if layer_type == "hybrid":
         heads, kv_heads, dim = source.num_attention_heads, source.num_key_value_heads, source.head_dim
         return [
@@ -125,7 +126,7 @@ def projections(source: Any, layer_type: str) -> list[Projection]:
 
 
 def rotary_orders(config: HAMConfig, layer_type: str) -> dict[str, torch.Tensor]:
-    """The HAM's order of a head's dimensions in each projection that RoPE turns."""
+    """The HAM's order of a head's dimensions in each projection that RoPE rotates."""
     if layer_type != "hybrid":
         return {}
     rotary = HAMRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what HAMConfig has too
@@ -201,7 +202,7 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
-    """What must hold of a HAM for the way back."""
+    """Requirements on a HAM for the way back."""
     for i, layer_type in enumerate(config.layer_types):
         if layer_type == "hybrid":
             yield from shut_rnn(f"model.layers.{i}.mixer")
@@ -209,7 +210,7 @@ def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
 
 CONVERSION = Conversion(
     script="convert_qwen3_hybrid_to_ham.py",
-    # Of these the mixtures of experts are refused by what they have, not by their names.
+    # Mixtures of experts among these are refused by their configuration, not by their names.
     model_types=("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     ham_config=ham_config,
     to_ham=to_ham,

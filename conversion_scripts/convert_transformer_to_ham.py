@@ -3,8 +3,9 @@
 """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
-keys and values and is shut, too far for training to find it: to keep less, raise `rnn_gate_proj.bias` of every layer,
-from -20 to -4 for instance, lower `target_kv_usage`, 1 at first, and train.
+keys and values and is shut by a gate with too small a gradient to train. To keep fewer tokens, raise
+`rnn_gate_proj.bias` of every layer, for instance from -20 to -4, lower `target_kv_usage`, which is 1 at first, and
+train.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
   python conversion_scripts/convert_transformer_to_ham.py path/to/model.Q4_K_M.gguf model-ham
@@ -29,7 +30,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def check_features(config: Any) -> None:
-    """Refuses, with `ValueError`, what a HAM cannot represent, and names it."""
+    """Raises `ValueError`, naming the feature, for a configuration that a HAM cannot represent."""
     window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window is not None and windowed and window < length:
@@ -48,7 +49,7 @@ def ham_config(config: Any) -> HAMConfig:
         head_dim=getattr(config, "head_dim", None),
         hidden_act=config.hidden_act,
         rope_parameters=dict(config.rope_parameters),
-        # Qwen2 has biases on q, k and v, whatever its configuration says.
+        # Qwen2 always has biases on q, k and v, regardless of its configuration.
         attention_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
         mlp_bias=getattr(config, "mlp_bias", False),
         attention_conv=False,
@@ -106,7 +107,7 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
 
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
-    """What must hold of a HAM for the way back."""
+    """Requirements on a HAM for the way back."""
     for i in range(config.num_hidden_layers):
         yield from shut_rnn(f"model.layers.{i}.mixer")
         if source.model_type == "qwen2":
