@@ -208,7 +208,7 @@ def _unseen(chunk: int, documents: torch.Tensor | None, device: torch.device) ->
 
 
 def _document_borders(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per chunk, bools: tokens that read the state before it, tokens that write the one after it, and if it passes."""
+    """Bools: tokens that read the state before their chunk, or write the one after it; chunks that a state crosses."""
     before = torch.cat([documents[:1, ..., :1], documents[:-1, ..., -1:]])
     after = documents[..., -1:]
     return documents == before, documents == after, (before == after).squeeze(-1)

@@ -341,7 +341,7 @@ class HAMModel(HAMPreTrainedModel):
 
         Args:
             hidden_states: `[B, n, D]`, from which the loss is computed.
-            controls: of every hybrid layer, see `HAMMixer.forward`.
+            controls: those of every hybrid layer, see `HAMMixer.forward`.
             seen: `[B]` float32 real tokens of each row.
         """
         weights = (1 / seen.sum().clamp(min=1)).expand_as(seen)

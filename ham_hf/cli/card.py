@@ -14,7 +14,7 @@ examples:
   ham-hf card my-ham --results my-results --repo-id OWNER/my-ham
   ham-hf card my-ham --output card.md --force
 
-The card is made of these files in --results, and says which facts are missing:
+The card takes its contents from these files in --results, each of which may be missing:
   usage.json, usage.png   loss and memory, from python -m ham_hf.evaluation.usage
   summary.md, data.md, recipe.md, results.md, limits.md   prose
   card.json   any of "name", "license", "language": ["en"], "datasets": [...], "tags": [...] and

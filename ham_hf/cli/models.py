@@ -89,7 +89,7 @@ def check_model_name(name: str) -> None:
         raise CommandError(f"argument --model: this installation lacks its checkpoint {name}; give --model PATH_OR_ID")
     elif Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise CommandError(
-            f"argument --model: {name!r} is no folder, takes the folder of a HAM checkpoint or OWNER/NAME"
+            f"argument --model: {name!r} is not a folder, takes the folder of a HAM checkpoint or OWNER/NAME"
         )
 
 

@@ -115,7 +115,7 @@ def load_card(path: str | Path) -> ModelCard:
         card = ModelCard.load(path)
         check_depth("its metadata", vars(card.data))
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is no model card whose metadata the Hub could read: {error}") from error
+        raise ValueError(f"{path} is not a model card with metadata that the Hub can read: {error}") from error
     return card
 
 

@@ -61,7 +61,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             invalid.
     """
     if not folder.is_dir():
-        raise ValueError(f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which is no folder.")
+        raise ValueError(f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which is not a folder.")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"`folder` must be that of a HAM checkpoint, got {str(folder)!r}, which holds no {CONFIG_NAME}."

@@ -51,7 +51,7 @@ def cells(run: Run, unit_size: int) -> list[str | Text]:
 
 def footnote(scored: bool) -> str:
     """Explanation of the table's numbers."""
-    loss = "; loss: nats a token on the second half of the prompt" if scored else ""
+    loss = "; loss: nats per token on the second half of the prompt" if scored else ""
     return (
         f"KV held: bytes allocated, in pages of {PAGE_SIZE} tokens a head; KV full: keys and values of every token "
         f"seen; state: convolution and RNN, the same at any length{loss}."

@@ -59,7 +59,7 @@ class Run:
         full_kv_bytes: bytes of the keys and values of every token seen.
         state_bytes: bytes of the states of fixed size.
         tokens_per_second: speed of the continuation.
-        loss: mean negative log-likelihood (nats a token) of the prompt's second half, if it was scored.
+        loss: mean negative log-likelihood (nats per token) of the prompt's second half, if it was scored.
         prompt_heads: for each token of the prompt, the number of heads of the hybrid layers that hold it.
     """
 
@@ -81,7 +81,7 @@ def prefill(model: Any, ids: torch.Tensor, cache: HAMCache, setting: Setting, sc
     """Reads all of `ids` `[1, T]` but the last token into `cache`.
 
     Returns:
-        The mean negative log-likelihood (nats a token) of the second half of `ids` if `score`, else `None`.
+        The mean negative log-likelihood (nats per token) of the second half of `ids` if `score`, else `None`.
     """
     length, first_scored = ids.shape[1], max(1, ids.shape[1] // 2)
     total = 0.0

@@ -83,7 +83,7 @@ def new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMFor
     try:
         return HAMForCausalLM(HAMConfig(**(follows | (recipe.model.new or {}))))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"`model: new` is no HAM: {error.__cause__ or error}") from error
+        raise ValueError(f"`model: new` is not a valid HAM: {error.__cause__ or error}") from error
 
 
 def build_data(

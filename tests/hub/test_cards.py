@@ -471,7 +471,7 @@ def test_what_is_nested_too_deep_is_refused(checkpoint, depth):
             (checkpoint / name).write_bytes(before)
     if depth <= 1000:
         (checkpoint / "README.md").write_text(f"---\ntags: {nested}\n---\n# A model\n")
-        with pytest.raises(ValueError, match=r"README\.md is no model card"):
+        with pytest.raises(ValueError, match=r"README\.md is not a model card"):
             card_in(checkpoint)
 
 

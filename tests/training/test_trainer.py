@@ -427,7 +427,7 @@ def test_an_output_that_is_a_file_is_refused(recipe_of, tmp_path):
     [
         ("rows: 3", "rows: 300", "`data` has too little text: it fills .* rows of 32 tokens, takes 300 for"),
         ("train_batch_size: 2", "train_batch_size: 200", "`data` has too little text: .* and 400 for each step"),
-        ("hidden_size: 16", "hidden_size: 15", "`model: new` is no HAM: RoPE needs an even `head_dim`"),
+        ("hidden_size: 16", "hidden_size: 15", "`model: new` is not a valid HAM: RoPE needs an even `head_dim`"),
         ("new: {{", "new: {{vocab_size: 9, ", "an embedding for each of the 4096 tokens.*`vocab_size` 9"),
         ("schedule: [[0, 1.0], [6, 0.25]]", "target: [0.5]", "`usage: target` must have one entry per hybrid layer"),
         (
