@@ -163,7 +163,7 @@ def change_of(name, value):
         (change_of("0.scores", float("nan")), "layer 0: `scores` must be between 0 and 1"),
         (change_of("padding", False), "`padding` and `real_tokens` contradict each other"),
         (lambda tensors: tensors.pop("padding"), "`padding` and `real_tokens` contradict each other"),
-        (lambda tensors: tensors.update(other=torch.ones(1)), "holds 'other', which is part of no layer"),
+        (lambda tensors: tensors.update(other=torch.ones(1)), "holds 'other', which belongs to no layer"),
     ],
 )
 def test_a_signed_file_that_makes_no_sense(model, ids, tmp_path, change, message):

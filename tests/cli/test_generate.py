@@ -175,7 +175,7 @@ def test_refused_checkpoints(capsys, checkpoint, tokenizer, tmp_path, monkeypatc
 
     (tmp_path / "nothing").mkdir()
     assert "config.json" in message(tmp_path / "nothing")
-    assert "no folder" in message(tmp_path / "missing")
+    assert "not a folder" in message(tmp_path / "missing")
     monkeypatch.setattr(cli_models, "EMBEDDED_CHECKPOINT", tmp_path / "missing")
     assert "lacks its checkpoint" in refusal(capsys, "demo")
 
