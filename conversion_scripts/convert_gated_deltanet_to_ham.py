@@ -3,9 +3,8 @@
 """Turns a Gated DeltaNet of flash-linear-attention into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose RNN is the source's; the attention beside it is new, keeps no token and is shut.
-The shut gate has too small a gradient to train. To use the attention, raise `kv_gate_proj.bias` of every layer, for
-instance from -20 to -4, raise `target_kv_usage`, which is 0 at first, and train. Thresholds begin at 1.01, above every
-score: give them a learning rate of 0.01, so that they come down quickly.
+The shut gate has too small a gradient to train. To use the attention, heal the HAM with `ham-hf train`, which opens
+the gate and raises the usage from 0; README.md in this folder has the recipe.
 
 Needs flash-linear-attention (tested with 0.6.0). Without a GPU its kernels run under Triton's interpreter, which suits
 small models: compare fewer tokens of a large one (`--verify-tokens 4`), or none (`--no-verify`).

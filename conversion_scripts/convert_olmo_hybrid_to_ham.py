@@ -4,7 +4,7 @@
 
 Linear layers (Gated DeltaNet) stay as they are. Layers of full attention become HAM layers whose attention is the
 source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. To keep fewer
-tokens, raise `rnn_gate_proj.bias` of these layers, for instance from -20 to -4, lower `target_kv_usage`, and train.
+tokens, heal the HAM with `ham-hf train`; README.md in this folder has the recipe.
 
   python conversion_scripts/convert_olmo_hybrid_to_ham.py path/to/Olmo-Hybrid-7B olmo-ham
   python conversion_scripts/convert_olmo_hybrid_to_ham.py olmo-ham olmo-again --back

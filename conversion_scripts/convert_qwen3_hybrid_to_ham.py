@@ -4,9 +4,9 @@
 
 Linear layers (Gated DeltaNet) stay as they are. Layers of full attention become HAM layers whose attention is the
 source's and keeps every token; the RNN beside it reads the same queries, keys and values and is shut. The script
-converts only the language model of a multimodal checkpoint, and refuses mixtures of experts. To keep fewer tokens,
-raise `rnn_gate_proj.bias` of these layers, for instance from -20 to -4, lower `target_kv_usage`, which is 1 at first,
-and train.
+converts only the language model of a multimodal checkpoint, and refuses mixtures of experts. For a plain Qwen3 take
+convert_transformer_to_ham.py. To keep fewer tokens, heal the HAM with `ham-hf train`; README.md in this folder has the
+recipe.
 
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py path/to/Qwen3.5-0.8B qwen3.5-ham
   python conversion_scripts/convert_qwen3_hybrid_to_ham.py qwen3.5-ham qwen3.5-again --back

@@ -3,9 +3,8 @@
 """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
 
 Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
-keys and values and is shut by a gate with too small a gradient to train. To keep fewer tokens, raise
-`rnn_gate_proj.bias` of every layer, for instance from -20 to -4, lower `target_kv_usage`, which is 1 at first, and
-train.
+keys and values and is shut by a gate with too small a gradient to train. To keep fewer tokens, heal the HAM with
+`ham-hf train`, which opens the gate; README.md in this folder has the recipe.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
   python conversion_scripts/convert_transformer_to_ham.py path/to/model.Q4_K_M.gguf model-ham

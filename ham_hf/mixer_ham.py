@@ -367,6 +367,7 @@ class HAMMixer(nn.Module):
         score = self.router.error if self.layer_type == "hybrid" else None
         # A learned router's error needs a gradient, which the op's own score lacks.
         in_graph = self.config.router in LEARNED_ROUTERS and torch.is_grad_enabled()
+        # Without `score` the op returns the prediction itself.
         output, errors, state = gated_delta_rule_with_prediction(
             q,
             k,
@@ -411,7 +412,7 @@ class HAMMixer(nn.Module):
         q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
         if cache is not None:
             cache.accept(keys=k)
-        ranks, keep = self._route(scores, k, retention.threshold, tokens.real)
+        routed_scores, keep = self._route(scores, k, retention.threshold, tokens.real)
         weights = None
         if output_attentions or exporting():
             weights = attention_weights(q, k, keep, tokens, cache)
@@ -422,8 +423,8 @@ class HAMMixer(nn.Module):
         else:
             if cache is None or cache.store is None:
                 q = q[:, -last_n:]
-            output = self.attend(q, k, v, keep, ranks, tokens, cache, retention.budget)
-        return Attended(output, weights, k, v, ranks, keep)
+            output = self.attend(q, k, v, keep, routed_scores, tokens, cache, retention.budget)
+        return Attended(output, weights, k, v, routed_scores, keep)
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scales values `[B, T, Hk, V]` by learned scores, which get their gradient through them."""
@@ -471,7 +472,7 @@ class HAMMixer(nn.Module):
         scores: torch.Tensor,
         tokens: TokenLayout,
         cache: HAMCacheLayer | None,
-        kv_budget: int | None,
+        budget: int | None,
     ) -> torch.Tensor:
         """Attention of the last `n` new tokens over the kept tokens before them, `[B, n, H, V]`.
 
@@ -481,13 +482,13 @@ class HAMMixer(nn.Module):
             keep, scores: `[B, T, Hk]` bool and float32.
             tokens: the layout of the new tokens.
             cache: the layer's cache, or `None`.
-            kv_budget: most tokens that a head may hold, or `None`.
+            budget: most tokens that a head may hold, or `None`.
         """
         if cache is None:
-            return attend_new(q, k, v, keep, scores, kv_budget, seq_idx=tokens.seq_idx)
-        if kv_budget is not None:
-            cache.enforce_budget(kv_budget)
-        return cache.attend(q, k, v, keep, scores, kv_budget)
+            return attend_new(q, k, v, keep, scores, budget, seq_idx=tokens.seq_idx)
+        if budget is not None:
+            cache.enforce_budget(budget)
+        return cache.attend(q, k, v, keep, scores, budget)
 
     def mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
         """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Hybrid Associative Memory models (arXiv 2603.22325): the mixer with its two memories, the decoder and the heads."""
+"""Hybrid Associative Memory models (arXiv 2603.22325): the decoder layer, the decoder and the heads."""
 
 import math
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ class HAMCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):  # typ
 
 
 class HAMDecoderLayer(GradientCheckpointingLayer):
-    """Residual block of mixer and MLP, each with a norm before it; after it with `attention_post_norm` and attention.
+    """Residual block of mixer and MLP, each after a norm; with `attention_post_norm`, attention layers have it behind.
 
     With `last_n`, returns only the last `n` positions; earlier ones are computed only as far as the cache needs.
     """
@@ -395,8 +395,8 @@ def _tell_of_cut_graph(cache: HAMCache) -> None:
     cache.holds_cut_graph = True
 
 
-def _shifts_labels(model_class: type) -> None:
-    """Makes Trainer shift labels that it smooths: it goes by class names, and the model would else learn to copy."""
+def _register_for_label_shift(model_class: type) -> None:
+    """Makes Trainer, which goes by class names, shift labels that it smooths; else the model learns to copy."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
 
 
@@ -422,7 +422,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _shifts_labels(cls)  # FSDP makes a subclass
+        _register_for_label_shift(cls)  # FSDP makes a subclass
 
     @can_return_tuple
     def forward(
@@ -525,7 +525,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         return loss + share * (levers * gradients).sum()
 
 
-_shifts_labels(HAMForCausalLM)
+_register_for_label_shift(HAMForCausalLM)
 
 
 class HAMForSequenceClassification(GenericForSequenceClassification, HAMPreTrainedModel):

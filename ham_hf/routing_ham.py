@@ -149,7 +149,7 @@ class HAMRouter(nn.Module):
             hidden_states: `[B, T, D]`; positions: `[B, T]`.
 
         Returns:
-            `[B, T, Hk]` float32.
+            `[B, T, Hk]` float32 or wider.
         """
         if self.kind == "random":
             return random_score(positions, self.layer_idx, self.num_heads)

@@ -36,7 +36,7 @@ def logit_unit(thresholds: torch.Tensor) -> torch.Tensor:
 def threshold_gradients(
     thresholds: torch.Tensor, usage: torch.Tensor, target: float | list[float] | None, scope: str
 ) -> torch.Tensor:
-    """The gradient of each threshold `[L, Hk]`, with which any optimiser closes the loop: `target - usage`, in logits.
+    """The gradient of each threshold `[L, Hk]`, with which any optimizer closes the loop: `target - usage`, in logits.
 
     If too many tokens are kept, the gradient is negative, descent raises the threshold, and fewer are kept. Gradients
     of several batches or ranks average to that of all of them.

@@ -48,11 +48,11 @@ def execute(arguments: argparse.Namespace) -> None:
     import_transformers()
     from huggingface_hub.constants import REPOCARD_NAME
 
-    from ham_hf.files import copy_whole, write_whole
-    from ham_hf.hub.card import MARKER, build_card, missing_from
-    from ham_hf.hub.checkpoint import read_checkpoint
-    from ham_hf.hub.push import check_repo_id
-    from ham_hf.hub.sources import read_sources
+    from ..files import copy_whole, write_whole
+    from ..hub.card import MARKER, build_card, missing_from
+    from ..hub.checkpoint import read_checkpoint
+    from ..hub.push import check_repo_id
+    from ..hub.sources import read_sources
 
     with failing_as("argument CHECKPOINT"):
         checkpoint = read_checkpoint(arguments.checkpoint)

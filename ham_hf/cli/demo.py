@@ -28,8 +28,8 @@ def add_to(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """`ham-hf demo`."""
     model, tokenizer = load(arguments)
-    from ham_hf.inspection.demo_prompt import DEMO_INTRODUCTION, DEMO_PROMPT
-    from ham_hf.inspection.runs import Setting
+    from ..inspection.demo_prompt import DEMO_INTRODUCTION, DEMO_PROMPT
+    from ..inspection.runs import Setting
 
     settings = [Setting("threshold", x) for x in THRESHOLDS]
     if calibrated(model):

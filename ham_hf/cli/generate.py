@@ -12,7 +12,7 @@ from .arguments import CommandError, add_command, number
 from .models import add_model_arguments, calibrated, load
 
 if TYPE_CHECKING:
-    from ham_hf.inspection.runs import Setting
+    from ..inspection.runs import Setting
 
 EXAMPLES = """\
 examples:
@@ -76,8 +76,8 @@ def compare(
     arguments: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, settings: list["Setting"], loss: bool
 ) -> None:
     """Runs the prompt at every setting; prints the text as it comes, then the kept tokens of all runs."""
-    from ham_hf.inspection.comparison import Comparison
-    from ham_hf.inspection.runs import run
+    from ..inspection.comparison import Comparison
+    from ..inspection.runs import run
 
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if ids.shape[1] == 0:
@@ -96,7 +96,7 @@ def compare(
 
 def settings_of(arguments: argparse.Namespace) -> list["Setting"]:
     """The settings that a call of `generate` asks for, one per run."""
-    from ham_hf.inspection.runs import Setting
+    from ..inspection.runs import Setting
 
     if arguments.threshold:
         return [Setting("threshold", x, arguments.kv_budget) for x in arguments.threshold]

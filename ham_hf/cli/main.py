@@ -4,8 +4,7 @@
 import argparse
 import sys
 
-from ham_hf import __version__
-
+from .. import __version__
 from . import card, demo, generate, push, run, train
 from .arguments import CommandError, Parser, exit_status
 

@@ -58,7 +58,7 @@ def load_model(name: str, dtype: str) -> Any:
     import torch
     from transformers import PreTrainedConfig
 
-    from ham_hf import HAMForCausalLM
+    from .. import HAMForCausalLM
 
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if kind != "ham":

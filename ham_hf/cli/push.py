@@ -43,7 +43,7 @@ def execute(arguments: argparse.Namespace) -> None:
     import_transformers()
     from huggingface_hub.errors import HfHubHTTPError
 
-    from ham_hf.hub.push import push_folder
+    from ..hub.push import push_folder
 
     with failing_as(f"cannot push {arguments.checkpoint} to {arguments.repo_id}", width=400):
         try:

@@ -38,7 +38,7 @@ def execute(arguments: argparse.Namespace) -> None:
             "transformers"
         )
     # Nothing is silenced here: the other command's output belongs to its user.
-    from ham_hf.auto_classes import HAMForCausalLM
+    from ..auto_classes import HAMForCausalLM
 
     sys.argv = [arguments.tool, *arguments.tool_arguments]
     command = next(iter(commands)).load()

@@ -40,8 +40,8 @@ def execute(arguments: argparse.Namespace) -> None:
     import_transformers()
     import datasets
 
-    from ham_hf.training.recipe import read_recipe
-    from ham_hf.training.train import train
+    from ..training.recipe import read_recipe
+    from ..training.train import train
 
     datasets.disable_progress_bars()
     with failing_as(f"argument RECIPE: {arguments.recipe}", width=400):

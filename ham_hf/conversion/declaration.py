@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ham_hf.configuration_ham import HAMConfig
-
+from ..configuration_ham import HAMConfig
 from .shards import TensorRule
 from .verification import transformers_logits, transformers_model
 

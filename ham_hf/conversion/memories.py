@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ham_hf.configuration_ham import HAMConfig
-from ham_hf.routing_ham import NUM_QUANTILES
-
+from ..configuration_ham import HAMConfig
+from ..routing_ham import NUM_QUANTILES
 from .declaration import Requirement
 from .shards import TensorRule
 

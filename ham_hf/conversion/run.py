@@ -22,15 +22,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ham_hf import __version__
-from ham_hf.configuration_ham import HAMConfig
-from ham_hf.files import write_whole
-from ham_hf.generation_ham import ROUTING_ARGUMENTS
-from ham_hf.modeling_ham import HAMForCausalLM
-
+from .. import __version__
+from ..configuration_ham import HAMConfig
+from ..files import write_whole
+from ..generation_ham import ROUTING_ARGUMENTS
 from ..hub.card import build_card, card_in, error_figure
 from ..hub.checkpoint import read_checkpoint
 from ..hub.sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
+from ..modeling_ham import HAMForCausalLM
 from .declaration import Conversion
 from .gguf import SUFFIX, GGUFTensors, check_packages, find_gguf, read_config, read_model
 from .origin import download, load_tokenizer
@@ -49,11 +48,7 @@ FREE_FIELDS = {
 # Printed once a HAM is written.
 NEXT = """\
 Next: ham-hf generate PROMPT --model {output}
-Then heal it, which teaches its new memory what the other one may drop: ham-hf train healing.yaml, with a recipe of
-  model: {{from: {output}}}
-  usage: {{schedule: [[0, 1.0], [2000, 0.25]]}}
-  distillation: {{teacher: {teacher}}}
-and the rest as in ham_hf/training/examples/small.yaml; conversion_scripts/README.md has a whole one."""
+Then heal it, which teaches its new memory what the other one may drop: conversion_scripts/README.md has the recipe."""
 
 
 class Run:
@@ -126,9 +121,7 @@ class Run:
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
         write_whole(self.partial / REPOCARD_NAME, str(card))
         self._finish()
-        # A teacher has plain weights.
-        teacher = self.arguments.source if self.gguf_file is None else "(what this script writes of it with --back)"
-        print(f"{conversion.summary}\n{NEXT.format(output=self.output, teacher=teacher)}")
+        print(f"{conversion.summary}\n{NEXT.format(output=self.output)}")
 
     def _record(self, config: Any, config_json: dict[str, Any], left_out: set[str]) -> None:
         """Verifies the HAM and records its origin, for its card and for the way back."""
@@ -169,7 +162,9 @@ class Run:
     def _check_model_type(self, model_type: Any) -> None:
         known = self.conversion.model_types
         if model_type not in known:
-            hint = " For the way back add --back." if model_type == HAMConfig.model_type else ""
+            hint = " conversion_scripts/README.md names the script for each type."
+            if model_type == HAMConfig.model_type:
+                hint = " For the way back add --back."
             raise ValueError(
                 f"`source` must be of a model type in {known} for {self.conversion.script}, got {model_type!r}.{hint}"
             )

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ham_hf.files import write_whole
-from ham_hf.files_ham import whole_file
-from ham_hf.loading_ham import open_weights
-
+from ..files import write_whole
+from ..files_ham import whole_file
 from ..hub.sources import read_json
+from ..loading_ham import open_weights
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ham_hf.evaluation.markdown import table
-from ham_hf.files import write_whole
-from ham_hf.modeling_ham import HAMForCausalLM
-from ham_hf.training.documents import SPLIT_FILES, read_documents
+from ..files import write_whole
+from ..modeling_ham import HAMForCausalLM
+from ..training.documents import SPLIT_FILES, read_documents
+from .markdown import table
 
 USAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 # Part of a window that is repeated at its end to measure recall.
@@ -131,7 +131,8 @@ def main() -> None:
     """Measures a checkpoint and writes `usage.json`, `usage.md` and `usage.png`."""
     parser = argparse.ArgumentParser(description="Held-out loss and cache bytes against the fraction of tokens kept.")
     parser.add_argument("--model", type=Path, required=True, help="folder of a calibrated HAM checkpoint")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
+    help_text = "folder with held-out documents, see ham_hf.training.documents"
+    parser.add_argument("--corpus", type=Path, required=True, help=help_text)
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window (default %(default)s)")
     parser.add_argument("--per-document", type=int, default=12, help="windows per document (default %(default)s)")

@@ -13,10 +13,10 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ham_hf.configuration_ham import HAMConfig
-from ham_hf.conversion.shards import DTYPES
-from ham_hf.hub.checkpoint import Checkpoint
-from ham_hf.hub.sources import LICENCE_FIELDS, Sources, check_depth
+from ..configuration_ham import HAMConfig
+from ..conversion.shards import DTYPES
+from .checkpoint import Checkpoint
+from .sources import LICENCE_FIELDS, Sources, check_depth
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 # Marks a card that may be overwritten; a card without it was written by hand.
@@ -197,7 +197,7 @@ def usage_table(usage: dict[str, Any] | None) -> str | None:
     if usage is None:
         return None
     # Imported here to avoid a circle: importing ham_hf imports this file, and ham_hf.evaluation.usage imports ham_hf.
-    from ham_hf.evaluation.usage import to_markdown
+    from ..evaluation.usage import to_markdown
 
     return to_markdown(usage["results"], usage["context"]).strip()
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import CONFIG_NAME
 
-from ham_hf.configuration_ham import HAMConfig
-from ham_hf.conversion.shards import find_weights
-from ham_hf.hub.sources import read_conversion, read_json
-from ham_hf.loading_ham import open_weights
+from ..configuration_ham import HAMConfig
+from ..conversion.shards import find_weights
+from ..loading_ham import open_weights
+from .sources import read_conversion, read_json
 
 # Auto class that loads each head, and the task under which the Hub lists it.
 AUTO_CLASSES: dict[str, tuple[str, str | None]] = {

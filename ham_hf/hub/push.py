@@ -13,9 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from ham_hf.hub.card import build_card, card_in, load_card
-from ham_hf.hub.checkpoint import Checkpoint, read_checkpoint
-from ham_hf.hub.sources import read_sources
+from .card import build_card, card_in, load_card
+from .checkpoint import Checkpoint, read_checkpoint
+from .sources import read_sources
 
 # Suffixes of files that are uploaded beside the weights; the state of a training run and pickles are not.
 SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".model", ".png", ".svg"}

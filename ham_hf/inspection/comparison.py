@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer
 
-from ham_hf.configuration_ham import HAMConfig
-from ham_hf.inspection.kept_tokens import legend, numbered_text, pieces_of, printable, shaded_text
-from ham_hf.inspection.run_table import footnote, runs_table
-from ham_hf.inspection.runs import Run, Setting
+from ..configuration_ham import HAMConfig
+from .kept_tokens import legend, numbered_text, pieces_of, printable, shaded_text
+from .run_table import footnote, runs_table
+from .runs import Run, Setting
 
 # Only the end of a longer prompt is repeated before each continuation, and drawn token by token.
 SHOWN_CHARACTERS = 300

@@ -5,8 +5,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ham_hf.inspection.runs import Run
-from ham_hf.paged_store_ham import PAGE_SIZE
+from ..paged_store_ham import PAGE_SIZE
+from .runs import Run
 
 BARS = "▁▂▃▄▅▆▇█"
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

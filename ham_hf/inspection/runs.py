@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ham_hf.cache_ham import HAMCache
+from ..cache_ham import HAMCache
 
 # A prompt is read in pieces of this many tokens, so that only the logits of one piece are held at once.
 PREFILL_TOKENS = 1024

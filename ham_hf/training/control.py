@@ -128,8 +128,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of the parameters that learn, for AdamW and its kin (whose `eps` is a number) and for SGD.
 
-    Thresholds have a learning rate of their own, and descend by the gradient itself under any optimiser: their group
-    brings the settings for that, of which an optimiser takes those that it has.
+    Thresholds have a learning rate of their own, and descend by the gradient itself under any optimizer: their group
+    brings the settings for that, of which an optimizer takes those that it has.
 
     Args:
         model: a HAM, also wrapped by DDP, FSDP (which must keep the parameters' names), peft or `torch.compile`.

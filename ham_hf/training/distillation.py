@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ham_hf.conversion.memories import SHUT
-from ham_hf.modeling_ham import HAMForCausalLM
+from ..conversion.memories import SHUT
+from ..modeling_ham import HAMForCausalLM
 
 IGNORED = -100
 # Positions with distributions over the vocabulary in memory at once, beside the logits.

@@ -66,7 +66,7 @@ def train(recipe: TrainRecipe) -> Path | None:
         processing_class=tokenizer,
         callbacks=[stop],
     )
-    report_through_us(trainer, schedule)
+    install_callbacks(trainer, schedule)
     if recipe.lora is not None and trainer.is_fsdp_enabled:
         raise ValueError("`lora` must be left out under FSDP: it is for one process and for DDP.")
     if arguments.should_save:
@@ -180,7 +180,7 @@ def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
     return result
 
 
-def report_through_us(trainer: HAMTrainer, schedule: UsageSchedule | None) -> None:
+def install_callbacks(trainer: HAMTrainer, schedule: UsageSchedule | None) -> None:
     """Steers the thresholds, and replaces Trainer's callbacks for showing and writing figures by ours."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -35,7 +35,7 @@ DATA_STATE = "data_state.json"
 class HAMTrainer(Trainer):
     """Transformers' Trainer for a HAM.
 
-    Thresholds have groups of their own in the optimiser, keep their learning rate and are not clipped. A checkpoint
+    Thresholds have groups of their own in the optimizer, keep their learning rate and are not clipped. A checkpoint
     appears under its name when it is whole. Nothing is saved once a number is not finite. An evaluation measures the
     loss and the fraction kept at several settings, and the distribution of routing scores. The model may be a
     PeftModel.
@@ -46,7 +46,7 @@ class HAMTrainer(Trainer):
         arguments: those of `Trainer`; `train_dataset` is a `PackedRows`, `eval_dataset` a list of its rows.
 
     Raises:
-        ValueError: for an optimiser under which thresholds cannot descend by the gradient itself.
+        ValueError: for an optimizer under which thresholds cannot descend by the gradient itself.
     """
 
     model: Any  # HAMForCausalLM or peft.PeftModel
@@ -90,7 +90,7 @@ class HAMTrainer(Trainer):
     # ---- optimisation
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser that the arguments name, on the groups of `parameter_groups`."""
+        """The optimizer that the arguments name, on the groups of `parameter_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -275,7 +275,7 @@ class HAMTrainer(Trainer):
 
 
 def check_optimizer(arguments: TrainingArguments, model: HAMForCausalLM) -> None:
-    """Raises `ValueError` for an optimiser that ignores the settings of `parameter_groups` for thresholds."""
+    """Raises `ValueError` for an optimizer that ignores the settings of `parameter_groups` for thresholds."""
     kind, _ = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     eps = inspect.signature(kind).parameters.get("eps")
     # Adafactor has a pair of them; Lion has none, and takes steps of one length.

@@ -206,7 +206,7 @@ def evaluate(model: HAMForCausalLM, batches: list[torch.Tensor]) -> dict[str, fl
 
 
 def save_state(path: Path, step: int, model: HAMForCausalLM, optimizers: list, recipe: Recipe) -> None:
-    """Writes parameters, buffers, optimiser moments and recipe to one safetensors file, whole or not at all."""
+    """Writes parameters, buffers, optimizer moments and recipe to one safetensors file, whole or not at all."""
     tensors = {f"model.{name}": x for name, x in model.state_dict().items() if name != "lm_head.weight"}
     for i, optimizer in enumerate(optimizers):
         for n, moments in optimizer.state_dict()["state"].items():

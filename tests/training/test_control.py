@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Training keeps the fraction it is asked for, with any optimiser and engine, and says truly what it keeps."""
+"""Training keeps the fraction it is asked for, with any optimizer and engine, and says truly what it keeps."""
 
 import dataclasses
 
