@@ -38,6 +38,7 @@ from ham_hf.inputs_ham import TokenLayout
 from ham_hf.mixer_ham import HAMMixer
 from ham_hf.modeling_ham import HAMModel
 from ham_hf.ops_ham import l2norm
+from ham_hf.routing_ham import Retention
 
 DEVICE = "cuda"
 HEADS, HEAD_DIM, LENGTH, USAGE = 16, 128, 16384, 0.5
@@ -56,7 +57,7 @@ def make_mixer() -> HAMMixer:
 
 def ham(mixer: HAMMixer, hidden: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """The mixer's output `[1, T, W]`."""
-    return mixer(hidden, None, layout(hidden), threshold=threshold)[0]
+    return mixer(hidden, None, layout(hidden), Retention(threshold))[0]
 
 
 def layout(hidden: torch.Tensor) -> TokenLayout:
@@ -68,7 +69,7 @@ def layout(hidden: torch.Tensor) -> TokenLayout:
 def threshold_for(mixer: HAMMixer, hidden: torch.Tensor, usage: float) -> torch.Tensor:
     """The threshold `[1, Hk]` at which each head keeps this fraction."""
     with torch.no_grad():
-        scores = mixer(hidden, None, layout(hidden))[2]
+        scores = mixer(hidden, None, layout(hidden), Retention())[2]
     return scores.quantile(1 - usage, dim=1)
 
 

@@ -46,7 +46,7 @@ def paid_ratio(cache) -> float:
     return (cache.memory_bytes() - cache.state_bytes()) / (int(cache.kept_tokens().sum()) * per_token)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("others", [1.0, 0.01], ids=["balanced", "one-head-keeps-all"])
 def test_bytes_follow_kept_tokens(make_model, others, dtype):
     """One prefill, a conversation of turns, growth token by token: never more than 15% beyond what is kept."""

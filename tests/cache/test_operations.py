@@ -181,7 +181,7 @@ def test_copies_part_ways(model, ids):
 # --- taking tokens back ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("removed", [1, 2, 5, 14, 15, 20])
+@pytest.mark.parametrize("removed", [1, pytest.param(2, marks=pytest.mark.slow), 5, 14, 15, 20])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("offloading", [False, True])
 def test_cropped_cache_never_saw_the_tokens(model, ids, mask, removed, padded, offloading):

@@ -16,7 +16,7 @@ from ham_hf import HAMCache, HAMForCausalLM
 from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.inputs_ham import TokenLayout
 from ham_hf.ops_ham import l2norm, short_convolution
-from ham_hf.routing_ham import cosine_score, l2_score, residual_score
+from ham_hf.routing_ham import Retention, cosine_score, l2_score, residual_score
 from ham_kernels.decode_update import SCORES, AttentionView, Convolution, Gates, Routing, decode_update
 
 # The package gives the function this name.
@@ -364,7 +364,7 @@ def test_follows_the_mixer_token_by_token(device, tiny_config, choose_kernels):
             rope = (angle.cos()[None], angle.sin()[None])
             position = torch.full((2, 1), t, device=device)
             tokens = TokenLayout(real=None, positions=position, seq_idx=None, past_real=None)
-            mixer(hidden, tuple(x[:, None] for x in rope), tokens, cache)
+            mixer(hidden, tuple(x[:, None] for x in rope), tokens, Retention(), cache)
             x = hidden[:, 0]
             out = decode_update(
                 torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1),

@@ -17,7 +17,9 @@ TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefi
 OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update", "decode_mix_append")
 # Ops that run on the kernels too, because an op takes their results.
 COMPANIONS = {"ragged_decode_attention": ("slab_table",), "decode_mix_append": ("slab_table", "decode_update")}
-EACH = pytest.mark.parametrize("on_kernels", [*OPS, "all"], indirect=True)
+# An op alone is compared among the slow tests: the interpreter takes ten seconds for most.
+ALONE = [pytest.param(op, marks=pytest.mark.slow) for op in OPS]
+EACH = pytest.mark.parametrize("on_kernels", [*ALONE, "all"], indirect=True)
 TRAINED = pytest.mark.parametrize("on_kernels", [*TRAINED_OPS, "all"], indirect=True)  # decoding has no gradient
 # Each takes ten seconds under the interpreter.
 ALL = pytest.mark.parametrize("on_kernels", [pytest.param("all", marks=pytest.mark.slow)], indirect=True)

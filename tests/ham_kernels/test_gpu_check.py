@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from ham_hf.routing_ham import Retention
+
 FOLDER = pathlib.Path(__file__).parents[2] / "kernels" / "benchmarks"
 
 
@@ -291,5 +293,5 @@ def test_the_benchmark_keeps_the_fraction_it_says(benchmarks, monkeypatch):
     monkeypatch.setattr(bench, "HEAD_DIM", 16)
     mixer, hidden = bench.make_mixer(), torch.randn(1, 101, 32, dtype=torch.bfloat16)
     threshold = bench.threshold_for(mixer, hidden, 0.5)
-    scores = mixer(hidden, None, bench.layout(hidden))[2]
+    scores = mixer(hidden, None, bench.layout(hidden), Retention())[2]
     assert (scores >= threshold[:, None]).float().mean().item() == pytest.approx(0.5, abs=0.01)

@@ -72,9 +72,9 @@ def test_models_of_the_page_have_the_size_in_their_name():
         assert cost.parameters(model.config).total == pytest.approx(float(model.name.rstrip("B")) * 1e9, rel=0.35)
 
 
-@pytest.mark.parametrize("router", ["cosine", "learned", "learned_error"])
+@pytest.mark.parametrize("router", ["cosine", pytest.param("learned", marks=pytest.mark.slow), "learned_error"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("usage", [0, 1])
+@pytest.mark.parametrize("usage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_operations_are_those_that_pytorch_counts(router, shape, usage):
     """All but the triangular solve, which PyTorch does not count; of its backward pass it counts the product."""
     config, length = make_config(shape, router=router), 1024

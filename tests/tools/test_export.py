@@ -31,9 +31,9 @@ def assert_same(exported, model, inputs, **options):
     ("router", "kinds"),
     [
         ("cosine", ["hybrid", "linear_attention", "full_attention"]),
-        ("residual", ["hybrid"]),
+        pytest.param("residual", ["hybrid"], marks=pytest.mark.slow),
         ("learned_error", ["hybrid"]),
-        ("random", ["hybrid"]),
+        pytest.param("random", ["hybrid"], marks=pytest.mark.slow),
     ],
     ids=["cosine", "residual", "learned_error", "random"],
 )
