@@ -46,6 +46,7 @@ test-slow: $(DEV) $(OLDEST)/.installed ## run the slow tests, then those for the
 
 test-oldest: $(DEV) $(OLDEST)/.installed ## run what depends on Transformers with the oldest supported release
 	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
+	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) tests/training/test_scale_out.py $(ARGS)
 
 lint: $(DEV) ## check style, format and types; changes nothing
 	@$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from ..hub.card import build_card, card_in, error_figure
 from ..hub.checkpoint import read_checkpoint
 from ..hub.sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
 from ..modeling_ham import HAMForCausalLM
-from .declaration import Conversion
+from .declaration import Conversion, no_preparation
 from .gguf import SUFFIX, GGUFTensors, check_packages, find_gguf, read_config, read_model
 from .origin import download, load_tokenizer
 from .shards import TensorRule, Tensors, Weights, check_rules, write_shards
@@ -48,7 +48,9 @@ FREE_FIELDS = {
 # Printed once a HAM is written.
 NEXT = """\
 Next: ham-hf generate PROMPT --model {output}
-Then heal it, which teaches its new memory what the other one may drop: conversion_scripts/README.md has the recipe."""
+Then heal it, which teaches its new memory what the other one may drop: ham-hf train healing.yaml, with the recipe of
+conversion_scripts/README.md and
+  model: {{from: {output}}}"""
 
 
 class Run:
@@ -122,6 +124,10 @@ class Run:
         write_whole(self.partial / REPOCARD_NAME, str(card))
         self._finish()
         print(f"{conversion.summary}\n{NEXT.format(output=self.output)}")
+        if conversion.prepare is no_preparation:  # a teacher is a model that Transformers has
+            # It has plain weights.
+            teacher = self.arguments.source if self.gguf_file is None else "(the output of this script with --back)"
+            print(f"  distillation: {{teacher: {teacher}}}")
 
     def _record(self, config: Any, config_json: dict[str, Any], left_out: set[str]) -> None:
         """Verifies the HAM and records its origin, for its card and for the way back."""

@@ -21,7 +21,7 @@ from ham_kernels.decode_update import SCORES, AttentionView, Convolution, Gates,
 
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.decode_update")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 # Names that `make` gives to the fields of each group.
 NAMES = {
     "convolution": ("conv_state", "conv_weight"),
@@ -455,11 +455,11 @@ def decoded(model, ids, prompt, **options):
         ({}, {}),
         ({"router": "l2", "qk_norm": False}, {"threshold": 0.3}),
         ({"router": "residual", "rope_parameters": None}, {"threshold": torch.tensor([0.2, 0.4])}),
-        ({"router": "learned"}, {"threshold": 0.5}),
+        pytest.param({"router": "learned"}, {"threshold": 0.5}, marks=pytest.mark.slow),
         ({"router": "learned_error", "output_gate": False}, {"threshold": torch.tensor([0.615, 0.62])}),
         ({"router": "random", "rnn_output_norm": False, "kv_output_norm": False}, {"threshold": 0.3}),
         ({"attention_conv": False, "num_key_value_heads": 4}, {"kv_budget": 17}),
-        ({"router": "residual", "allow_neg_eigval": True}, {"threshold": 0.5}),
+        pytest.param({"router": "residual", "allow_neg_eigval": True}, {"threshold": 0.5}, marks=pytest.mark.slow),
         ({"output_gate": "sigmoid", "output_norm_eps": 0.1}, {}),
         ({"attention_post_norm": True, "zero_centered_norms": True, "rope_parameters": PARTIAL_ROPE}, {}),
     ],

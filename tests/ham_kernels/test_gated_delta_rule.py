@@ -273,7 +273,7 @@ def error_of_scores(inputs, score, **options):
 
 @pytest.mark.parametrize("length", [1, 20])
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("value_dim", [32, 80])
+@pytest.mark.parametrize("value_dim", [pytest.param(32, marks=pytest.mark.slow), 80])
 def test_scores_in_place_of_predictions(value_dim, score, length, device):
     """Also with values wider than a tile, and with two heads; measured at most 3e-7."""
     inputs = random_inputs(2, length, 2, 1, 32, value_dim, device=device)

@@ -117,7 +117,7 @@ def oldest_supported(package):
     return next(re.search(r">=([\d.]+)", line)[1] for line in requirements if line.startswith(package))
 
 
-@pytest.fixture(params=["newest", "oldest"])
+@pytest.fixture(params=["newest", pytest.param("oldest", marks=pytest.mark.slow)])
 def release(request):
     """The versions a process is to find, the installed ones or the oldest supported, and the environment for that."""
     packages = ("transformers", "huggingface_hub")

@@ -67,7 +67,7 @@ def usage_logged(trainer):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"weight_decay": 0.1},
+        pytest.param({"weight_decay": 0.1}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "optim": "adafactor"},
         {"optim": "sgd", "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
     ],

@@ -237,8 +237,8 @@ def train(model, schedule, steps, kind="adamw"):
     ("kind", "router", "scope", "target"),
     [
         ("sgd", "cosine", "head", 0.25),
-        ("sgd", "learned", "head", 0.5),
-        ("adamw", "cosine", "model", 0.5),
+        pytest.param("sgd", "learned", "head", 0.5, marks=pytest.mark.slow),
+        pytest.param("adamw", "cosine", "model", 0.5, marks=pytest.mark.slow),
         ("adamw", "learned", "layer", [0.25, 0.75]),
         ("muon", "cosine", "head", [0.75, 0.25]),
     ],

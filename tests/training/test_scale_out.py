@@ -11,6 +11,8 @@ from packaging.version import Version
 
 from ham_hf.configuration_ham import ROUTERS
 
+# Two processes take more than a minute.
+pytestmark = pytest.mark.slow
 # Of the largest element of each tensor. Measured: sums in another order give up to 3e-6 where rows are divided among
 # processes, and 5e-5 where matrices are, whose gradients pass through more of them.
 ROWS_DIVIDED = 1e-5

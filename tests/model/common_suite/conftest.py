@@ -14,7 +14,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=["learned thresholds", pytest.param("fixed threshold", marks=pytest.mark.slow), "mixed layers"])
 def config(request, tiny_config):
     return tiny_config(bos_token_id=1, eos_token_id=2, **CASES[request.param])
 

@@ -63,10 +63,11 @@ def test_rows_do_not_depend_on_their_batch_padding_thresholds_or_cuts(examples):
     assert taken["some kept"] >= examples // 5, taken
 
 
-def test_packed_documents_equal_documents_alone():
+@pytest.mark.parametrize("examples", [30, pytest.param(60, marks=pytest.mark.slow)])
+def test_packed_documents_equal_documents_alone(examples):
     taken = Counter()
 
-    @settings(PROPERTY, max_examples=60)
+    @settings(PROPERTY, max_examples=examples)
     @given(st.data())
     @torch.no_grad()
     def check(data):
@@ -110,15 +111,17 @@ def test_packed_documents_equal_documents_alone():
         taken["several chunks"] += ids.shape[1] > 64
 
     check()
-    assert all(taken[x] >= 2 for x in ("position_ids", "cu_seq_lens_q", "seq_idx", "padded position_ids")), taken
-    assert taken["hybrid"] >= 5, taken
-    assert taken["several chunks"] >= 2, taken
+    ways = ("position_ids", "cu_seq_lens_q", "seq_idx", "padded position_ids")
+    assert all(taken[way] >= examples // 30 for way in ways), taken
+    assert taken["hybrid"] >= examples // 12, taken
+    assert taken["several chunks"] >= examples // 30, taken
 
 
-def test_a_budget_keeps_the_same_tokens_however_they_arrive():
+@pytest.mark.parametrize("examples", [30, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples):
     taken = Counter()
 
-    @settings(PROPERTY, max_examples=60)
+    @settings(PROPERTY, max_examples=examples)
     @given(st.data())
     @torch.no_grad()
     def check(data):
@@ -146,8 +149,8 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive():
         taken["full attention"] += "full_attention" in case.model.config.layer_types
 
     check()
-    assert taken["evicted"] >= 20, taken
-    assert all(taken[x] >= 2 for x in ("steps", "chunks", "full attention")), taken
+    assert taken["evicted"] >= examples // 3, taken
+    assert all(taken[x] >= examples // 30 for x in ("steps", "chunks", "full attention")), taken
 
 
 @pytest.mark.parametrize("length", [5, 40])
