@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What files that travel with a checkpoint may import, and what the package may hold: no experiment, no result."""
+"""Holds files that travel with a checkpoint to few imports, and the package to no experiment and no result."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ def optional_imports(tree):
 
 
 def problems(text, siblings):
-    """What breaks when a file with this text and these siblings is saved beside a checkpoint and loaded from there."""
+    """Faults of a file with this text and these siblings, once it is saved and loaded beside a checkpoint."""
     tree = ast.parse(text)
     optional = optional_imports(tree)
     relative_lines = set()

@@ -34,7 +34,7 @@ TABLES = {
 
 
 def between(page, name):
-    """What stands between the markers `name` of a page."""
+    """The text between the markers `name` of a page."""
     return (ROOT / page).read_text().split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
 

@@ -42,7 +42,7 @@ def run(job: dict[str, Any]) -> None:
 
 
 def next_job() -> dict[str, Any] | None:
-    """What a fork of this process is to run; None when there is no more."""
+    """The next job for a fork of this process; None after the last."""
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -79,7 +79,7 @@ def assert_continues(model, found, expected, ids, mask=None, atol=1e-5):
 
 
 def random_step(keep, start=0, dim=8, dtype=torch.float32) -> LayerStep:
-    """What one forward gives a layer that keeps `[B, T, Hk]` bool, with random contents."""
+    """Makes the step of one forward that keeps `[B, T, Hk]` bool tokens, with random contents."""
     batch, length, heads = keep.shape
     return LayerStep(
         positions=torch.arange(start, start + length).expand(batch, -1),

@@ -132,7 +132,7 @@ def test_with_many_heads_only_open_pages_go_beyond(heads):
 
 
 def test_a_copy_does_not_take_over_addresses(monkeypatch):
-    """What a kernel knows of the slabs is where they lie, and a copy's lie elsewhere."""
+    """A kernel knows slabs by their addresses, and a copy has others."""
     addresses = lambda slabs: torch.tensor([[x.data_ptr() for x in slab] for slab in slabs])  # noqa: E731
     monkeypatch.setattr(paged_store_ham, "slab_table", addresses)
     store = PagedStore(1, 3, 2, torch.float32, torch.device("cpu"))

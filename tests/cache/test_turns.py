@@ -166,7 +166,7 @@ def assistant(tiny_config):
 
 
 def test_a_conversation_with_drafts_in_some_turns(model, assistant):
-    """What a turn with drafts records ends with the turn: text, bytes and budgets are those of ordinary turns."""
+    """Recording for drafts ends with the turn: text, bytes and budgets are those of ordinary turns."""
     torch.manual_seed(5)
     cache, plain = HAMCache(model.config), HAMCache(model.config)
     ids = torch.randint(2, 13, (1, 20))

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of all conversion scripts share: the scripts as modules, random weights, checkpoints compared."""
+"""Fixtures for the tests of all conversion scripts: scripts as modules, random weights, comparison of checkpoints."""
 
 import importlib.util
 from collections.abc import Callable

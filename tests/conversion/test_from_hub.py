@@ -71,6 +71,7 @@ def published(tmp_path_factory, run_python):
         yield hub, environment, run_python(tmp_path_factory.mktemp("publisher"), PUBLISH, **environment)
 
 
+@pytest.mark.slow
 def test_gated_missing_and_misnamed_repositories_are_told_apart(published, run_python, tmp_path):
     """Each with what to do about it; the Hub does not tell a missing one from another's private one."""
     hub, environment, _ = published

@@ -97,6 +97,7 @@ def test_computes_the_same_and_comes_back(name, source, module, convert, tensors
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_long_rows_and_a_cache(source, module, convert, tmp_path):
     """More than a chunk of 64 tokens: at once, token by token, and in pieces; largest difference 2.4e-5."""
     folder, ham = (
@@ -121,7 +122,7 @@ def test_long_rows_and_a_cache(source, module, convert, tmp_path):
 
 
 def test_a_tuned_rnn_comes_back(source, convert, tensors_of, tmp_path):
-    """What training did to the RNN, while the attention stayed shut, is in the checkpoint that comes back."""
+    """The way back keeps the training of the RNN, while the attention stayed shut."""
     assert convert(source(num_hidden_layers=1, num_v_heads=4), tmp_path / "ham", "--no-verify") == 0
     model = HAMForCausalLM.from_pretrained(tmp_path / "ham")
     mixer = model.model.layers[0].mixer
@@ -135,6 +136,7 @@ def test_a_tuned_rnn_comes_back(source, convert, tensors_of, tmp_path):
     assert moved == {"o_proj.weight", "v_proj.weight", "A_log"}
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme(source, tmp_path):
     """In a process of its own, where nobody has chosen Triton's interpreter yet."""
     script = Path(__file__).parents[2] / "conversion_scripts/convert_gated_deltanet_to_ham.py"

@@ -208,6 +208,7 @@ def test_a_good_pair_is_taken_also_with_an_odd_version(gpu):
     ham_kernels.check_platform(torch.device("cuda", 0))
 
 
+@pytest.mark.slow
 def test_a_triton_that_needs_a_gpu_to_be_imported_with_is_done_without():
     program = (
         "import torch, triton, types; triton.__version__ = '3.3.0'; from ham_hf import ops_ham; "

@@ -224,7 +224,7 @@ def test_losses_without_a_data_set_stay_out_of_the_metadata(sources):
 
 
 def test_prose_is_taken_as_it_is(checkpoint):
-    """What looks like the template's own language is not run."""
+    """Text that looks like the template's own language is not run."""
     (checkpoint / "limits.md").write_text("Braces {{ name }} and {% if x %}.\n\n---\nno metadata: here\n---\n")
     card = make(checkpoint)
     assert section(card, "Limits").strip() == (checkpoint / "limits.md").read_text().strip()

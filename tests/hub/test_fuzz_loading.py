@@ -188,7 +188,7 @@ def limits():
 
 
 def attempt(load, use, case):
-    """Whether `load` gave something, which `use` then used; a failure tells the `case`."""
+    """True if `load` returned an object, which `use` then used; a failure names the `case`."""
     begin = time.perf_counter()
     try:
         loaded = load()

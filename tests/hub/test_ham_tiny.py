@@ -24,7 +24,7 @@ def tokenizer():
 
 
 class TestEmbeddedCheckpoint:
-    """What the package promises of the checkpoint it carries."""
+    """Holds the embedded checkpoint to the promises of the package."""
 
     def test_is_at_most_16_mib(self):
         assert sum(x.stat().st_size for x in CHECKPOINT.rglob("*") if x.is_file()) <= 16 * 2**20
@@ -53,7 +53,7 @@ class TestEmbeddedCheckpoint:
         assert memory == sorted(memory, reverse=True)
 
     def test_recalls_a_rare_name_if_it_kept_it(self, model, tokenizer):
-        """What the demo shows: Quillinan, from hundreds of tokens before."""
+        """The demo shows Quillinan, a name from hundreds of tokens before."""
         ids = tokenizer(DEMO_PROMPT, return_tensors="pt").input_ids
         endings = {}
         for kv_usage in (0.0, 0.5):

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What is sent to the Hub: one commit with weights, code and a card, and no card of someone's lost."""
+"""A push sends one commit with weights, code and a card, and loses nobody's card."""
 
 import json
 import shutil

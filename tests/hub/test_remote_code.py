@@ -49,7 +49,7 @@ def code_in(folder):
 
 
 def observe(model, tokenizer):
-    """What a user of a loaded model sees; the source of this function also runs where `ham_hf` is not installed."""
+    """Observes a loaded model as its user; the source of this function also runs without `ham_hf`."""
     inputs = tokenizer("The captain looked at the sea, and", return_tensors="pt", return_token_type_ids=False)
     settings = [{}, {"threshold": 0}, {"threshold": 0.5}, {"threshold": 2}, {"kv_usage": 0.25}, {"kv_budget": 4}]
     texts, kept = [], []
@@ -108,7 +108,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(checkpoint):
-    """What the package gives."""
+    """The observations with the package."""
     return observe(AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint))[0]
 
 
@@ -305,7 +305,7 @@ def test_a_configuration_is_saved_with_the_code_of_the_models(tiny_config, tmp_p
 
 
 def test_a_class_of_ones_own_keeps_its_entry(tiny_config, tmp_path, code_files):
-    """What a user registered for an Auto class is what that class loads; the rest is HAM's."""
+    """An Auto class loads the class that a user registered for it; the others load HAM's."""
     (tmp_path / "own_model.py").write_text("from ham_hf import HAMModel\n\n\nclass OwnModel(HAMModel):\n    pass\n")
     spec = importlib.util.spec_from_file_location("own_model", tmp_path / "own_model.py")
     module = sys.modules["own_model"] = importlib.util.module_from_spec(spec)

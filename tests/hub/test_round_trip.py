@@ -139,7 +139,7 @@ def test_it_comes_back_as_it_was_by_branch_tag_and_commit(published, run_python,
 
 
 def test_a_pinned_revision_has_the_weights_and_the_code_of_that_commit(published, run_python, tmp_path):
-    """Where the package is not installed: `revision` pins both, `code_revision` the code alone."""
+    """Without the package `revision` pins weights and code, `code_revision` the code alone."""
     expected = [
         ({"revision": published.first}, "first", 1),
         ({"revision": "main"}, "second", 2),

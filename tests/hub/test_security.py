@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint from a stranger may do: run no code, take no memory beyond its size, write and call nowhere."""
+"""A checkpoint from a stranger runs no code, takes no memory beyond its size, and writes and calls nowhere."""
 
 import ast
 import json
@@ -149,7 +149,7 @@ def test_pickles_cannot_be_asked_for(folder, argument):
 
 
 def test_the_advice_on_conversion_works(folder):
-    """What the error tells to do with weights that are not safetensors."""
+    """The error tells how to convert weights that are not safetensors."""
     expected = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
@@ -346,6 +346,7 @@ attempt("counts of the cache", lambda: HAMCache.load(cache, config))
 CLEAN = ("ValueError", "OSError", "SafetensorError", "StrictDataclass")
 
 
+@pytest.mark.slow
 @linux
 def test_hostile_sizes_end_quickly_and_take_no_memory(folder, tmp_path, tiny_config):
     """With a GiB to spare, each is refused within seconds and a fraction of it."""

@@ -284,7 +284,7 @@ def test_auto_classes(tiny_config, tmp_path):
 
 
 def test_the_configuration_describes_itself(tiny_config):
-    """What a reader is told matches the code: every field is documented, and `repr` shows what was set."""
+    """The documentation matches the code: every field is documented, and `repr` shows the fields that were set."""
     for field in own_fields():
         if not field.name.endswith("_token_id"):
             assert f" {field.name} (" in HAMConfig.__doc__, field.name

@@ -362,7 +362,7 @@ class TestNamesOfTheCache:
 
     @pytest.fixture
     def told(self, monkeypatch, caplog):
-        """What is warned of, by `warnings` as an error and by loggers as a record."""
+        """Warnings: those of `warnings` as errors, those of loggers as records."""
         monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

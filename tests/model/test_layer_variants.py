@@ -407,7 +407,7 @@ def test_a_cache_of_these_shapes_moves_whole(variant, tmp_path):
 
 
 def test_a_part_of_what_was_recorded_is_taken_back(variant):
-    """What remains is replayed, by the keys of every value head."""
+    """The remaining tokens are replayed, by the keys of every value head."""
     ids = torch.randint(1, 97, (2, 24))
     cache, expected = HAMCache(variant.config), HAMCache(variant.config)
     variant(ids[:, :10], cache=cache, threshold=0.5)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of other people's tools share: the embedded checkpoint, loaded, and with its code beside it."""
+"""Fixtures for the tests of other people's tools: the embedded checkpoint, loaded, and with its code beside it."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ def assert_same(exported, model, inputs, **options):
     [
         ("cosine", ["hybrid", "linear_attention", "full_attention"]),
         pytest.param("residual", ["hybrid"], marks=pytest.mark.slow),
-        ("learned_error", ["hybrid"]),
+        pytest.param("learned_error", ["hybrid"], marks=pytest.mark.slow),
         pytest.param("random", ["hybrid"], marks=pytest.mark.slow),
     ],
     ids=["cosine", "residual", "learned_error", "random"],
@@ -52,6 +52,7 @@ def test_any_length_and_padding(router, kinds, tiny_config):
         assert_same(exported, model, batch(length, padding), **options)
 
 
+@pytest.mark.slow
 def test_long_texts_are_as_exact(tiny_config):
     """Over a whole text decays add up to thousands, of which float32 would keep no differences below 1e-3."""
     model = HAMForCausalLM(tiny_config(layer_types=["hybrid", "linear_attention"], initializer_range=0.1)).eval()

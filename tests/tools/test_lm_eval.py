@@ -80,7 +80,7 @@ def test_threshold_decides_the_score(threshold, checkpoint, with_code, model, to
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_generation_takes_a_threshold_of_its_own(threshold, model, tokenizer):
-    """What `--gen_kwargs threshold=...` hands to a task of the kind `generate_until`, whose prompts are padded."""
+    """`--gen_kwargs threshold=...` reaches a task of the kind `generate_until`, whose prompts are padded."""
     prompts = [DEMO_PROMPT, "The captain looked at the sea, and"]
     arguments = {"until": ["<|endoftext|>"], "max_gen_toks": 8, "do_sample": False, "threshold": threshold}
     requests = [Instance("generate_until", {}, (prompt, arguments), i) for i, prompt in enumerate(prompts)]

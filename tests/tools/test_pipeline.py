@@ -44,7 +44,7 @@ def test_chats(generator):
 
 
 def test_feature_extraction_takes_the_tokenizers_output(generator, model):
-    """What a tokenizer gives by default is what the model takes."""
+    """The model takes the default output of a tokenizer."""
     features = pipeline("feature-extraction", model=model.model, tokenizer=generator.tokenizer, return_tensors=True)
     with torch.no_grad():
         expected = model.model(**generator.tokenizer(PROMPTS[0], return_tensors="pt")).last_hidden_state

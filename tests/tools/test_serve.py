@@ -70,7 +70,7 @@ def generation(threshold):
 
 @pytest.fixture(scope="module")
 def expected(served, tokenizer):
-    """What the checkpoint says at a threshold of 0 and of 2, by `generate` itself."""
+    """The checkpoint's text at a threshold of 0 and of 2, by `generate` itself."""
     model = HAMForCausalLM.from_pretrained(served).eval()
     inputs = tokenizer(STORY, return_tensors="pt")
     texts = {}

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of training share: programs that run in two processes."""
+"""Fixtures for the tests of training: programs that run in two processes."""
 
 import os
 import re

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""What Transformers' own tests of FSDP2 and tensor parallelism ask, for `test_parallel.py`: written as JSON.
+"""Measures for `test_parallel.py` what Transformers' own tests of FSDP2 and tensor parallelism ask, as JSON.
 
 ``parallel_run.py FILE TOPIC...``, run by torch's launcher: each topic is a function of this file.
 """

@@ -81,7 +81,7 @@ def test_a_schedule_that_a_training_does_not_come_to_is_refused():
 
 
 def settings(model, groups):
-    """What each parameter's group says, by name."""
+    """The group of each parameter, by name."""
     of = {id(p): {k: v for k, v in group.items() if k != "params"} for group in groups for p in group["params"]}
     return {name: of[id(p)] for name, p in model.named_parameters()}
 

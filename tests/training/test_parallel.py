@@ -27,7 +27,7 @@ def run(launch, folder: Path, *topics: str, processes: int = 2) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, launch) -> dict[str, Any]:
-    """What two processes computed, topic by topic."""
+    """Results of two processes, topic by topic."""
     return run(launch, tmp_path_factory.mktemp("parallel"), "resumed", "in_bfloat16", "tensor_parallel")
 
 

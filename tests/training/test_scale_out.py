@@ -26,7 +26,7 @@ TENSOR_PARALLEL = ["cosine", "learned, tied", pytest.param("odd", marks=UNEVEN),
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, launch) -> dict[str, Any]:
-    """What two processes computed, topic by topic."""
+    """Results of two processes, topic by topic."""
     output = tmp_path_factory.mktemp("two_processes") / "found.json"
     launch(Path(__file__).with_name("two_processes.py"), output)
     return json.loads(output.read_text())

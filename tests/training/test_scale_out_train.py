@@ -57,7 +57,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, launch) -> Path:
-    """Where one process trained, and two did by DDP and by FSDP2: the latter were resumed from half of their steps."""
+    """Folders of trainings by one process, by two with DDP and with FSDP2, both resumed halfway."""
     folder = tmp_path_factory.mktemp("train")
     words = "the captain looked at sea and a man went to his ship while storm came over hill with rain".split()
     draw = random.Random(0)

@@ -354,7 +354,7 @@ class Messages(TorchDispatchMode):
 
 
 def messages(folder: Path) -> dict[str, Any]:
-    """What a step really sends, and what `model_cards.benchmarks.cost` says of it."""
+    """Bytes that a step really sends, and those that `model_cards.benchmarks.cost` computes."""
     found: dict[str, Any] = {}
     for tied in (False, True):
         settings = {"layer_types": None, "num_hidden_layers": 3, "tie_word_embeddings": tied}
@@ -405,7 +405,7 @@ def save_once(model: PreTrainedModel, path: Path) -> Path:
 
 
 def equal_on_all_ranks(model: torch.nn.Module) -> bool:
-    """Whether what every rank holds whole has the same gradient everywhere, bit for bit."""
+    """True if each parameter that every rank holds whole has the same gradient everywhere, bit for bit."""
     equal = torch.ones(())
     for parameter in model.parameters():
         if not isinstance(parameter.data, DTensor):

@@ -92,7 +92,7 @@ def test_an_rnn_that_opens_is_heard_and_not_taken_back(source, convert, tmp_path
 
 
 def test_training_finds_the_rnn_once_its_gate_is_opened(source, convert, tmp_path):
-    """What the README advises: opening costs next to nothing, and then the gate has a gradient and the RNN learns."""
+    """Opening the gate, as the README advises, costs next to nothing; then it has a gradient and the RNN learns."""
     assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify") == 0
     model = HAMForCausalLM.from_pretrained(tmp_path / "ham").train()
     model.config.target_kv_usage = 0.25

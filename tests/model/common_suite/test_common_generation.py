@@ -144,7 +144,7 @@ class TestGeneration:
         assert model(**prepared).cache is cache
 
     def test_sampling_with_an_assistant_follows_the_model(self, model, tiny_config):
-        """Where one token has almost all of the weight, samples are the greedy text, whatever the assistant says."""
+        """If one token has almost all of the weight, samples are the greedy text, whatever the assistant says."""
         model.lm_head.weight.data *= 1000
         input_ids = tokens(1, 6)
         expected = self.generate(model, input_ids, max_new_tokens=12).sequences

@@ -43,7 +43,7 @@ class Case:
     argument: object  # the same as given to the model
 
     def _repr_pretty_(self, printer, cycle):
-        """What Hypothesis prints of a failing example."""
+        """The text that Hypothesis prints of a failing example."""
         lengths = [len(x) for x in self.rows]
         printer.text(f"Case({lengths=}, threshold={self.argument}, config={self.model.config.to_diff_dict()})")
 
@@ -221,5 +221,5 @@ def calls(draw, lengths):
 
 
 def contiguous(masks):
-    """Whether each row's real tokens are neighbours: padding then only shifts positions, which RoPE does not see."""
+    """True if each row's real tokens are neighbours: padding then only shifts positions, which RoPE does not see."""
     return all(bool((row.nonzero()[:, 0].diff() == 1).all()) for row in masks)

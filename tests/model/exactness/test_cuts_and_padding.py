@@ -17,7 +17,7 @@ from tests.model.exactness.wide_models import WIDE, kept_lists, make_model
 
 
 def borrowed(config):
-    """Which of `BORROWED` a configuration has, where a layer has a use for it."""
+    """The parts of `BORROWED` that a configuration has and a layer uses."""
     return {
         part
         for part, settings in BORROWED.items()

@@ -17,7 +17,7 @@ class TestGenerationConfiguration:
 
     @pytest.fixture
     def routing(self, model):
-        """What decides what is kept, of every forward call."""
+        """The routing arguments of every forward call."""
         seen = []
         names = ("threshold", "kv_usage", "kv_budget")
         model.register_forward_pre_hook(

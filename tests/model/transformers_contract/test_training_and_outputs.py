@@ -177,7 +177,7 @@ class TestOutputs:
 
 
 class TestLastLogits:
-    """Where the last logits are wanted only, the last layer does no more than these and the cache need."""
+    """For the last logits alone, the last layer does no more than these and the cache need."""
 
     SETTINGS = {
         "whole rows": {},
