@@ -82,7 +82,7 @@ def decode_step(
     scores, o_kv = None, None
     if mixer.has_attention:
         q, k, v, scores, keep = (y.unsqueeze(1) for y in out[1:])
-        o_kv = mixer.attend(q, k, v, keep, scores, tokens, cache, retention.budget)
+        o_kv = mixer.attend_kept(q, k, v, keep, scores, tokens, cache, retention.budget)
     if append is not None:
         mixed = _mix_and_append(mixer, append, x, out, o_kv, real, tokens, cache)
         return mixed.unsqueeze(1), None, scores, None

@@ -423,7 +423,7 @@ class HAMMixer(nn.Module):
         else:
             if cache is None or cache.store is None:
                 q = q[:, -last_n:]
-            output = self.attend(q, k, v, keep, routed_scores, tokens, cache, retention.budget)
+            output = self.attend_kept(q, k, v, keep, routed_scores, tokens, cache, retention.budget)
         return Attended(output, weights, k, v, routed_scores, keep)
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -463,7 +463,7 @@ class HAMMixer(nn.Module):
         threshold = self.threshold.float()
         return torch.cat([torch.stack([threshold - threshold.detach(), threshold.detach()]), keep.sum(1).float()])
 
-    def attend(
+    def attend_kept(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -355,7 +355,9 @@ class HAMModel(HAMPreTrainedModel):
         kv_budget: int | None = None,
     ) -> list[Retention]:
         """The rule by which each layer keeps tokens of `batch` rows; arguments and errors are those of `forward`."""
-        quantiles = [layer.mixer.score_quantiles for layer in self.layers if layer.mixer.layer_type == "hybrid"]
+        quantiles = []
+        if kv_usage is not None:
+            quantiles = [layer.mixer.score_quantiles for layer in self.layers if layer.mixer.layer_type == "hybrid"]
         return Retention.resolve(self.config, quantiles, batch, threshold, kv_usage, kv_budget)
 
     def _prepare_cache(

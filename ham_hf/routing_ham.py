@@ -297,7 +297,7 @@ class Retention(NamedTuple):
 
         Args:
             config: the model's; its `threshold` applies if a call gives neither `threshold` nor `kv_usage`.
-            quantiles: `[Hk, Q]` calibrated score quantiles of each hybrid layer, read for `kv_usage`.
+            quantiles: `[Hk, Q]` calibrated score quantiles of each hybrid layer; only `kv_usage` needs them.
             batch: number of rows.
             threshold, kv_usage, kv_budget: as `HAMModel.forward` takes them.
 
@@ -314,8 +314,12 @@ class Retention(NamedTuple):
             # All layers at once: the check that they were calibrated waits for a GPU.
             stacked = torch.stack([x.to(quantiles[0].device) for x in quantiles])
             thresholds = usage_threshold(stacked, kv_usage)[:, None]
-        per_layer = iter([None] * len(quantiles) if thresholds is None else thresholds.expand(len(quantiles), -1, -1))
-        return [cls(next(per_layer), kv_budget) if x == "hybrid" else cls() for x in config.layer_types]
+        rules = [cls()] * config.num_hidden_layers
+        hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
+        for n, i in enumerate(hybrid):
+            threshold_of_layer = None if thresholds is None else thresholds[n if len(thresholds) > 1 else 0]
+            rules[i] = cls(threshold_of_layer, kv_budget)
+        return rules
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Retention":
         """Moves the rule to another device; accelerate's device maps call this for a layer's inputs."""

@@ -72,8 +72,13 @@ def check_checkpoint_folder(folder: Path, argument: str) -> None:
         raise CommandError(f"{argument}: the folder {folder} holds no config.json, takes a HAM checkpoint")
 
 
-def exit_status(program: str, run: Callable[[], None]) -> int:
+def exit_status(program: str, run: Callable[[], None], memory_hint: str) -> int:
     """Runs a command and prints its errors in one line.
+
+    Args:
+        program: name of the program in messages.
+        run: the command.
+        memory_hint: advice for a command that runs out of memory.
 
     Returns:
         0, 1 (out of memory), 2 (a wrong call) or 130 (Ctrl-C).
@@ -93,7 +98,6 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        message = "out of memory; a shorter prompt, --kv-budget or --dtype bfloat16 needs less"
-        print(f"{program}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: out of memory; {memory_hint}", file=sys.stderr)
         return 1
     return 0

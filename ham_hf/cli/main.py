@@ -46,8 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def run_command() -> None:
         if (sys.argv[1:] if argv is None else argv)[:1] == ["study"]:
-            raise CommandError("the study now is `python -m model_cards.study` in a checkout of the repository")
+            raise CommandError(
+                "the study has moved: in a checkout of the repository run `python -m model_cards.study`"
+            )
         arguments = build_parser().parse_args(argv)
         arguments.execute(arguments)
 
-    return exit_status("ham-hf", run_command)
+    return exit_status("ham-hf", run_command, "a shorter prompt, --kv-budget or --dtype bfloat16 needs less")

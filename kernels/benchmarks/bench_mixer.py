@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import main, median_ms, row
+from bench_gated_delta_rule import fla, without_prediction
+from timing import main, median_ms, row, without_grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ham_hf import HAMConfig
-from ham_hf.delta_rule_ham import gated_delta_rule_with_prediction
 from ham_hf.inputs_ham import TokenLayout
 from ham_hf.mixer_ham import HAMMixer
 from ham_hf.modeling_ham import HAMModel
@@ -86,28 +86,6 @@ def one_after_the_other(mixer: HAMMixer, hidden: torch.Tensor, rnn: Rnn) -> torc
     return mixer.mix(hidden, o_rnn, o_kv.transpose(1, 2))
 
 
-def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """The output of flash-linear-attention's Gated DeltaNet."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True)[0]
-
-
-def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """The output of ours, without the prediction."""
-    return gated_delta_rule_with_prediction(q, k, v, g, beta, predict=False)[0]
-
-
-def forward(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """A function that runs `function` without gradients, as inference does."""
-
-    def run_without_grad() -> torch.Tensor:
-        with torch.no_grad():
-            return function()
-
-    return run_without_grad
-
-
 def both_ways(
     function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]
 ) -> Callable[[], tuple[torch.Tensor | None, ...]]:
@@ -125,9 +103,9 @@ def measured(seed: int, backward: bool) -> dict[str, float]:
     sides: dict[str, Callable[[], Any]] = {
         "ham": lambda: ham(mixer, hidden, threshold),
         "fla": lambda: one_after_the_other(mixer, hidden, fla),
-        "own": lambda: one_after_the_other(mixer, hidden, own),
+        "own": lambda: one_after_the_other(mixer, hidden, without_prediction),
     }
-    sides = {name: both_ways(side, inputs) if backward else forward(side) for name, side in sides.items()}
+    sides = {name: both_ways(side, inputs) if backward else without_grad(side) for name, side in sides.items()}
     try:
         sides["fla"]()
     except (ImportError, RuntimeError) as error:  # missing, or on a GPU for which Triton compiles its backward wrongly

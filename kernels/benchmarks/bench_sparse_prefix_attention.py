@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import main, median_ms, row
+from timing import main, median_ms, row, without_grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ham_kernels.compact import compact_kept
@@ -88,16 +88,6 @@ def compacted(keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
 def whole(keep: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """HAM's attention after the routing decision: compaction and attention."""
     return sparse_prefix_attention(q, k, v, *compacted(keep, k, v))
-
-
-def without_grad(function: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that runs `function` without gradients, as inference does."""
-
-    def run_without_grad() -> Any:
-        with torch.no_grad():
-            return function()
-
-    return run_without_grad
 
 
 def backward_of(out: torch.Tensor, inputs: Tensors) -> Callable[[], Any]:

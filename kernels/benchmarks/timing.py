@@ -36,6 +36,16 @@ def median_ms(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup
     return {name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) for name, pairs in events.items()}
 
 
+def without_grad(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that runs `function` without gradients, as inference does."""
+
+    def run_without_grad() -> Any:
+        with torch.no_grad():
+            return function()
+
+    return run_without_grad
+
+
 def captured(function: Callable[[], Any]) -> Callable[[], Any]:
     """Replay of a CUDA graph of `function`, which must neither synchronise nor change shapes."""
     stream = torch.cuda.Stream()

@@ -94,7 +94,8 @@ def execute(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `exit_status`."""
-    return exit_status("study", lambda: execute(build_parser().parse_args(argv)))
+    hint = "a smaller `model` or a smaller batch in STUDY needs less"
+    return exit_status("study", lambda: execute(build_parser().parse_args(argv)), hint)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ class LogBiasMixer(HAMMixer):
         scores = scores[..., None].to(v.dtype)
         return torch.cat([v * scores, scores], dim=-1)
 
-    def attend(self, *arguments: Any) -> torch.Tensor:
+    def attend_kept(self, *arguments: Any) -> torch.Tensor:
         """Attention over scaled values, divided by attention over scores."""
-        out = super().attend(*arguments)
+        out = super().attend_kept(*arguments)
         return out[..., :-1] / out[..., -1:].clamp(min=1e-6)
 
 

@@ -21,7 +21,7 @@ from tests.cli.calls import PROMPT, refusal
 
 def test_the_study_is_where_its_results_are(capsys):
     for arguments in (["study"], ["study", "--help"], ["study", "cpu", "--output", "x", "--report"]):
-        assert "`python -m model_cards.study` in a checkout of the repository" in refusal(capsys, *arguments)
+        assert "in a checkout of the repository run `python -m model_cards.study`" in refusal(capsys, *arguments)
     assert cli.main([]) == 0
     assert "study" not in capsys.readouterr().out
 

@@ -270,7 +270,7 @@ def test_the_benchmark_of_the_mixer_compares_the_same(benchmarks, monkeypatch):
     def refusing(*inputs):
         if torch.is_grad_enabled():
             raise RuntimeError("refused")
-        return bench.own(*inputs)
+        return bench.without_prediction(*inputs)
 
     def compared(functions):
         results = {name: function() for name, function in functions.items()}

@@ -227,9 +227,9 @@ class TestLastLogits:
     @pytest.mark.parametrize("turns", [1, 2])
     def test_attention_reads_for_these_only_unless_more_is_held(self, model, turns, monkeypatch):
         """In a further turn the last layer attends for all tokens, as what is held has an operation of its own."""
-        queries, sparse = [], mixer_ham.HAMMixer.attend
+        queries, sparse = [], mixer_ham.HAMMixer.attend_kept
         monkeypatch.setattr(
-            mixer_ham.HAMMixer, "attend", lambda self, q, *x: queries.append(q.shape[1]) or sparse(self, q, *x)
+            mixer_ham.HAMMixer, "attend_kept", lambda self, q, *x: queries.append(q.shape[1]) or sparse(self, q, *x)
         )
         input_ids, cache = tokens(2, 24), HAMCache(model.config)
         for part in input_ids.split(24 // turns, 1):
