@@ -117,8 +117,8 @@ def test_packed_documents_equal_documents_alone(examples):
     assert taken["several chunks"] >= examples // 30, taken
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples):
+@pytest.mark.parametrize(("examples", "evicting"), [(30, 5), pytest.param(60, 20, marks=pytest.mark.slow)])
+def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples, evicting):
     taken = Counter()
 
     @settings(PROPERTY, max_examples=examples)
@@ -149,7 +149,7 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples):
         taken["full attention"] += "full_attention" in case.model.config.layer_types
 
     check()
-    assert taken["evicted"] >= examples // 3, taken
+    assert taken["evicted"] >= evicting, taken
     assert all(taken[x] >= examples // 30 for x in ("steps", "chunks", "full attention")), taken
 
 
