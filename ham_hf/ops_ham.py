@@ -21,6 +21,8 @@ except ImportError as error:
 
 # Largest head that the kernels take: they hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
+# Version of the kernels' arguments that these files use: they travel with a checkpoint, and kernels are installed.
+KERNEL_INTERFACE = 2
 
 
 def exporting() -> bool:
@@ -38,11 +40,18 @@ def kernel_for(op: str, *tensors: torch.Tensor) -> Callable[..., Any] | None:
     device = tensors[0].device
     if device.type != "cuda" or any(x.dtype == torch.float64 or x.shape[-1] > MAX_KERNEL_HEAD_DIM for x in tensors):
         return None
-    problem = NO_KERNELS_BECAUSE if ham_kernels is None else ham_kernels.platform_problem(device)
+    problem = NO_KERNELS_BECAUSE if ham_kernels is None else _kernel_problem(device)
     if problem is None:
         return getattr(ham_kernels, op)
     _warn_without_kernels(problem)
     return None
+
+
+def _kernel_problem(device: torch.device) -> str | None:
+    """The reason why the installed kernels do not serve these files on a GPU; `None` if they do."""
+    if hasattr(ham_kernels, "INTERFACE"):
+        return ham_kernels.platform_problem(device, KERNEL_INTERFACE)
+    return f"the installed version of `ham_kernels` is older than version {KERNEL_INTERFACE}, which this code calls"
 
 
 @functools.cache

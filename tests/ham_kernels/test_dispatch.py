@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Compares a model on the kernels with the same model on PyTorch, and checks the choice between the two."""
 
+import inspect
 import itertools
 import types
 import warnings
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 
 import ham_kernels
 from ham_hf import HAMForCausalLM, attention_ham, ops_ham
+from ham_kernels.decode_update import AttentionView, Convolution, Gates, Routing
 
 TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention")
 OPS = (*TRAINED_OPS, "ragged_decode_attention", "decode_update", "decode_mix_append")
@@ -191,7 +193,8 @@ def platform(monkeypatch):
     ops_ham._warn_without_kernels.cache_clear()
 
     def set_problem(problem):
-        module = types.SimpleNamespace(platform_problem=lambda device: problem, compact_kept="the kernel")
+        module = types.SimpleNamespace(compact_kept="the kernel")
+        module.INTERFACE, module.platform_problem = ops_ham.KERNEL_INTERFACE, lambda device, interface: problem
         monkeypatch.setattr(ops_ham, "ham_kernels", module)
 
     yield set_problem
@@ -212,6 +215,45 @@ def test_what_the_kernels_cannot_hold_takes_pytorch(platform):
     assert ops_ham.kernel_for("compact_kept", on_gpu(), on_gpu(torch.float64)) is None
     assert ops_ham.kernel_for("compact_kept", on_gpu(), on_gpu(head_dim=257)) is None
     assert ops_ham.kernel_for("compact_kept", torch.zeros(2, 16)) is None
+
+
+def test_kernels_of_another_version_are_left_alone(monkeypatch):
+    """The code of a checkpoint may be older than the installed kernels, or newer."""
+    device = torch.device("cuda", 0)
+    assert ham_kernels.INTERFACE == ops_ham.KERNEL_INTERFACE
+    assert "version 1 of the kernels" in ham_kernels.platform_problem(device), "code that gives no version"
+    monkeypatch.setattr(ops_ham, "KERNEL_INTERFACE", ham_kernels.INTERFACE + 1)
+    ops_ham._warn_without_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="`import ham_hf` before the model is loaded"):
+        assert ops_ham.kernel_for("compact_kept", on_gpu()) is None
+    monkeypatch.setattr(ops_ham, "ham_kernels", types.SimpleNamespace(platform_problem=lambda device: None))
+    with pytest.warns(UserWarning, match="`ham_kernels` is older than version"):
+        assert ops_ham.kernel_for("compact_kept", on_gpu()) is None
+    ops_ham._warn_without_kernels.cache_clear()
+
+
+# The arguments that version 2 of the kernels takes from the code of a model.
+SIGNATURES = {
+    ham_kernels.compact_kept: "keep tensors capacity",
+    ham_kernels.decode_mix_append: "update positions real_tokens real norm_weights output_gate o_kv gates pages eps "
+    "gate_activation",
+    ham_kernels.decode_update: "qkv convolution gates state routing view real allow_neg_eigval",
+    ham_kernels.gated_delta_rule_with_prediction: "q k v g beta scale initial_state seq_idx chunk_size score predict",
+    ham_kernels.ragged_decode_attention: "q k v keep pages tail scale index",
+    ham_kernels.slab_table: "slabs",
+    ham_kernels.sparse_prefix_attention: "q k v k_kept v_kept begin end until scale return_lse",
+    AttentionView: "norm_weights rope convolved scale_values eps",
+    Convolution: "state weight",
+    Gates: "a b A_log dt_bias",
+    Routing: "threshold score given error_weight",
+}
+
+
+@pytest.mark.parametrize("takes", SIGNATURES, ids=lambda takes: takes.__name__)
+def test_another_signature_is_another_version(takes):
+    """If this fails, raise `INTERFACE` of the kernels and `KERNEL_INTERFACE` of the model's code."""
+    assert ham_kernels.INTERFACE == 2
+    assert " ".join(inspect.signature(takes).parameters) == SIGNATURES[takes]
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -7,9 +7,10 @@ from .decode_update import decode_update
 from .gated_delta_rule import gated_delta_rule_with_prediction
 from .ragged_decode_attention import ragged_decode_attention, slab_table
 from .sparse_prefix_attention import sparse_prefix_attention
-from .tuning import check_platform, platform_problem
+from .tuning import INTERFACE, check_platform, platform_problem
 
 __all__ = [
+    "INTERFACE",
     "check_platform",
     "compact_kept",
     "decode_mix_append",

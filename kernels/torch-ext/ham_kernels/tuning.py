@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import triton
 
+# Version of the arguments of the public functions; another signature is another version.
+INTERFACE = 2
 # Triton reads the variable when it decorates a kernel, so changing it after the import has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 # HAM_KERNELS_TUNING=0 takes every kernel's first tile shape unmeasured, so results are the same bits on every run.
@@ -93,8 +95,19 @@ def known_problem(capability: tuple[int, ...], version: tuple[int, ...]) -> str 
 
 
 @functools.cache
-def platform_problem(device: torch.device) -> str | None:
-    """The reason why the kernels do not run on this GPU with the installed Triton; `None` if they do."""
+def platform_problem(device: torch.device, interface: int = 1) -> str | None:
+    """The reason why the kernels do not serve a caller on this GPU with the installed Triton; `None` if they do.
+
+    Args:
+        device: the GPU.
+        interface: version of the ops' arguments that the caller uses. Checkpoints carry code that may be older than
+            the installed kernels; the oldest gives no version.
+    """
+    if interface != INTERFACE:
+        return (
+            f"the model's code calls version {interface} of the kernels, installed is version {INTERFACE}; `import "
+            "ham_hf` before the model is loaded, which then runs the package's code"
+        )
     if torch.version.hip is not None:
         return None  # AMD GPUs have no compute capability
     problem = known_problem(torch.cuda.get_device_capability(device), triton_version())
@@ -115,6 +128,6 @@ def check_platform(device: torch.device) -> None:
             f"`ham_kernels` takes tensors on a CUDA device, got {str(device)!r}; on a CPU it runs only under Triton's "
             "interpreter (set TRITON_INTERPRET=1 before importing triton)."
         )
-    problem = platform_problem(device)
+    problem = platform_problem(device, INTERFACE)
     if problem is not None:
         raise RuntimeError(f"`ham_kernels` does not run here: {problem}.")
