@@ -99,8 +99,10 @@ def naive_sparse_attention(
     keep: torch.Tensor,
     scale: float | None = None,
     seq_idx: torch.Tensor | None = None,
+    window: int = 0,
+    real: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense masked softmax over `{j < t : j kept, same document} ∪ {t}`.
+    """Dense masked softmax over `{j < t : j kept} ∪ {t} ∪ {j <= t : t - j < window}` of the query's document.
 
     Args:
         q: `[B, T, H, K]` queries.
@@ -108,6 +110,8 @@ def naive_sparse_attention(
         keep: `[B, T, Hk]` bool, the kept tokens of each key/value head; false for padding.
         scale: factor of the logits; `K ** -0.5` if `None`.
         seq_idx: `[B, T]` int, the document of each token.
+        window: number of the last real tokens that a query sees, itself included.
+        real: `[B, T]` bool, false for padding, which the window neither shows nor counts; `None` if all are real.
 
     Returns:
         outputs `[B, T, H, V]` and weights `[B, H, T, T]`.
@@ -117,7 +121,10 @@ def naive_sparse_attention(
     scale = key_dim**-0.5 if scale is None else scale
     k, v, keep = (x.repeat_interleave(groups, dim=2) for x in (k, v, keep))
     t = torch.arange(length, device=q.device)
-    visible = (t[:, None] > t) & keep.transpose(1, 2)[:, :, None, :]
+    real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if real is None else real
+    position = real.cumsum(1)
+    recent = (position[:, :, None] - position[:, None] < window) & real[:, None]
+    visible = (t[:, None] > t) & (keep.transpose(1, 2)[:, :, None, :] | recent[:, None])
     if seq_idx is not None:
         visible = visible & (seq_idx[:, :, None] == seq_idx[:, None, :])[:, None]
     visible = visible | (t[:, None] == t)
@@ -134,6 +141,7 @@ def naive_ragged_decode_attention(
     pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float | None = None,
+    recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Softmax attention of new tokens over their stream's pages, the kept new tokens before them, and themselves.
 
@@ -144,16 +152,16 @@ def naive_ragged_decode_attention(
         pages: per slab `(keys [P, p, K], values [P, p, V], owner [P])`: full pages and the stream each belongs to.
         tail: `(keys [N, p, K], values [N, p, V], fill [N])`: each stream's open page and the number of its tokens.
         scale: factor of the logits; `K ** -0.5` if `None`.
+        recent: `(keys [N, R, K], values [N, R, V], fill [N])` in the window of a single new token, in any order.
 
     Returns:
         `[N, T, G, V]`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tail_k, tail_v, fill = tail
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     for n in range(q.shape[0]):
         stored = [(keys[owner == n].flatten(0, 1), values[owner == n].flatten(0, 1)) for keys, values, owner in pages]
-        stored.append((tail_k[n, : fill[n]], tail_v[n, : fill[n]]))
+        stored.extend((x[0][n, : x[2][n]], x[1][n, : x[2][n]]) for x in (tail, recent) if x is not None)
         for t in range(q.shape[1]):
             seen = [*keep[n, :t].nonzero()[:, 0].tolist(), t]
             keys, values = (torch.cat(x) for x in zip(*stored, (k[n, seen], v[n, seen]), strict=True))
