@@ -46,7 +46,11 @@ CONTENT_FIELDS = (
     "mlp_bias",
     "router",
     "router_hidden_size",
+    "attention_window",
+    "attention_sinks",
 )
+# Fields that older files lack, with the values by which their models computed.
+NEWER_FIELDS = {"attention_window": 0, "attention_sinks": 0}
 # Number of values that a fingerprint reads from each parameter.
 SAMPLES = 8
 
@@ -174,7 +178,7 @@ def _check_metadata(not_a_cache: str, metadata: dict[str, str]) -> tuple[int, di
 
 
 def check_saved_layer(
-    where: str, state: dict[str, torch.Tensor], config: HAMConfig, layer_type: str, seen_tokens: int
+    where: str, state: dict[str, torch.Tensor], config: HAMConfig, layer_idx: int, seen_tokens: int
 ) -> None:
     """Checks a saved layer's `state_dict` before memory is allocated for it.
 
@@ -182,6 +186,7 @@ def check_saved_layer(
         ValueError: names `where` and the tensor that is missing, unexpected, of a wrong shape or dtype, or
             contradicts others.
     """
+    layer_type, recent = config.layer_types[layer_idx], config.window_of(layer_idx) - 1
     layer_shape = config.layer_shape(layer_type)
     heads, key_dim, value_dim = layer_shape.value_heads, layer_shape.key_dim, layer_shape.value_dim
     batch = len(state["real_tokens"]) if "real_tokens" in state and state["real_tokens"].ndim else 0
@@ -201,6 +206,14 @@ def check_saved_layer(
             "positions": ((kept,), (torch.int32,)),
             "streams": ((kept,), integer),
         }
+    if recent > 0:
+        streams, of_keys = batch * heads, expected["values"][1]
+        expected |= {
+            "recent_keys": ((streams, recent, key_dim), of_keys),
+            "recent_values": ((streams, recent, value_dim), of_keys),
+            "recent_scores": ((streams, recent), (torch.float32,)),
+            "recent_keep": ((streams, recent), (torch.bool,)),
+        }
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
             raise ValueError(f"{where}: `{name}` is {'missing' if name in expected else 'no part of it'}.")
@@ -210,20 +223,25 @@ def check_saved_layer(
                 f"{where}: `{name}` must be {list(shape)} of {' or '.join(map(str, dtypes))}, got "
                 f"{list(state[name].shape)} of {state[name].dtype}."
             )
-    for name in ("recurrent_state", "conv_state", "keys", "values"):
+    for name in ("recurrent_state", "conv_state", "keys", "values", "recent_keys", "recent_values"):
         if name in state and not bool(state[name].isfinite().all()):
             raise ValueError(f"{where}: `{name}` must be finite.")
-    if "scores" in state and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):
-        raise ValueError(f"{where}: `scores` must be between 0 and 1.")
+    for name in ("scores", "recent_scores"):
+        # Sinks have infinite scores.
+        scores = state.get(name, torch.zeros(0))
+        if not bool(((scores >= 0) & ((scores <= 1) | (scores == torch.inf))).all()):
+            raise ValueError(f"{where}: `{name}` must be between 0 and 1, or infinite for sinks.")
     real = state["real_tokens"]
     if batch == 0 or bool(((real < 0) | (real > seen_tokens)).any()):
         raise ValueError(f"{where}: `real_tokens` must be between 0 and {seen_tokens}, one for each row.")
     if layer_type != "linear_attention":
-        _check_saved_tokens(where, state, real.repeat_interleave(heads), keeps_all=layer_type == "full_attention")
+        # Tokens in the window are not in pages yet.
+        of_age = (real - max(recent, 0)).clamp(min=0).repeat_interleave(heads)
+        _check_saved_tokens(where, state, of_age, keeps_all=layer_type == "full_attention")
 
 
 def _check_saved_tokens(where: str, state: dict[str, torch.Tensor], seen: torch.Tensor, keeps_all: bool) -> None:
-    """Raises `ValueError` unless each stream has as many tokens as counted, in order; `seen` `[N]` its real tokens."""
+    """Raises `ValueError` unless each stream has as many of its first `seen` `[N]` tokens as counted, in order."""
     counts, streams, positions = state["counts"], state["streams"], state["positions"]
     fits = counts == seen if keeps_all else (counts >= 0) & (counts <= seen)
     # Compare the sum before `repeat_interleave` allocates memory for the counted tokens.
@@ -255,7 +273,7 @@ def cache_contents(config: HAMConfig) -> dict[str, Any]:
 
 def check_same_contents(argument: str, contents: dict[str, Any], config: HAMConfig) -> None:
     """Raises `ValueError` if a cache with these `contents`, given as `argument`, does not fit a model of `config`."""
-    expected = cache_contents(config)
+    contents, expected = NEWER_FIELDS | contents, cache_contents(config)
     wrong = [
         f"`{name}` {contents.get(name)} instead of {expected[name]}"
         for name in CONTENT_FIELDS

@@ -4,7 +4,7 @@
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class HAMCache(Cache):
             raise TypeError(f"`config` must be a HAMConfig, got {type(config).__name__}.")
         if not isinstance(offloading, bool):
             raise TypeError(f"`offloading` must be True or False, got {offloading!r}.")
-        super().__init__(layers=[HAMCacheLayer() for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[HAMCacheLayer(config.window_of(i)) for i in range(config.num_hidden_layers)])
         self.config = config
         self.offload_layers = offloading
         # The model that filled the cache, and its fingerprint in case the model is gone.
@@ -235,11 +235,17 @@ class HAMCache(Cache):
             store.reserve(n, grow=shortage >= least)
 
     def kept_tokens(self) -> torch.Tensor:
-        """`[layers, B, Hk]` int64 number of kept tokens; zero in linear layers."""
-        stores = self._stores()
-        heads, batch = self.config.num_key_value_heads, self.batch_size
-        empty = torch.zeros(batch, heads, dtype=torch.long, device="cpu")
-        return torch.stack([empty if s is None else s.counts.view(batch, heads).cpu() for s in stores])
+        """`[layers, B, Hk]` int64 number of tokens that the routers and `kv_budget` kept; zero in linear layers."""
+        return self._tokens(HAMCacheLayer.kept_tokens)
+
+    def held_tokens(self) -> torch.Tensor:
+        """`[layers, B, Hk]` int64 number of tokens in memory, which attention reads: kept ones, and the window's."""
+        return self._tokens(HAMCacheLayer.held_tokens)
+
+    def _tokens(self, count: Callable[[HAMCacheLayer], torch.Tensor]) -> torch.Tensor:
+        self._stores()
+        empty = torch.zeros(self.batch_size, self.config.num_key_value_heads, dtype=torch.long, device="cpu")
+        return torch.stack([empty if layer.store is None else count(layer).cpu() for layer in self.layers])
 
     def kept_positions(self, layer_idx: int) -> list[list[torch.Tensor]]:
         """Sorted positions (among real tokens) of one layer's kept tokens, for each row and head, int32."""
@@ -248,16 +254,15 @@ class HAMCache(Cache):
             raise TypeError(f"`layer_idx` must be an int, got {layer_idx!r}.")
         if not 0 <= layer_idx < len(stores):
             raise ValueError(f"`layer_idx` must be between 0 and {len(stores) - 1}, got {layer_idx}.")
-        store = stores[layer_idx]
-        if store is None:
+        if stores[layer_idx] is None:
             raise ValueError(f"`layer_idx` {layer_idx} is a linear layer, which keeps no tokens.")
-        parts = store.tokens().positions.cpu().split(store.counts.tolist())
+        parts = self.layers[layer_idx].kept_positions()
         heads = self.config.num_key_value_heads
-        return [list(parts[i : i + heads]) for i in range(0, len(parts), heads)]
+        return [parts[i : i + heads] for i in range(0, len(parts), heads)]
 
     def kv_usage(self) -> torch.Tensor:
-        """`[layers, B, Hk]` float32 fraction of the real tokens seen that is kept."""
-        return self.kept_tokens().float() / self.layers[0].real_tokens.cpu().clamp(min=1)[None, :, None]
+        """`[layers, B, Hk]` float32 fraction of the real tokens seen that is held in memory."""
+        return self.held_tokens().float() / self.layers[0].real_tokens.cpu().clamp(min=1)[None, :, None]
 
     def memory_bytes(self) -> int:
         """Bytes of storage that the cache has allocated, unused slots included."""
@@ -306,8 +311,8 @@ class HAMCache(Cache):
         """
         self._stores()
         states = [layer.state_dict() for layer in self.layers]
-        for i, (state, layer_type) in enumerate(zip(states, self.config.layer_types, strict=True)):
-            check_saved_layer(f"layer {i}", state, self.config, layer_type, self.get_seq_length())
+        for i, state in enumerate(states):
+            check_saved_layer(f"layer {i}", state, self.config, i, self.get_seq_length())
         tensors = {f"{i}.{name}": x.contiguous() for i, state in enumerate(states) for name, x in state.items()}
         if self._padding is not None:
             tensors["padding"] = self._padding.contiguous()
@@ -330,7 +335,7 @@ class HAMCache(Cache):
             prefix = f"{i}."
             state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
             where = f"`path` {os.fspath(path)!r}, layer {i}"
-            check_saved_layer(where, state, config, config.layer_types[i], seen_tokens)
+            check_saved_layer(where, state, config, i, seen_tokens)
             layer.load_state_dict(state, seen_tokens)
             if not torch.equal(layer.real_tokens, cache.layers[0].real_tokens):
                 raise ValueError(f"{where}: `real_tokens` must be those of layer 0.")

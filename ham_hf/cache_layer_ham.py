@@ -1,97 +1,25 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """HAMCacheLayer, the memories of one layer: convolution state, recurrent state and the pages of kept tokens."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_ham import KeptColumns, attend_new, ragged_decode_attention
+from .attention_ham import (
+    KeptColumns,
+    attend_new,
+    attend_stream_by_stream,
+    ragged_decode_attention,
+    window_starts,
+)
 from .delta_rule_ham import gated_delta_rule_with_prediction
+from .layer_step_ham import LayerStep
 from .ops_ham import convolution_state
 from .paged_store_ham import KeptTokens, PagedStore, map_tensors, ranks, writable
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """The new tokens of one forward, for a layer's memories; absent parts are `None`.
-
-    Attributes:
-        positions: `[B, T]` index among the real tokens of the row.
-        real: `[B, T]` bool, false for padding, or `None`.
-        conv_inputs: `[B, T, C]` inputs of the short convolution.
-        conv_state: `[B, W - 1, C]` state of the convolution after the call.
-        rnn: `(k, v, g, beta)` as `gated_delta_rule_with_prediction` takes them.
-        recurrent_state: `[B, Hk, K, V]` float32 state after the call, one per value head.
-        keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]` of the attention view.
-        scores: `[B, T, Hk]` float32 routing scores.
-        keep: `[B, T, Hk]` bool.
-    """
-
-    positions: torch.Tensor
-    real: torch.Tensor | None = None
-    conv_inputs: torch.Tensor | None = None
-    conv_state: torch.Tensor | None = None
-    rnn: tuple[torch.Tensor, ...] | None = None
-    recurrent_state: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of tokens of the step."""
-        return self.positions.shape[1]
-
-    def first(self, length: int) -> "LayerStep":
-        """The inputs of the first `length` tokens, without the states, which belong to the whole step."""
-        fields: dict[str, Any] = {name: x[:, :length] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        fields |= {"conv_state": None, "recurrent_state": None}
-        rnn = None if self.rnn is None else tuple(x[:, :length] for x in self.rnn)
-        return LayerStep(**(fields | {"rnn": rnn}))
-
-    @classmethod
-    def joined(cls, steps: list["LayerStep"]) -> "LayerStep":
-        """Joins successive steps into one, without their states."""
-        names = ("conv_inputs", "keys", "values", "scores", "keep", "positions")
-        fields: dict[str, Any] = {name: _cat([getattr(step, name) for step in steps]) for name in names}
-        if any(step.real is not None for step in steps):
-            fields["real"] = torch.cat(
-                [torch.ones_like(x.positions, dtype=torch.bool) if x.real is None else x.real for x in steps], dim=1
-            )
-        rnn = (
-            None
-            if steps[0].rnn is None
-            else tuple(torch.cat(x, dim=1) for x in zip(*(s.rnn for s in steps), strict=True))
-        )
-        return cls(rnn=rnn, **fields)
-
-    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerStep":
-        """The step with `change` applied to every tensor."""
-        return LayerStep(**map_tensors(change, vars(self)))
-
-    def kept(self) -> KeptTokens:
-        """The kept tokens of a layer with attention, flat and ordered by stream and position."""
-        keys, values, scores, keep = self.keys, self.values, self.scores, self.keep
-        if keys is None or values is None or scores is None or keep is None:
-            raise ValueError("A step of a linear layer keeps no tokens.")
-        heads = keep.shape[2]
-        row, head, time = keep.transpose(1, 2).nonzero(as_tuple=True)
-        return KeptTokens(
-            keys[row, time, head],
-            values[row, time, head],
-            scores[row, time, head],
-            self.positions[row, time].int(),
-            row * heads + head,
-        )
-
-
-def _cat(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    return None if tensors[0] is None else torch.cat(tensors, dim=1)
+from .recent_tokens_ham import RecentTokens
 
 
 def _scatter_columns(
@@ -103,33 +31,52 @@ def _scatter_columns(
 
 
 def _attend_stored(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, store: PagedStore
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: torch.Tensor,
+    store: PagedStore,
+    recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    window_start: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of new tokens over a store, the kept new tokens before them, and themselves, as in `attend_new`."""
+    """Attention of new tokens over a store, the kept new tokens before them, and themselves, as in `attend_new`.
+
+    `recent` is that of `ragged_decode_attention`; with `window_start` `[B, T]`, `k`, `v`, `keep` and `real` begin with
+    the recent tokens, as in `attend_stream_by_stream`.
+    """
     heads = k.shape[2]
     q, k, v, keep = (x.transpose(1, 2).flatten(0, 1) for x in (q.unflatten(2, (heads, -1)), k, v, keep))
-    index = store.index()
+    index = None if window_start is not None else store.index()
     # With an index the operation counts the used pages itself, and whole slabs stay the same until the store grows.
     slabs = store.pages() if index is None else store.slabs
     pages = [(x["keys"], x["values"], x["owner"]) for x in slabs]
     tail = (store.tail["keys"], store.tail["values"], store.fill)
-    out = ragged_decode_attention(q, k, v, keep, pages, tail, index=index)
+    if window_start is None:
+        out = ragged_decode_attention(q, k, v, keep, pages, tail, index=index, recent=recent)
+    else:
+        windows = (None if x is None else x.repeat_interleave(heads, 0) for x in (window_start, real))
+        out = attend_stream_by_stream(q, k, v, keep, pages, tail, q.shape[-1] ** -0.5, *windows)
     return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2, 3)
 
 
 class HAMCacheLayer(CacheLayerMixin):
-    """One layer's memories: convolution state, recurrent state and, unless it is linear, the paged kept tokens.
+    """One layer's memories: convolution state, recurrent state and, unless it is linear, kept and recent tokens.
 
     `update` takes a whole `LayerStep` instead of Transformers' dense keys and values, and returns nothing; `attend`
     computes attention.
+
+    Args:
+        window: number of the last real tokens that a query sees, itself included; 0 in layers that keep every token.
     """
 
     is_sliding = False
     supports_early_init = False
     is_croppable = True
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 0) -> None:
         super().__init__()
+        self.window = window
         # Number of changes: it tells a call that stopped halfway from one that changed nothing.
         self.changes = 0
         self.reset()
@@ -146,6 +93,7 @@ class HAMCacheLayer(CacheLayerMixin):
         self.conv_state: torch.Tensor | None = None
         self.recurrent_state: torch.Tensor | None = None
         self.store: PagedStore | None = None
+        self.recent: RecentTokens | None = None
         self.real_tokens = torch.zeros(0, dtype=torch.long)
         self.seen_tokens = 0
         self.is_initialized = False
@@ -161,7 +109,12 @@ class HAMCacheLayer(CacheLayerMixin):
         """Makes an empty store for `[B, T, Hk, K]` keys and `[B, T, Hk, V]` values."""
         self.device, self.dtype = key_states.device, key_states.dtype
         batch, _, heads, key_dim = key_states.shape
-        self.store = PagedStore(batch * heads, key_dim, value_states.shape[-1], self.dtype, self.device)
+        self._make_stores(batch * heads, key_dim, value_states.shape[-1])
+
+    def _make_stores(self, num_streams: int, key_dim: int, value_dim: int) -> None:
+        self.store = PagedStore(num_streams, key_dim, value_dim, self.dtype, self.device)
+        if self.window > 1:
+            self.recent = RecentTokens(num_streams, self.window - 1, key_dim, value_dim, self.dtype, self.device)
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not, padding included."""
@@ -183,23 +136,32 @@ class HAMCacheLayer(CacheLayerMixin):
         keep: torch.Tensor,
         scores: torch.Tensor,
         budget: int | None,
+        real: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of new tokens over this layer's kept tokens, the kept new tokens before them, and themselves.
+        """Attention of new tokens over this layer's kept and recent tokens, the new ones before them, and themselves.
 
         Args:
             q: `[B, n, H, K]`, of all new tokens or, while the layer has no store, of the last `n`.
             k, v: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
             keep: `[B, T, Hk]` bool; scores: `[B, T, Hk]`.
-            budget: most kept tokens per head, beyond which the lowest score is dropped, or `None`.
+            budget: most tokens per head, beyond which the lowest score is dropped, or `None`.
+            real: `[B, T]` bool, false for padding, or `None`.
 
         Returns:
             `[B, n, H, V]`.
         """
         if not self.is_initialized or self.store is None:
-            return attend_new(q, k, v, keep, scores, budget)
+            return attend_new(q, k, v, keep, scores, budget, window=self.window, real=real)
+        start = None
+        if self.recent is not None:
+            if q.shape[1] == 1:
+                recent = self.recent.keys, self.recent.values, self.recent.fill(self._seen_by_stream())
+                return _attend_stored(q, k, v, keep, self.store, recent)
+            k, v, keep, scores, real = self._after_recent(self.recent, k, v, keep, scores, real)
+            start = window_starts(self.window, k.shape[0], k.shape[1], k.device, real, None)[:, -q.shape[1] :]
         # With a budget, stored tokens may be dropped during a call; the budget also bounds the cost of padding.
         if budget is None or q.shape[1] == 1:
-            return _attend_stored(q, k, v, keep, self.store)
+            return _attend_stored(q, k, v, keep, self.store, None, start, real)
         batch, _, heads, _ = k.shape
         held = self.store.tokens()
         largest = int(self.store.counts.max())
@@ -210,10 +172,32 @@ class HAMCacheLayer(CacheLayerMixin):
             for x in (held.keys, held.values, held.scores)
         )
         cached = KeptColumns(keys, values, kept_scores, counts=self.store.counts.view(batch, heads))
-        return attend_new(q, k, v, keep, scores, budget, cached)
+        return attend_new(q, k, v, keep, scores, budget, cached, window=self.window, real=real)
+
+    def _seen_by_stream(self) -> torch.Tensor:
+        """`[N]` real tokens that each stream has seen."""
+        return self.real_tokens.repeat_interleave(self._kept_store().num_streams // self.batch_size)
+
+    def _after_recent(
+        self,
+        recent: RecentTokens,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keep: torch.Tensor,
+        scores: torch.Tensor,
+        real: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The arguments of `attend`, `[B, R + T, ...]`, after the `R` recent tokens; unused slots are padding."""
+        heads = k.shape[2]
+        *fields, used = recent.in_order(self._seen_by_stream())
+        old_k, old_v, old_scores, old_keep = (x.unflatten(0, (-1, heads)).transpose(1, 2) for x in fields)
+        used = used[::heads]
+        real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if real is None else real
+        pairs = ((old_k, k), (old_v, v), (old_keep & used[..., None], keep), (old_scores, scores), (used, real))
+        return tuple(torch.cat(pair, 1) for pair in pairs)
 
     def dense_keys(self, past_real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept keys at their columns among all tokens seen, `[B, Hk, S, K]`, and the mask `[B, Hk, S]` of kept tokens.
+        """Held keys at their columns among all tokens seen, `[B, Hk, S, K]`, and the mask `[B, Hk, S]` of kept tokens.
 
         Args:
             past_real: `[B, S]` bool, false for padding; `None` if every token seen was real.
@@ -221,14 +205,48 @@ class HAMCacheLayer(CacheLayerMixin):
         batch, store = self.batch_size, self._kept_store()
         heads = store.num_streams // batch
         held = store.tokens()
-        columns = held.positions.long()
+        parts = [(held.keys, held.streams, held.positions.long(), torch.ones_like(held.streams, dtype=torch.bool))]
+        if self.recent is not None:
+            seen = self._seen_by_stream()
+            slots, positions = self.recent.slots_in_order(seen, self.recent.size)
+            stream, column = (positions >= 0).nonzero(as_tuple=True)
+            slot = slots[stream, column]
+            parts.append(
+                (self.recent.keys[stream, slot], stream, positions[stream, column], self.recent.keep[stream, slot])
+            )
+        held_keys, streams, columns, kept = (torch.cat(x) for x in zip(*parts, strict=True))
         if past_real is not None:
             # The p-th real token of a row is in the column of the p-th true entry of its mask.
             order = (~past_real).to(torch.uint8).argsort(dim=1, stable=True)
-            columns = order[held.streams // heads, columns]
-        keys = _scatter_columns(held.keys, held.streams, columns, batch, heads, self.seen_tokens)
-        ones = torch.ones_like(held.streams, dtype=torch.bool)
-        return keys, _scatter_columns(ones, held.streams, columns, batch, heads, self.seen_tokens)
+            columns = order[streams // heads, columns]
+        keys = _scatter_columns(held_keys, streams, columns, batch, heads, self.seen_tokens)
+        return keys, _scatter_columns(kept, streams, columns, batch, heads, self.seen_tokens)
+
+    def kept_tokens(self) -> torch.Tensor:
+        """`[B, Hk]` tokens that were kept when they arrived, whether or not they are still in the window."""
+        counts = self._kept_store().counts
+        if self.recent is not None:
+            counts = counts + self.recent.kept_tokens(self._seen_by_stream())
+        return counts.view(self.batch_size, -1)
+
+    def held_tokens(self) -> torch.Tensor:
+        """`[B, Hk]` tokens whose keys and values take memory: kept ones, and all in the window."""
+        counts = self._kept_store().counts
+        if self.recent is not None:
+            counts = counts + self.recent.fill(self._seen_by_stream())
+        return counts.view(self.batch_size, -1)
+
+    def kept_positions(self) -> list[torch.Tensor]:
+        """Sorted positions, int32, of the kept tokens of each stream."""
+        store = self._kept_store()
+        tokens = store.tokens()
+        streams, positions = tokens.streams, tokens.positions
+        if self.recent is not None:
+            seen = self._seen_by_stream()
+            young = self.recent.come_of_age(seen, torch.full_like(seen, self.recent.size), self.recent.size)
+            streams, positions = torch.cat([streams, young.streams]), torch.cat([positions, young.positions])
+            positions = positions[streams.argsort(stable=True)]
+        return list(positions.cpu().split(self.kept_tokens().flatten().tolist()))
 
     def _kept_store(self) -> PagedStore:
         if self.store is None:
@@ -254,17 +272,39 @@ class HAMCacheLayer(CacheLayerMixin):
         self._take(step, budget)
 
     def _take(self, step: LayerStep, budget: int | None) -> None:
+        seen = self.real_tokens + (step.length if step.real is None else step.real.sum(1))
         if self.store is not None:
-            self._keep(self.store, step.kept(), budget, step.length)
+            kept = step.kept() if self.recent is None else self._let_age(self.recent, step, seen)
+            self._keep(self.store, kept, budget, step.length)
         self.conv_state, self.recurrent_state = step.conv_state, step.recurrent_state
         self.seen_tokens += step.length
-        self.real_tokens = self.real_tokens + (step.length if step.real is None else step.real.sum(1))
+        self.real_tokens = seen
+
+    def _let_age(self, recent: RecentTokens, step: LayerStep, seen: torch.Tensor) -> KeptTokens:
+        """Takes in a step, after which rows have `seen` `[B]` real tokens; returns kept tokens that left the ring."""
+        if step.keys is None or step.values is None or step.scores is None or step.keep is None:
+            raise ValueError("A step of a linear layer keeps no tokens.")
+        before = self._seen_by_stream()
+        added = seen.repeat_interleave(len(before) // len(seen)) - before
+        old = recent.come_of_age(before, added, step.length)
+        tokens = (step.keys, step.values, step.scores, step.keep)
+        newest = recent.write(tokens, step.positions, seen, step.real)
+        if step.length <= recent.size:
+            return old
+        # A call longer than the window brings tokens that are of age when it ends.
+        young = replace(step, keep=step.keep & ~newest[..., None]).kept()
+        joined = KeptTokens(*(torch.cat(x) for x in zip(vars(old).values(), vars(young).values(), strict=True)))
+        return joined.select(joined.streams.argsort(stable=True))
+
+    def _page_budget(self, budget: int) -> int:
+        """Tokens that a head may hold in pages, out of `budget` in all."""
+        return budget if self.recent is None else budget - self.recent.size
 
     def _keep(self, store: PagedStore, kept: KeptTokens, budget: int | None, length: int) -> None:
         if budget is None:
             store.append(kept)
         elif length == 1:
-            full = store.counts[kept.streams] >= budget
+            full = store.counts[kept.streams] >= self._page_budget(budget)
             store.replace_lowest(kept.select(full))
             store.append(kept.select(~full))
         else:
@@ -273,7 +313,7 @@ class HAMCacheLayer(CacheLayerMixin):
 
     def enforce_budget(self, budget: int) -> None:
         """Drops the lowest scores of every head with more than `budget` tokens; the oldest of equal scores first."""
-        if self.store is None or int(self.store.counts.max()) <= budget:
+        if self.store is None or int(self.store.counts.max()) <= self._page_budget(budget):
             return
         self.changes += 1
         tokens = self.store.tokens()
@@ -282,7 +322,7 @@ class HAMCacheLayer(CacheLayerMixin):
         order = order[tokens.streams[order].argsort(stable=True)]
         streams = tokens.streams[order]
         survives = torch.zeros_like(streams, dtype=torch.bool)
-        survives[order] = ranks(streams, self.store.counts) >= (self.store.counts - budget)[streams]
+        survives[order] = ranks(streams, self.store.counts) >= (self.store.counts - self._page_budget(budget))[streams]
         self.store = self.store.rebuilt(tokens.select(survives))
 
     def open_pages(self) -> tuple[torch.Tensor, ...] | None:
@@ -293,6 +333,7 @@ class HAMCacheLayer(CacheLayerMixin):
         """Tensors whose addresses a captured CUDA graph has baked in; the graph is valid while they are unchanged."""
         store = self.store
         stored = [] if store is None else [store.counts, *(store.index() or ())[:1]]
+        stored += [] if self.recent is None else self.recent.tensors()
         return [self.conv_state, self.recurrent_state, self.real_tokens, *stored]
 
     def count_step(self) -> None:
@@ -314,6 +355,7 @@ class HAMCacheLayer(CacheLayerMixin):
             "real_tokens": self.real_tokens,
             "seen_tokens": self.seen_tokens,
             "store": None if self.store is None else self.store.mark(),
+            "recent": None if self.recent is None else self.recent.mark(),
         }
 
     def accept(self, inputs: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> None:
@@ -366,6 +408,8 @@ class HAMCacheLayer(CacheLayerMixin):
         self.real_tokens, self.seen_tokens = base["real_tokens"], base["seen_tokens"]
         if self.store is not None:
             self.store.rollback(base["store"])
+        if self.recent is not None:
+            self.recent.rollback(base["recent"])
         if recorded > removed:
             self._replay(LayerStep.joined(steps).first(recorded - removed))
 
@@ -398,6 +442,7 @@ class HAMCacheLayer(CacheLayerMixin):
             heads = self.store.num_streams // self.batch_size
             streams = (rows[:, None] * heads + torch.arange(heads, device=device)).flatten()
             self.store = self.store.selected(streams)
+            self.recent = None if self.recent is None else self.recent.selected(streams)
         self.real_tokens = self.real_tokens[rows]
         self.conv_state = None if self.conv_state is None else self.conv_state[rows]
         self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state[rows]
@@ -415,6 +460,8 @@ class HAMCacheLayer(CacheLayerMixin):
         limit = threshold.to(store.device).expand(self.batch_size, heads).flatten()
         tokens = store.tokens()
         self.store = store.rebuilt(tokens.select(tokens.scores >= limit[tokens.streams]))
+        if self.recent is not None:
+            self.recent.keep &= self.recent.scores >= limit[:, None]
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the layer holds."""
@@ -423,9 +470,11 @@ class HAMCacheLayer(CacheLayerMixin):
         if self._base is not None and self._base["store"] is not None:
             store = self._base["store"]
             base.extend([store["counts"], store["full_pages"], *store["tail"].values()])
+            base.extend((self._base["recent"] or {}).values())
         own = [self.conv_state, self.recurrent_state, self.real_tokens, *steps, *base]
         stored = [] if self.store is None else self.store.tensors()
-        return [x for x in own if isinstance(x, torch.Tensor)] + stored
+        recent = [] if self.recent is None else self.recent.tensors()
+        return [x for x in own if isinstance(x, torch.Tensor)] + stored + recent
 
     def state_bytes(self) -> int:
         """Bytes of the convolution and recurrent states, which do not grow."""
@@ -439,8 +488,9 @@ class HAMCacheLayer(CacheLayerMixin):
         own = map_tensors(move, [self.conv_state, self.recurrent_state, self.real_tokens, self._base])
         self.conv_state, self.recurrent_state, self.real_tokens, self._base = own
         self._steps = [step.mapped(move) for step in self._steps]
-        if self.store is not None:
-            self.store.to(device)
+        for held in (self.store, self.recent):
+            if held is not None:
+                held.to(device)
 
     def offload(self) -> None:
         """Moves the layer to the CPU; `prefetch` brings it back."""
@@ -455,6 +505,8 @@ class HAMCacheLayer(CacheLayerMixin):
         }
         if self.store is not None:
             state |= vars(self.store.tokens()) | {"counts": self.store.counts}
+        if self.recent is not None:
+            state |= {f"recent_{name}": getattr(self.recent, name) for name in RecentTokens.FIELDS}
         return {name: x for name, x in state.items() if x is not None}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], seen_tokens: int) -> None:
@@ -467,9 +519,10 @@ class HAMCacheLayer(CacheLayerMixin):
             return
         tokens = KeptTokens(**{name: state[name] for name in (*PagedStore.FIELDS, "streams")})
         self.dtype = tokens.keys.dtype
-        sizes = (len(state["counts"]), tokens.keys.shape[1], tokens.values.shape[1])
-        self.store = PagedStore(*sizes, self.dtype, self.device)
-        self.store.append(tokens)
+        self._make_stores(len(state["counts"]), tokens.keys.shape[1], tokens.values.shape[1])
+        self._kept_store().append(tokens)
+        if self.recent is not None:
+            self.recent.rollback({name: state[f"recent_{name}"] for name in RecentTokens.FIELDS})
 
     def prefetch(self) -> None:
         """Brings an offloaded layer back to the device it works on."""
@@ -508,4 +561,4 @@ def checked_rows(indices: object, batch: int) -> torch.Tensor:
     return rows
 
 
-__all__ = ["HAMCacheLayer", "LayerStep", "checked_rows"]
+__all__ = ["HAMCacheLayer", "checked_rows"]

@@ -13,10 +13,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .numbers_ham import with_plain_numbers
+from .rope_ham import check_rope
 
 if TYPE_CHECKING:
     # Never run. Transformers saves and fetches the siblings that a file imports together with it, so a saved
@@ -59,6 +60,7 @@ LARGEST = {
     "router_hidden_size": 2**20,
     **dict.fromkeys(LINEAR_SHAPE, 2**16),
 }
+LARGEST_WINDOW = 2**24
 MOST_LABELS = 2**17
 # Types of fields that Transformers reads without a check, and fails on if they are of another type.
 INHERITED_TYPES = {
@@ -78,28 +80,6 @@ INHERITED_TYPES = {
 }
 # Keys under which Transformers would look for other configurations, to use them in place of this one.
 OTHER_CONFIGURATIONS = {"decoder", "generator", "per_layer_config", "text_config", "text_encoder"}
-# Parameters that each type of RoPE computes its frequencies from, besides the base.
-ROPE_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
-}
-# Smallest value of each number among them. Above the largest, its powers overflow.
-ROPE_SMALLEST = {
-    "factor": 1,
-    "original_max_position_embeddings": 2,
-    "attention_factor": 0,
-    "beta_fast": 1e-6,
-    "beta_slow": 1e-6,
-    "low_freq_factor": 1e-6,
-    "high_freq_factor": 1e-6,
-    "mscale": 0,
-    "mscale_all_dim": 0,
-}
-ROPE_LARGEST = 1e15
-
 # Thresholds are computed in floating point, where larger integers are rounded, and the largest overflow.
 LARGEST_THRESHOLD = 2**53
 # Known keys of old releases of Transformers, of its other parts and of tools; those of GenerationConfig are known too.
@@ -227,6 +207,11 @@ class HAMConfig(PreTrainedConfig):
             outputs of the mixer and the MLP instead of their inputs, as OLMo 2 does.
         router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
             (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
+        attention_window (`int` or `list[int]`, *optional*, defaults to 0): Number of the last tokens, the current one
+            included, that attention sees whether they are kept or not: one value, or one per layer, which only hybrid
+            layers read. 0 and 1 both mean the current token alone, as in the paper.
+        attention_sinks (`int` or `list[int]`, *optional*, defaults to 0): Number of the first tokens of a document
+            that hybrid layers always keep: one value, or one per layer.
         router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
         target_kv_usage (`float` or `list[float]`, *optional*, defaults to 0.5): Fraction of tokens that training
             drives the thresholds to keep: one value, or one per hybrid layer, except with the scope `"model"`. `None`
@@ -296,6 +281,8 @@ class HAMConfig(PreTrainedConfig):
     attention_post_norm: bool = False
     router: str = "cosine"
     router_hidden_size: FilledInt = None
+    attention_window: int | list[int] = 0
+    attention_sinks: int | list[int] = 0
     target_kv_usage: float | int | list[float | int] | None = 0.5
     threshold_scope: str = "head"
     threshold: float | int | list[float | int] | None = None
@@ -387,6 +374,19 @@ class HAMConfig(PreTrainedConfig):
         """Number of layers that route tokens; a list of thresholds has one entry for each."""
         return self.layer_types.count("hybrid")
 
+    def window_of(self, layer_idx: int) -> int:
+        """Number of the last tokens that a query of a layer sees besides kept ones; 0 in layers that do not route."""
+        return self._of_hybrid_layer(self.attention_window, layer_idx)
+
+    def sinks_of(self, layer_idx: int) -> int:
+        """Number of the first tokens of a document that a layer always keeps; 0 in layers that do not route."""
+        return self._of_hybrid_layer(self.attention_sinks, layer_idx)
+
+    def _of_hybrid_layer(self, value: int | list[int], layer_idx: int) -> int:
+        if self.layer_types[layer_idx] != "hybrid":
+            return 0
+        return value[layer_idx] if isinstance(value, list) else value
+
     def layer_shape(self, layer_type: str) -> LayerShape:
         """The shape of layers of a type: linear ones may have their own."""
         if layer_type == "linear_attention" and self.linear_num_key_heads is not None:
@@ -414,7 +414,8 @@ class HAMConfig(PreTrainedConfig):
         self._validate_sizes()
         self._validate_linear_shape()
         self._validate_layers()
-        self._validate_rope()
+        if self.rope_parameters is not None:
+            check_rope(self.rope_parameters, self.head_dim)
         self._validate_routing()
 
     def _validate_sizes(self) -> None:
@@ -424,7 +425,7 @@ class HAMConfig(PreTrainedConfig):
         )
         others = (
             "initializer_range rms_norm_eps output_norm_eps target_kv_usage threshold pad_token_id bos_token_id "
-            "eos_token_id"
+            "eos_token_id attention_window attention_sinks"
         )
         for name in (*positive.split(), *LINEAR_SHAPE, *others.split()):
             # Older releases of huggingface_hub let a bool pass for an int.
@@ -493,64 +494,13 @@ class HAMConfig(PreTrainedConfig):
                 f"{len(self.layer_types)}."
             )
 
-    def _validate_rope(self) -> None:
-        if self.rope_parameters is None:
-            return
-        given: dict[str, Any] = {**self.rope_parameters}
-        rope_type, theta = given.get("rope_type"), given.get("rope_theta")
-        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
-        if rope_type not in rope_types:
-            raise ValueError(f"`rope_parameters['rope_type']` must be one of {rope_types}, got {rope_type!r}.")
-        self._validate_rope_number("rope_theta", theta, 1)
-        if rope_type == "yarn" and theta == 1:
-            raise ValueError("`rope_parameters['rope_theta']` must be more than 1 with the type 'yarn', got 1.")
-        if rope_type == "dynamic" and self.head_dim == 2:
-            raise ValueError("`head_dim` must be more than 2 with RoPE of the type 'dynamic', got 2.")
-        for name in ROPE_NEEDS.get(rope_type, ()):
-            if given.get(name) is None:
-                raise ValueError(f"`rope_parameters['{name}']` must be given with the type {rope_type!r}.")
-        for name, smallest in ROPE_SMALLEST.items():
-            if given.get(name) is not None:
-                self._validate_rope_number(name, given[name], smallest)
-        if self.head_dim % 2:
-            raise ValueError(f"RoPE needs an even `head_dim`, got {self.head_dim}; or set `rope_parameters=None`.")
-        partial = given.get("partial_rotary_factor", 1.0)
-        self._validate_partial_rotary_factor(partial, rope_type)
-        for name in ("short_factor", "long_factor"):
-            if given.get(name) is not None:
-                self._validate_rope_factors(name, given[name], int(self.head_dim * partial) // 2)
-
-    def _validate_partial_rotary_factor(self, factor: Any, rope_type: str) -> None:
-        name = "`rope_parameters['partial_rotary_factor']`"
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
-            raise ValueError(f"{name} must be a number above 0 and at most 1, got {factor!r}.")
-        rotary_dim = int(self.head_dim * factor)
-        # "proportional" stretches the frequencies over whole heads itself.
-        if rope_type != "proportional" and (rotary_dim % 2 or not rotary_dim):
-            raise ValueError(
-                f"{name} times `head_dim` ({self.head_dim}) must be an even number of dimensions, at least 2, got "
-                f"{rotary_dim} with {factor}."
-            )
-
-    def _validate_rope_number(self, name: str, value: Any, smallest: float) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not smallest <= value <= ROPE_LARGEST:
-            raise ValueError(
-                f"`rope_parameters['{name}']` must be a number between {smallest} and {ROPE_LARGEST}, got {value!r}."
-            )
-
-    def _validate_rope_factors(self, name: str, factors: Any, rotated: int) -> None:
-        if not isinstance(factors, list) or len(factors) != rotated:
-            raise ValueError(f"`rope_parameters['{name}']` must be a list of {rotated} numbers, got {factors!r}.")
-        for factor in factors:
-            self._validate_rope_number(name, factor, 1e-6)
-
     def _validate_routing(self) -> None:
         if self.router not in ROUTERS:
             raise ValueError(f"`router` must be one of {ROUTERS}, got {self.router!r}.")
         if self.threshold_scope not in THRESHOLD_SCOPES:
             raise ValueError(f"`threshold_scope` must be one of {THRESHOLD_SCOPES}, got {self.threshold_scope!r}.")
         check_target_kv_usage(self.target_kv_usage, self.threshold_scope, self.num_hybrid_layers)
+        self._validate_windows()
         if self.threshold is None:
             return
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold]
@@ -562,6 +512,18 @@ class HAMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`threshold` must have one entry per hybrid layer ({self.num_hybrid_layers}), got {len(values)}."
             )
+
+    def _validate_windows(self) -> None:
+        for name in ("attention_window", "attention_sinks"):
+            given = getattr(self, name)
+            values = given if isinstance(given, list) else [given]
+            if isinstance(given, list) and len(values) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` must be one int, or have one entry per layer: `num_hidden_layers` "
+                    f"({self.num_hidden_layers}), got {len(values)}."
+                )
+            if not all(0 <= value <= LARGEST_WINDOW for value in values):
+                raise ValueError(f"`{name}` must be between 0 and {LARGEST_WINDOW}, got {given}.")
 
 
 # Transformers saves the code of a registered class.

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cache_layer_ham import HAMCacheLayer, LayerStep
+from .cache_layer_ham import HAMCacheLayer
 from .configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS
 from .inputs_ham import TokenLayout
+from .layer_step_ham import LayerStep
 from .ops_ham import decode_kernel
 from .routing_ham import Retention
 
@@ -22,6 +23,8 @@ def has_decoding_kernels(mixer: "HAMMixer") -> bool:
         mixer.has_rnn
         and mixer.shape.value_heads == mixer.shape.key_heads
         and not (mixer.has_attention and mixer.config.qk_norm == "projection")
+        and mixer.window <= 1
+        and not mixer.sinks
     )
 
 

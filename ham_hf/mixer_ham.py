@@ -11,11 +11,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_ham import attend_new
 from .cache_ham import HAMCache
-from .cache_layer_ham import HAMCacheLayer, LayerStep
+from .cache_layer_ham import HAMCacheLayer
 from .configuration_ham import LEARNED_ROUTERS, HAMConfig
 from .decode_step_ham import decode_step, decoding_kernels
 from .delta_rule_ham import gated_delta_rule_with_prediction
 from .inputs_ham import TokenLayout
+from .layer_step_ham import LayerStep
 from .ops_ham import exporting, l2norm, rms_norm, rotated, short_convolution
 from .routing_ham import NUM_QUANTILES, HAMRouter, Retention, error_score, widened
 
@@ -26,29 +27,50 @@ FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles")
 
 
 def attention_weights(
-    q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor, tokens: TokenLayout, cache: HAMCacheLayer | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    keep: torch.Tensor,
+    tokens: TokenLayout,
+    cache: HAMCacheLayer | None,
+    window: int = 0,
 ) -> torch.Tensor:
-    """Dense attention weights `[B, H, T, S]` over all tokens seen, zero for tokens not kept; formed on request.
+    """Dense attention weights `[B, H, T, S]` over all tokens seen, zero for those not held; formed on request.
 
     Args:
         q: `[B, T, H, K]`; k: `[B, T, Hk, K]`; keep: `[B, T, Hk]` bool.
         tokens: the layout of the new tokens.
         cache: the layer's cache before this call, or `None`.
+        window: number of the last real tokens that a query sees, itself included.
     """
     length, key_dim = q.shape[1], q.shape[3]
     t = torch.arange(length, device=q.device)
-    visible = (t[:, None] > t) & keep.permute(0, 2, 1)[:, :, None]
+    visible = keep.permute(0, 2, 1)[:, :, None]
+    if window > 1:
+        visible = visible | _in_window(tokens.positions, tokens.positions, tokens.real, window)
+    visible = (t[:, None] > t) & visible
     if tokens.seq_idx is not None:
         visible = visible & (tokens.seq_idx[:, :, None] == tokens.seq_idx[:, None])[:, None]
     visible = visible | (t[:, None] == t)
     keys = k.transpose(1, 2)
     if cache is not None and cache.seen_tokens:
-        held, held_visible = cache.dense_keys(tokens.past_real)
+        held, held_kept = cache.dense_keys(tokens.past_real)
         keys = torch.cat([held, keys], dim=2)
-        visible = torch.cat([held_visible[:, :, None].expand(-1, -1, length, -1), visible], dim=-1)
+        held_visible = held_kept[:, :, None].expand(-1, -1, length, -1)
+        if window > 1:
+            past_real = tokens.past_real
+            if past_real is None:
+                past_real = torch.ones(len(q), held.shape[2], dtype=torch.bool, device=q.device)
+            held_visible = held_visible | _in_window(tokens.positions, past_real.cumsum(1) - 1, past_real, window)
+        visible = torch.cat([held_visible, visible], dim=-1)
     q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
     logits = (q @ keys.unsqueeze(2).mT).float() * key_dim**-0.5
     return logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).flatten(1, 2).to(q.dtype)
+
+
+def _in_window(queries: torch.Tensor, keys: torch.Tensor, real: torch.Tensor | None, window: int) -> torch.Tensor:
+    """`[B, 1, T, S]` bool: keys at positions `[B, S]`, false for padding, in the window of queries at `[B, T]`."""
+    inside = queries[:, :, None] - keys[:, None] < window
+    return (inside if real is None else inside & real[:, None])[:, None]
 
 
 def weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -201,6 +223,7 @@ class HAMMixer(nn.Module):
         self.has_rnn = self.layer_type != "full_attention"
         self.has_attention = self.layer_type != "linear_attention"
         self.has_conv = self.has_rnn or config.attention_conv
+        self.window, self.sinks = config.window_of(layer_idx), config.sinks_of(layer_idx)
         gate = config.output_gate
         if self.layer_type == "linear_attention" and config.linear_output_gate is not None:
             gate = config.linear_output_gate
@@ -412,10 +435,10 @@ class HAMMixer(nn.Module):
         q, k = (x.to(v.dtype) for x in self._attention_view(q, k, position_embeddings))
         if cache is not None:
             cache.accept(keys=k)
-        routed_scores, keep = self._route(scores, k, retention.threshold, tokens.real)
+        routed_scores, keep = self._route(scores, k, retention.threshold, tokens)
         weights = None
         if output_attentions or exporting():
-            weights = attention_weights(q, k, keep, tokens, cache)
+            weights = attention_weights(q, k, keep, tokens, cache, self.window)
         # Requested weights are part of the graph, except with a filled cache, whose pages are read in place. An
         # exported program uses them because its shapes must not depend on the number of kept tokens.
         if weights is not None and (cache is None or not cache.seen_tokens):
@@ -443,16 +466,25 @@ class HAMMixer(nn.Module):
         return rotated(q, cos, sin), rotated(k, cos, sin)
 
     def _route(
-        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, real: torch.Tensor | None
+        self, scores: torch.Tensor | None, k: torch.Tensor, threshold: torch.Tensor | None, tokens: TokenLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 scores that rank tokens and the kept tokens, `[B, T, Hk]`; without a router all are kept, at 1."""
+        """Float32 scores that rank tokens and the kept tokens, `[B, T, Hk]`; without a router all are kept, at 1.
+
+        Sinks rank above everything, so that no threshold and no budget drops them.
+        """
         if scores is None:
             scores = torch.ones(k.shape[:3], dtype=torch.float32, device=k.device)
             keep = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         else:
-            scores = scores.detach().float()
+            scores = self.with_sinks(scores.detach().float(), tokens)
             keep = scores >= self.threshold_in_force(threshold, scores.device)[:, None]
-        return scores, keep if real is None else keep & real[..., None]
+        return scores, keep if tokens.real is None else keep & tokens.real[..., None]
+
+    def with_sinks(self, scores: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
+        """Scores `[B, T, Hk]` with those of sinks infinite."""
+        if not self.sinks:
+            return scores
+        return scores.masked_fill((tokens.positions < self.sinks)[..., None], torch.inf)
 
     def threshold_in_force(self, threshold: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """`threshold` `[B or 1, Hk or 1]` on `device`; the learned one, `[1, Hk]` float32, if it is `None`."""
@@ -474,7 +506,7 @@ class HAMMixer(nn.Module):
         cache: HAMCacheLayer | None,
         budget: int | None,
     ) -> torch.Tensor:
-        """Attention of the last `n` new tokens over the kept tokens before them, `[B, n, H, V]`.
+        """Attention of the last `n` new tokens over the kept and recent tokens before them, `[B, n, H, V]`.
 
         Args:
             q: `[B, n, H, K]`, normalised and rotated; of all new tokens if the layer's cache has a store.
@@ -485,10 +517,12 @@ class HAMMixer(nn.Module):
             budget: most tokens that a head may hold, or `None`.
         """
         if cache is None:
-            return attend_new(q, k, v, keep, scores, budget, seq_idx=tokens.seq_idx)
+            return attend_new(
+                q, k, v, keep, scores, budget, seq_idx=tokens.seq_idx, window=self.window, real=tokens.real
+            )
         if budget is not None:
             cache.enforce_budget(budget)
-        return cache.attend(q, k, v, keep, scores, budget)
+        return cache.attend(q, k, v, keep, scores, budget, tokens.real)
 
     def mix(self, hidden_states: torch.Tensor, o_rnn: torch.Tensor | None, o_kv: torch.Tensor | None) -> torch.Tensor:
         """Gates, adds and projects the `[B, T, H, V]` outputs of the memories."""

@@ -169,13 +169,17 @@ def naive_ragged_decode_attention(
     return out
 
 
-def naive_surviving_tokens(scores: torch.Tensor, keep: torch.Tensor, budget: int) -> torch.Tensor:
-    """Kept tokens that remain when at most `budget` fit and the lowest score leaves (the oldest of equal scores).
+def naive_surviving_tokens(scores: torch.Tensor, keep: torch.Tensor, budget: int, window: int = 0) -> torch.Tensor:
+    """Tokens that remain when at most `budget` fit and the lowest score leaves (the oldest of equal scores).
+
+    The last `window` tokens, with the one that comes next, are held in any case; one that leaves the window stays if
+    it was admitted, and competes with the others from then on.
 
     Args:
         scores: `[T]` routing scores of one head, in order of arrival.
         keep: `[T]` bool, the tokens that were admitted.
-        budget: number of tokens that fit.
+        budget: number of tokens that fit, those in the window included.
+        window: number of the last tokens that a query sees, itself included.
 
     Returns:
         `[T, T]` bool: entry `(t, j)` is true if token `j` is held after token `t` was seen.
@@ -183,12 +187,14 @@ def naive_surviving_tokens(scores: torch.Tensor, keep: torch.Tensor, budget: int
     length = scores.shape[0]
     held: set[int] = set()
     table = torch.zeros(length, length, dtype=torch.bool)
+    waits = max(window, 1) - 1
     for t in range(length):
-        if keep[t]:
-            held.add(t)
-        if len(held) > budget:
+        if t >= waits and keep[t - waits]:
+            held.add(t - waits)
+        if len(held) > budget - waits:
             held.remove(min(held, key=lambda j: (float(scores[j]), j)))
         table[t, list(held)] = True
+        table[t, max(0, t - waits + 1) : t + 1] |= waits > 0
     return table
 
 

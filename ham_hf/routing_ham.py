@@ -277,7 +277,8 @@ class Retention(NamedTuple):
 
     Attributes:
         threshold: `[B or 1, Hk or 1]` float32, the least score of a kept token; `None` for the layer's learned one.
-        budget: most tokens that a head may hold, beyond which the lowest score is dropped; `None` for any number.
+        budget: most tokens that a head may hold, window and sinks included, beyond which the lowest score is dropped;
+            `None` for any number.
     """
 
     threshold: torch.Tensor | None = None
@@ -319,6 +320,11 @@ class Retention(NamedTuple):
         for n, i in enumerate(hybrid):
             threshold_of_layer = None if thresholds is None else thresholds[n if len(thresholds) > 1 else 0]
             rules[i] = cls(threshold_of_layer, kv_budget)
+            if kv_budget is not None and kv_budget <= (always := config.window_of(i) + config.sinks_of(i)):
+                raise ValueError(
+                    f"`kv_budget` must exceed the window and the sinks of a layer, {always} tokens that are always "
+                    f"held, got {kv_budget}."
+                )
         return rules
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Retention":

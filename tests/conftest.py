@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ham_hf
-from ham_hf import HAMConfig, attention_ham, delta_rule_ham, ops_ham
+from ham_hf import HAMConfig, attention_ham, delta_rule_ham, ops_ham, prefix_attention_ham
 
 # An assertion that fails in a helper then tells as much as one in a test.
 pytest.register_assert_rewrite(
@@ -55,7 +55,7 @@ def choose_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that has every operation ask `choose(op, *tensors)` for its kernel."""
 
     def choose_by(choose: Callable[..., Any], patch: pytest.MonkeyPatch = monkeypatch) -> None:
-        for module in (ops_ham, delta_rule_ham, attention_ham):
+        for module in (ops_ham, delta_rule_ham, attention_ham, prefix_attention_ham):
             patch.setattr(module, "kernel_for", choose)
 
     return choose_by

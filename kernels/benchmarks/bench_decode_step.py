@@ -32,9 +32,9 @@ from timing import captured, main, median_ms, row
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
-from ham_hf.cache_layer_ham import LayerStep
 from ham_hf.cuda_graph import CapturedStep
 from ham_hf.inputs_ham import CACHE_NAME
+from ham_hf.layer_step_ham import LayerStep
 
 LAYERS, WIDTH, INNER, HEADS, DIM, VOCABULARY = 12, 768, 2048, 12, 64, 32000
 USAGE = 0.25

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import ham_hf
-from ham_hf import HAMForCausalLM, attention_ham, delta_rule_ham, ops_ham
+from ham_hf import HAMForCausalLM, attention_ham, delta_rule_ham, ops_ham, prefix_attention_ham
 
 CHECKPOINT = pathlib.Path(ham_hf.__file__).parent / "checkpoints" / "ham-tiny"
 OPS = (
@@ -105,7 +105,7 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
         calls[op] = calls.get(op, 0) + (kernel is not None)
         return kernel
 
-    for module in (ops_ham, delta_rule_ham, attention_ham):
+    for module in (ops_ham, delta_rule_ham, attention_ham, prefix_attention_ham):
         module.kernel_for = counted
     try:
         for wanted, number in CASES:
@@ -130,7 +130,7 @@ def exact_rows(device: str, length: int, new_tokens: int) -> list[dict[str, Any]
             wrong = int((texts[0] != texts[1]).sum()) if texts[0].shape == texts[1].shape else texts[0].numel()
             table.append(row(f"tokens of the text that differ, threshold {threshold:.4f}", wrong, 0))
     finally:
-        for module in (ops_ham, delta_rule_ham, attention_ham):
+        for module in (ops_ham, delta_rule_ham, attention_ham, prefix_attention_ham):
             module.kernel_for = choose
     if device != "cpu":
         table += [row(f"calls of PyTorch instead of {op}", float(not count), 0) for op, count in calls.items()]

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ham_hf.attention_ham import QUERY_BLOCK
 from ham_hf.configuration_ham import LEARNED_ROUTERS, HAMConfig
 from ham_hf.evaluation.markdown import table
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
+from ham_hf.prefix_attention_ham import QUERY_BLOCK
 
 # Bytes per number: parameters, gradients and Adam's two moments are float32, activations and messages bfloat16.
 WIDE, NARROW = 4, 2

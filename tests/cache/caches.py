@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from ham_hf import HAMCache
-from ham_hf.cache_layer_ham import LayerStep
+from ham_hf.layer_step_ham import LayerStep
 from ham_hf.paged_store_ham import KeptTokens
 
 MIXED = ("hybrid", "full_attention", "hybrid", "linear_attention")
@@ -54,6 +54,9 @@ def contents(cache):
         own = {"conv": layer.conv_state, "rnn": layer.recurrent_state, "real": layer.real_tokens}
         if layer.store is not None:
             own |= vars(layer.store.tokens()) | {"counts": layer.store.counts}
+        if layer.recent is not None:
+            *recent, used = layer.recent.in_order(layer._seen_by_stream())
+            own |= {f"recent {n}": x[used] for n, x in enumerate(recent)}
         held |= {f"{i}.{name}": x for name, x in own.items() if x is not None}
     return {name: x.clone() for name, x in held.items()}
 

@@ -18,7 +18,7 @@ from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
 VOCABULARY, LAYERS = 29, ["hybrid", "linear_attention", "full_attention", "hybrid"]
 
 
-def make_model():
+def make_model(**settings):
     torch.manual_seed(0)
     config = HAMConfig(
         vocab_size=VOCABULARY,
@@ -29,6 +29,7 @@ def make_model():
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,
+        **settings,
     )
     return HAMForCausalLM(config).eval().requires_grad_(False)
 
@@ -175,7 +176,15 @@ class CacheMachine(RuleBasedStateMachine):
                     assert found == own.kept_positions(layer)[0][0].tolist()
 
 
-TestCachePrograms = CacheMachine.TestCase
-TestCachePrograms.settings = settings(
-    max_examples=20, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class WindowMachine(CacheMachine):
+    """The same with windows, of which the shorter is soon left and the longer seldom, and sinks."""
+
+    model = make_model(attention_window=[4, 0, 0, 17], attention_sinks=2)
+    wide = copy.deepcopy(model).double()
+
+
+TestCachePrograms, TestCacheProgramsWithWindows = CacheMachine.TestCase, WindowMachine.TestCase
+for programs in (TestCachePrograms, TestCacheProgramsWithWindows):
+    programs.settings = settings(
+        max_examples=20, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
+    )

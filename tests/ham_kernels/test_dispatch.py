@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMForCausalLM, attention_ham, ops_ham
+from ham_hf import HAMForCausalLM, ops_ham, prefix_attention_ham
 from ham_kernels.decode_update import AttentionView, Convolution, Gates, Routing
 
 TRAINED_OPS = ("gated_delta_rule_with_prediction", "compact_kept", "sparse_prefix_attention")
@@ -55,7 +55,7 @@ def on_kernels(request, monkeypatch, choose_kernels):
         return calls
 
     choose_kernels(lambda op, *tensors: None)
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)  # within one block PyTorch reads no compacted tokens
+    monkeypatch.setattr(prefix_attention_ham, "QUERY_BLOCK", 16)  # within one block PyTorch reads no compacted tokens
     return switch
 
 

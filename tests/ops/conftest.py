@@ -3,14 +3,14 @@
 
 import pytest
 
-from ham_hf import attention_ham
+from ham_hf import prefix_attention_ham
 
 
 @pytest.fixture
 def blocks(monkeypatch):
     """Every block that attention works on, as `(streams, rows, columns)` numbers."""
     recorded = []
-    original = attention_ham._blocks
+    original = prefix_attention_ham._blocks
 
     def recording(*arguments):
         for block in original(*arguments):
@@ -18,5 +18,5 @@ def blocks(monkeypatch):
             recorded.append((len(block.keys), rows.stop - rows.start, columns.stop - columns.start))
             yield block
 
-    monkeypatch.setattr(attention_ham, "_blocks", recording)
+    monkeypatch.setattr(prefix_attention_ham, "_blocks", recording)
     return recorded

@@ -4,9 +4,10 @@
 import torch
 
 from ham_hf import paged_store_ham
-from ham_hf.attention_ham import compact_kept, sparse_prefix_attention
-from ham_hf.cache_layer_ham import HAMCacheLayer, LayerStep
+from ham_hf.cache_layer_ham import HAMCacheLayer
+from ham_hf.layer_step_ham import LayerStep
 from ham_hf.ops_ham import l2norm
+from ham_hf.prefix_attention_ham import compact_kept, sparse_prefix_attention
 from ham_hf.reference import naive_sparse_attention
 
 

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from ham_hf import attention_ham
-from ham_hf.attention_ham import KeptColumns, attend_new, compact_kept, sparse_prefix_attention
+from ham_hf import prefix_attention_ham
+from ham_hf.attention_ham import KeptColumns, attend_new
+from ham_hf.prefix_attention_ham import compact_kept, sparse_prefix_attention
 from ham_hf.reference import naive_surviving_tokens
 from tests.ops.comparison import DTYPES, assert_close, assert_same_function
 from tests.ops.inputs import attention_inputs, dense_attention, documents, masked_attention, sparse_attention
@@ -37,12 +38,12 @@ def test_sparse_attention_and_all_gradients_equal_dense_masked_softmax(length, f
 
 @DTYPES
 def test_sparse_attention_in_several_blocks_and_groups(dtype, blocks, monkeypatch):
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(attention_ham, "MANY_COLUMNS", 50)
+    monkeypatch.setattr(prefix_attention_ham, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(prefix_attention_ham, "MANY_COLUMNS", 50)
     length, fractions = 70, torch.tensor([[0.02, 1.0, 0.9], [0.5, 0.45, 0.0]])
     keep = torch.rand(2, length, 3) < fractions[:, None]
     counts = keep.sum(1).flatten()
-    groups = attention_ham._group_alike(counts.tolist())
+    groups = prefix_attention_ham.group_alike(counts.tolist())
     assert len(groups) >= 3, "the heads must be too different for one group"
     assert any(len(group) > 1 for group in groups), "some heads must share a group"
     inputs = attention_inputs(length, heads=6, kv_heads=3) | {"keep": keep}
@@ -56,16 +57,16 @@ def test_sparse_attention_in_several_blocks_and_groups(dtype, blocks, monkeypatc
 
 def test_group_alike_is_a_partition_that_bounds_padding():
     for counts in ([], [0], [0, 0, 0], [5, 5, 5], [100, 1, 75, 74, 0], torch.randint(0, 1000, (40,)).tolist()):
-        groups = attention_ham._group_alike(counts)
+        groups = prefix_attention_ham.group_alike(counts)
         assert sorted(itertools.chain(*groups)) == list(range(len(counts)))
         for group in groups:
             largest = max(counts[n] for n in group)
-            assert min(counts[n] for n in group) >= attention_ham.GROUP_RATIO * largest
+            assert min(counts[n] for n in group) >= prefix_attention_ham.GROUP_RATIO * largest
 
 
 @DTYPES
 def test_sparse_attention_does_not_cross_documents(dtype, monkeypatch, blocks):
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(prefix_attention_ham, "QUERY_BLOCK", 8)
     lengths = [1, 20, 9, 13]
     keep = torch.rand(4, sum(lengths), 2) < 0.6
     inputs = attention_inputs(sum(lengths), batch=4) | {"keep": keep, "seq_idx": documents(lengths, 4)}
@@ -126,7 +127,7 @@ def test_sparse_attention_is_stable_for_large_logits():
 @DTYPES
 @pytest.mark.parametrize("budget", [1, 3, 8])
 def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dtype, monkeypatch):
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(prefix_attention_ham, "QUERY_BLOCK", 16)
     batch, length, kv_heads = 2, 40, 2
     keep, scores = torch.rand(batch, length, kv_heads) < 0.7, torch.rand(batch, length, kv_heads)
     visible = torch.zeros(batch, kv_heads, length, length, dtype=torch.bool)
@@ -149,7 +150,7 @@ def test_attention_under_a_budget_equals_the_survivors_of_each_moment(budget, dt
 @pytest.mark.parametrize("number", [1, 9, 17, 40])
 @pytest.mark.parametrize("setting", ["row", "packed", "budget", "cached"])
 def test_the_last_queries_alone_get_what_they_get_among_all(setting, number, dtype, monkeypatch):
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(prefix_attention_ham, "QUERY_BLOCK", 8)
     length, width = 40, 6
     keep, scores = torch.rand(2, length, 2) < 0.6, torch.rand(2, length, 2)
     budget = 7 if setting in ("budget", "cached") else None

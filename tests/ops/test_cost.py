@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ham_hf import HAMModel, attention_ham
+from ham_hf import HAMModel, prefix_attention_ham
+from ham_hf.prefix_attention_ham import QUERY_BLOCK
 from ham_hf.reference import naive_gated_delta_rule_with_prediction, naive_sparse_attention
 from tests.ops.comparison import assert_close
 from tests.ops.inputs import attention_inputs, delta_inputs, filled_layer, sparse_attention
 
 
 def test_attention_work_is_proportional_to_what_is_kept(blocks, monkeypatch):
-    monkeypatch.setattr(attention_ham, "MANY_COLUMNS", torch.inf)
-    length = 16 * attention_ham.QUERY_BLOCK
+    monkeypatch.setattr(prefix_attention_ham, "MANY_COLUMNS", torch.inf)
+    length = 16 * QUERY_BLOCK
     inputs = attention_inputs(length, key_dim=2, value_dim=2)
     work = {}
     for fraction in (0.0, 0.125, 0.5, 1.0):
@@ -24,9 +25,7 @@ def test_attention_work_is_proportional_to_what_is_kept(blocks, monkeypatch):
         sparse_attention(**inputs, keep=keep)
         work[fraction] = sum(streams * rows * columns for streams, rows, columns in blocks)
         # A block reads what was kept before it in the fullest of its streams and, not counted here, itself.
-        least = sum(
-            keep[:, :start].sum() * attention_ham.QUERY_BLOCK for start in range(0, length, attention_ham.QUERY_BLOCK)
-        )
+        least = sum(keep[:, :start].sum() * QUERY_BLOCK for start in range(0, length, QUERY_BLOCK))
         assert least * 0.99 <= work[fraction] <= 1.2 * least
     assert work[0.0] == 0
     assert work[0.125] < 0.15 * work[1.0]
@@ -34,11 +33,11 @@ def test_attention_work_is_proportional_to_what_is_kept(blocks, monkeypatch):
 
 
 def test_one_dense_head_does_not_make_the_others_pay(blocks):
-    length = 8 * attention_ham.QUERY_BLOCK
+    length = 8 * QUERY_BLOCK
     keep = torch.rand(1, length, 8) < torch.tensor([1.0] + [0.01] * 7)
     sparse_attention(**attention_inputs(length, batch=1, heads=8, kv_heads=8), keep=keep)
     work = sum(streams * rows * columns for streams, rows, columns in blocks)
-    dense_head = sum(i * attention_ham.QUERY_BLOCK**2 for i in range(8))
+    dense_head = sum(i * QUERY_BLOCK**2 for i in range(8))
     assert dense_head <= work < 1.15 * dense_head, "a padded batch would cost 8 times the dense head"
 
 
@@ -140,7 +139,7 @@ def test_prefill_has_no_loop_over_tokens(tiny_config):
 
 def test_half_precision_gradients_do_not_grow_with_the_number_of_blocks():
     """At most twice the error of a dense masked softmax in the same precision."""
-    length, key_dim = 16 * attention_ham.QUERY_BLOCK, 16
+    length, key_dim = 16 * QUERY_BLOCK, 16
     inputs = attention_inputs(length, batch=1, heads=2, kv_heads=2, key_dim=key_dim, value_dim=key_dim)
     keep = torch.rand(1, length, 2) < 0.25
     direction = torch.randn(1, length, 2, key_dim)

@@ -8,10 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-from ham_hf import attention_ham
-from ham_hf.attention_ham import KeptColumns, compact_kept, eviction_times, ragged_decode_attention
-from ham_hf.cache_layer_ham import HAMCacheLayer, LayerStep
+from ham_hf import attention_ham, prefix_attention_ham
+from ham_hf.attention_ham import KeptColumns, eviction_times, ragged_decode_attention
+from ham_hf.cache_layer_ham import HAMCacheLayer
+from ham_hf.layer_step_ham import LayerStep
 from ham_hf.paged_store_ham import PagedStore
+from ham_hf.prefix_attention_ham import compact_kept
 from ham_hf.reference import naive_ragged_decode_attention, naive_surviving_tokens
 from tests.ops.comparison import DTYPES, FORWARD, assert_close, assert_same_function
 from tests.ops.inputs import dense_attention, filled_layer
@@ -68,10 +70,10 @@ def test_the_reference_of_decoding_over_pages_equals_the_formula():
 @pytest.mark.parametrize("length", [1, 5, 6, 40])
 def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkeypatch):
     forms = []
-    for name in ("_attend_page_by_page", "_attend_stream_by_stream"):
+    for name in ("_attend_page_by_page", "attend_stream_by_stream"):
         form = getattr(attention_ham, name)
         monkeypatch.setattr(attention_ham, name, lambda *x, name=name, form=form: forms.append(name) or form(*x))
-    monkeypatch.setattr(attention_ham, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(prefix_attention_ham, "QUERY_BLOCK", 16)
     inputs = paged_inputs(slabs, length, dtype)
     for factor in (1, 100):  # 100: logits beyond what exp can take
         inputs["q"] = factor * inputs["q"]
@@ -79,7 +81,7 @@ def test_attention_over_pages_equals_its_definition(length, slabs, dtype, monkey
         expected = naive_ragged_decode_attention(**{name: in_float64(x) for name, x in inputs.items()}, scale=0.3)
         assert_close(out, expected, FORWARD[dtype] * factor)
         assert_close(out[0, 0], inputs["v"][0, 0].expand(3, -1), 0.0, "a stream that holds nothing")
-    assert set(forms) == {"_attend_page_by_page" if length <= 5 else "_attend_stream_by_stream"}
+    assert set(forms) == {"_attend_page_by_page" if length <= 5 else "attend_stream_by_stream"}
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])

@@ -55,6 +55,9 @@ class Case:
     def keeping(self):
         return [i for i, kind in enumerate(self.model.config.layer_types) if kind != "linear_attention"]
 
+    def window(self, layer):
+        return self.model.config.window_of(layer)
+
     def alone(self, row, **arguments):
         """The row in one unpadded call, which every other way must agree with; unsure decisions end the example."""
         limit = self.thresholds[:, row : row + 1]
@@ -137,6 +140,8 @@ def cases(draw, min_rows=1, max_rows=3, forms=THRESHOLD_FORMS):
         "conv_kernel_size": draw(st.sampled_from([4, 1, 2])),
         "rope_parameters": draw(st.sampled_from([{"rope_type": "default", "rope_theta": 100.0}, None])),
         "pad_token_id": 0,
+        "attention_window": draw(st.sampled_from([0, 0, 1, 5, 64, 200, [8] * len(layers)])),
+        "attention_sinks": draw(st.sampled_from([0, 0, 4])),
         **dict.fromkeys(draw(st.lists(st.sampled_from(switches), max_size=2)), False),
         **WIDE,
     }

@@ -52,12 +52,15 @@ def test_rows_do_not_depend_on_their_batch_padding_thresholds_or_cuts(examples):
         taken["several chunks"] += max(call.real.shape[1] for call in plan) > 64
         taken[f"{type(case.argument).__name__} threshold"] += 1
         taken.update(borrowed(case.model.config))
-        usage = cache.kv_usage()[case.hybrid]
+        taken[f"window {case.model.config.attention_window}"] += bool(case.hybrid)
+        taken[f"sinks {case.model.config.attention_sinks}"] += bool(case.hybrid)
+        usage = (cache.kept_tokens() / cache.real_tokens[:, None])[case.hybrid]
         taken["some kept"] += bool(((usage > 0) & (usage < 1)).any())
 
     check()
     wanted = {*ROUTERS, *LAYER_TYPES, "step", "step of a padded row", "chunk onto a cache", "padding inside"}
     wanted |= {"padding outside", "no padding", "no positions", "several rows", "several chunks"}
+    wanted |= {f"window {x}" for x in (0, 1, 5, 64, 200)} | {"sinks 0", "sinks 4"}
     wanted |= {f"{x} threshold" for x in ("float", "list", "Tensor", "NoneType")} | BORROWED.keys()
     assert all(taken[x] >= examples // 100 for x in wanted), taken
     assert taken["some kept"] >= examples // 5, taken
@@ -126,7 +129,9 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples, evicting):
     @torch.no_grad()
     def check(data):
         case = data.draw(cases(max_rows=2))
-        budget = data.draw(st.integers(1, 12))
+        config = case.model.config
+        always = max((config.window_of(layer) for layer in case.hybrid), default=0) + config.attention_sinks
+        budget = data.draw(st.integers(1, 12)) + always
         plan = data.draw(calls([len(x) for x in case.rows]))
         masks = torch.cat([call.real for call in plan], 1)
         references = [case.alone(row, kv_budget=budget) for row in range(len(case.rows))]
@@ -137,19 +142,23 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples, evicting):
                     gaps = scores.sort(0).values.diff(dim=0)
                     assume(not ((gaps < MARGIN / 10) & ~exact(scores.sort(0).values[1:])).any())
                 for (_, head), positions in kept_lists(reference.cache, layer).items():
-                    admitted = scores[:, head] >= case.thresholds[n, row, head]
-                    survivors = naive_surviving_tokens(scores[:, head], admitted, budget)[-1].nonzero()[:, 0]
-                    assert positions == survivors.tolist()
-                    taken["evicted"] += int(admitted.sum()) > budget
+                    sinks = torch.arange(len(scores)) < config.attention_sinks
+                    ranked = scores[:, head].masked_fill(sinks, torch.inf)
+                    admitted = ranked >= case.thresholds[n, row, head]
+                    held = naive_surviving_tokens(ranked, admitted, budget, case.window(layer))[-1]
+                    assert positions == (held & admitted).nonzero()[:, 0].tolist()
+                    taken["evicted"] += int(admitted.sum()) > len(positions)
+                    taken["evicted beside a window"] += int(admitted.sum()) > len(positions) and case.window(layer) > 1
         cache = assert_as_alone(case, plan, not contiguous(masks) or data.draw(st.booleans()), kv_budget=budget)
         for layer in case.hybrid:
-            assert cache.kept_tokens()[layer].max() <= budget
+            assert cache.held_tokens()[layer].max() <= budget
         for name, wanted in (("steps", lambda n: n == 1), ("chunks", lambda n: n > 1)):
             taken[name] += bool(case.hybrid) and any(wanted(call.real.shape[1]) for call in plan[1:])
         taken["full attention"] += "full_attention" in case.model.config.layer_types
 
     check()
     assert taken["evicted"] >= evicting, taken
+    assert taken["evicted beside a window"] >= examples // 30, taken
     assert all(taken[x] >= examples // 30 for x in ("steps", "chunks", "full attention")), taken
 
 

@@ -9,7 +9,7 @@ from tests.model.exactness.token_loop import TokenLoop
 from tests.model.exactness.wide_models import MIXED, WIDE, make_model, median_thresholds
 
 
-@pytest.mark.parametrize("switches", ["default", "bare", "biased", "borrowed"])
+@pytest.mark.parametrize("switches", ["default", "bare", "biased", "borrowed", "window"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_model_is_the_design(router, switches, tiny_config):
     overrides = {
@@ -37,6 +37,7 @@ def test_the_model_is_the_design(router, switches, tiny_config):
             "qk_norm": "projection",
             "attention_post_norm": True,
         },
+        "window": {"attention_window": 5, "attention_sinks": 4},
     }[switches]
     config = tiny_config(router=router, num_hidden_layers=4, layer_types=MIXED, **WIDE, **overrides)
     model = make_model(config)
@@ -49,6 +50,6 @@ def test_the_model_is_the_design(router, switches, tiny_config):
     for layer in (0, 2, 3):
         kept = [x.tolist() for x in output.cache.kept_positions(layer)[0]]
         assert kept == loop.kept_positions[layer]
-    usage = output.cache.kv_usage()
+    usage = output.cache.kept_tokens() / 40
     assert (usage[2] == 1).all()
     assert ((usage[[0, 3]] > 0.05) & (usage[[0, 3]] < 0.95)).all(), "the thresholds must divide the tokens"

@@ -20,7 +20,8 @@ class TokenLoop:
         self.time = 0
         self.inputs = [[] for _ in range(layers)]
         self.states = [[0.0] * max(kv_heads, self.config.linear_num_value_heads or 0) for _ in range(layers)]
-        self.kept = [[[] for _ in range(kv_heads)] for _ in range(layers)]
+        # Position, key and value, and whether it was kept, of every token.
+        self.past = [[[] for _ in range(kv_heads)] for _ in range(layers)]
         self.kept_positions = [[[] for _ in range(kv_heads)] for _ in range(layers)]
 
     def norm(self, x, name):
@@ -84,6 +85,17 @@ class TokenLoop:
             logit = logit + self.weights[f"{name}.router.error_weight"][h] * cosine
         return logit.sigmoid()
 
+    def take_in(self, layer, h, own, score):
+        """Keys and values that a token with its `own` sees; it joins them for those to come."""
+        c, past, hybrid = self.config, self.past[layer][h], self.config.layer_types[layer] == "hybrid"
+        window = c.attention_window if hybrid else 0
+        visible = [x for time, x, kept in past if kept or self.time - time < window] + [own]
+        kept = not hybrid or score >= self.thresholds[layer][h] or self.time < c.attention_sinks
+        past.append((self.time, own, kept))
+        if kept:
+            self.kept_positions[layer][h].append(self.time)
+        return visible
+
     def mixer(self, layer, x):
         c, name, kind = self.config, f"model.layers.{layer}.mixer", self.config.layer_types[layer]
         raw = torch.cat([self.linear(x, f"{name}.{part}_proj") for part in "qkv"])
@@ -115,11 +127,7 @@ class TokenLoop:
                     score = self.score(name, layer, h, x, v[h], prediction, beta)
             if kind != "linear_attention":
                 value = v_kv[h] * score if kind == "hybrid" and c.router in LEARNED_ROUTERS else v_kv[h]
-                own = (self.rotate(k_kv[h]), value)
-                visible = [*self.kept[layer][h], own]
-                if kind == "full_attention" or score >= self.thresholds[layer][h]:
-                    self.kept[layer][h].append(own)
-                    self.kept_positions[layer][h].append(self.time)
+                visible = self.take_in(layer, h, (self.rotate(k_kv[h]), value), score)
             for head in range(h * outs // len(v), (h + 1) * outs // len(v)):
                 o_rnn = o_kv = None
                 if kind != "full_attention":
