@@ -22,7 +22,7 @@ except ImportError as error:
 # Largest head that the kernels take: they hold a whole head in registers.
 MAX_KERNEL_HEAD_DIM = 256
 # Version of the kernels' arguments that these files use: they travel with a checkpoint, and kernels are installed.
-KERNEL_INTERFACE = 2
+KERNEL_INTERFACE = 3
 
 
 def exporting() -> bool:

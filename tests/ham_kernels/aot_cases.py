@@ -178,13 +178,17 @@ def sparse_cases() -> Iterable[Case]:
 # --- ragged_decode_attention -----------------------------------------------------------------------------------------
 
 RAGGED_TYPES = typed(
-    p_i64="counts fill page_list slabs",
+    p_i64="counts fill recent_fill page_list slabs",
     p_i32="page_start split_start split_stream",
     p_fp32="near_lse peak total partial",
     p_u8="keep",
-    i32="num_streams num_pages num_splits split_pages rows key_bytes value_bytes",
+    i32="num_streams num_pages num_splits split_pages rows recent_slots key_bytes value_bytes",
     fp32="scale",
 )
+
+
+# Arguments that are `None` without recent tokens.
+RECENT_ARGUMENTS = ("recent_k", "recent_v", "recent_fill", "recent_slots")
 
 
 def ragged_case(key_dim: int, rows: int, dtype: str = "bf16") -> Case:
@@ -196,13 +200,18 @@ def ragged_case(key_dim: int, rows: int, dtype: str = "bf16") -> Case:
     return make_case(ragged_decode_attention_fwd_kernel, types, sizes | tile, num_warps, num_stages)
 
 
-def merge_case(key_dim: int, block_t: int, near: bool) -> Case:
+def merge_case(key_dim: int, block_t: int, near: bool = False, absent: tuple[str, ...] = RECENT_ARGUMENTS) -> Case:
     """The merge of a row's splits, with the near tokens' softmax given or still to be computed."""
     sizes: dict[str, Any] = {"K": key_dim, "V": key_dim, "BLOCK_K": key_dim, "BLOCK_V": key_dim}
     sizes |= {"G": 4, "PAGE": 16, "BLOCK_P": 16, "BLOCK_T": block_t, "BLOCK_S": 16}
-    return make_case(
-        ragged_decode_merge_fwd_kernel, RAGGED_TYPES, sizes | ({} if near else {"near": None, "near_lse": None}), 4
-    )
+    sizes |= dict.fromkeys(absent) | ({} if near else {"near": None, "near_lse": None})
+    return make_case(ragged_decode_merge_fwd_kernel, RAGGED_TYPES, sizes, 4)
+
+
+def plan_case(absent: tuple[str, ...]) -> Case:
+    """The plan of the splits."""
+    sizes = {"K": 128, "V": 128, "PAGE": 16, "BLOCK": PLAN_BLOCK} | dict.fromkeys(absent)
+    return make_case(split_plan_fwd_kernel, RAGGED_TYPES, sizes, 4)
 
 
 def ragged_cases() -> Iterable[Case]:
@@ -212,24 +221,29 @@ def ragged_cases() -> Iterable[Case]:
     yield from (ragged_case(key_dim, 32, "fp32") for key_dim in (128, 64, 256))
     for key_dim in (128, 64, 256):
         yield from (merge_case(key_dim, *kind) for kind in ((1, False), (16, False), (16, True)))
-    yield make_case(split_plan_fwd_kernel, RAGGED_TYPES, {"PAGE": 16, "BLOCK": PLAN_BLOCK}, 4)
-    yield make_case(page_list_fwd_kernel, RAGGED_TYPES, {"FIELDS": SLAB_FIELDS, "BLOCK": 256}, 4)
+        yield merge_case(key_dim, 1, absent=())
+    yield plan_case((*RECENT_ARGUMENTS, "page_list", "num_pages"))
+    yield plan_case(())
+    for recent in (0, 1):
+        constants = {"FIELDS": SLAB_FIELDS, "RECENT": recent, "BLOCK": 256}
+        yield make_case(page_list_fwd_kernel, RAGGED_TYPES, constants, 4)
 
 
 # --- decode_update and decode_mix_append: one row of 16 query heads --------------------------------------------------
 
 UPDATE_TYPES = typed(
+    p_i64="positions",
     p_fp32="A_log dt_bias state given error_weight threshold scores",
     p_i1="keep real",
     i32="stride_rope stride_threshold_row stride_threshold_head",
     fp32="eps",
 )
 MIX_TYPES = typed(
-    p_fp32="scores tail_scores",
+    p_fp32="scores tail_scores window_scores",
     p_i64="positions real_tokens counts full_pages slabs",
     p_i32="tail_positions",
-    p_i1="real keep",
-    i32="num_slabs",
+    p_i1="real keep window_keep",
+    i32="num_slabs num_slots",
     fp32="eps",
 )
 # Arguments that are `None` in a layer without attention.
@@ -239,21 +253,25 @@ APPEND_ARGUMENTS = (
     *("counts", "full_pages", "slabs", "tail_k", "tail_v", "tail_scores", "tail_positions"),
 )
 UNLEARNED = ("given", "error_weight")
+WINDOW_ARGUMENTS = ("window_k", "window_v", "window_scores", "window_keep", "num_slots")
 
 
-def update_case(key_dim: int, groups: int, score: str | None = "cosine", absent: tuple[str, ...] = UNLEARNED) -> Case:
+def update_case(
+    key_dim: int, groups: int, score: str | None = "cosine", absent: tuple[str, ...] = UNLEARNED, sinks: int = 0
+) -> Case:
     """The shipped blocks of a head dimension."""
     constants: dict[str, Any] = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim, "W": 4, "SCORE": score}
     constants |= dict.fromkeys(("SCALE_VALUES", "ALLOW_NEG_EIGVAL"), not absent)
-    constants |= dict.fromkeys(("QK_NORM", "ROPE", "ATTENTION_CONV"), True)
+    constants |= dict.fromkeys(("QK_NORM", "ROPE", "ATTENTION_CONV"), True) | {"SINKS": sinks}
     constants |= block_sizes(groups, key_dim, key_dim) | dict.fromkeys(absent)
+    constants |= {} if sinks else {"positions": None}
     return make_case(decode_update_fwd_kernel, UPDATE_TYPES, constants, 8)
 
 
-def mix_case(key_dim: int, groups: int, absent: tuple[str, ...] = ()) -> Case:
+def mix_case(key_dim: int, groups: int, absent: tuple[str, ...] = WINDOW_ARGUMENTS, sinks: int = 0) -> Case:
     """The shipped blocks of a head dimension, at 16 tokens a page."""
     constants: dict[str, Any] = {"HK": 16 // groups, "G": groups, "K": key_dim, "V": key_dim}
-    constants |= {"PAGE": 16, "FIELDS": APPEND_FIELDS, "BLOCK_S": SLAB_BLOCK, "SILU": True}
+    constants |= {"PAGE": 16, "FIELDS": APPEND_FIELDS, "BLOCK_S": SLAB_BLOCK, "SILU": True, "SINKS": sinks}
     constants |= block_sizes(groups, key_dim, key_dim) | dict.fromkeys(absent)
     return make_case(decode_mix_append_fwd_kernel, MIX_TYPES, constants, 4)
 
@@ -265,11 +283,13 @@ def update_cases() -> Iterable[Case]:
     yield from (update_case(*sizes) for sizes in DECODE_SIZES)
     yield update_case(128, 1, score="learned_error", absent=())
     yield update_case(128, 1, score=None, absent=(*ATTENTION_ARGUMENTS, *UNLEARNED))
+    yield update_case(128, 1, sinks=4)
 
 
 def mix_cases() -> Iterable[Case]:
     yield from (mix_case(*sizes) for sizes in DECODE_SIZES)
-    yield mix_case(128, 1, absent=APPEND_ARGUMENTS)
+    yield mix_case(128, 1, absent=(*APPEND_ARGUMENTS, *WINDOW_ARGUMENTS))
+    yield from (mix_case(*sizes, absent=(), sinks=4) for sizes in DECODE_SIZES)
 
 
 CASES: dict[str, list[Case]] = {

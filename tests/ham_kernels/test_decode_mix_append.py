@@ -91,9 +91,9 @@ def make(device, batch=2, kv_heads=2, groups=1, key_dim=16, value_dim=16, dtype=
     return mix, update, store
 
 
-def run(mix, update, store, position=0, real=None, real_tokens=None):
-    """Runs the kernel, which appends to the store, and counts the step."""
-    batch, device = len(update.o), update.o.device
+def run(mix, update, store, position=0, real=None, real_tokens=None, **options):
+    """Runs the kernel, which appends to the store, and counts the step; `position` is a number or one for each row."""
+    positions = torch.zeros(len(update.o), dtype=torch.long, device=update.o.device) + position
     arguments = {name: x for name, x in mix.items() if name != "o_rnn"}
     if update.k is not None:
         store.make_room()
@@ -101,10 +101,11 @@ def run(mix, update, store, position=0, real=None, real_tokens=None):
         arguments["pages"] = store.open_pages()
     return decode_mix_append(
         update,
-        torch.full((batch,), position, device=device),
-        torch.full((batch,), position, device=device) if real_tokens is None else real_tokens,
+        positions,
+        positions.clone() if real_tokens is None else real_tokens,
         real=real,
         **arguments,
+        **options,
     )
 
 
@@ -254,6 +255,137 @@ def test_a_layer_without_attention_counts_tokens(device):
     assert real_tokens.tolist() == [6, 6]
 
 
+class PlainStream:
+    """What a stream with a window of `slots` tokens holds, as lists of `(position, key, value, score, keep)`."""
+
+    def __init__(self, slots, sinks):
+        self.slots, self.sinks = slots, sinks
+        self.kept, self.recent = [], []
+
+    def take(self, position, key, value, score, keep):
+        if len(self.recent) == self.slots:
+            oldest = self.recent.pop(0)
+            if oldest[-1]:
+                self.kept.append(oldest)
+        self.recent.append((position, key, value, torch.inf if position < self.sinks else score, keep))
+
+
+def assert_holds_the_same(window, store, streams):
+    """Compares windows, slots never written included, and the store with a list of `PlainStream`."""
+    expected = [torch.full_like(x, torch.nan) for x in window[:3]] + [torch.zeros_like(window[3])]
+    for n, stream in enumerate(streams):
+        for position, *fields in stream.recent:
+            for x, field in zip(expected, fields, strict=True):
+                x[n, position % stream.slots] = field
+    for found, x in zip(window, expected, strict=True):
+        torch.testing.assert_close(found, x, atol=0, rtol=0, equal_nan=True)
+    held, tokens = store.tokens(), [(n, *token) for n, stream in enumerate(streams) for token in stream.kept]
+    assert held.streams.tolist() == [n for n, *_ in tokens]
+    assert held.positions.tolist() == [position for _, position, *_ in tokens]
+    for found, kind in ((held.keys, 2), (held.values, 3)):
+        assert torch.equal(found, torch.stack([x[kind] for x in tokens]) if tokens else found[:0])
+    assert held.scores.tolist() == [float(x[4]) for x in tokens]
+
+
+def make_window(store, slots):
+    """An empty window beside a store: NaN, and nothing to keep."""
+    streams, device = store.num_streams, store.device
+    keys, values = (
+        torch.full((streams, slots, dim), torch.nan, dtype=store.dtype, device=device)
+        for dim in (store.key_dim, store.value_dim)
+    )
+    scores = torch.full((streams, slots), torch.nan, device=device)
+    return keys, values, scores, torch.zeros(streams, slots, dtype=torch.bool, device=device)
+
+
+@pytest.mark.parametrize(
+    ("slots", "sinks", "dtype"),
+    [(1, 0, torch.float32), (4, 3, torch.bfloat16), (5, 9, torch.float16), (63, 2, torch.float32)],
+)
+def test_tokens_come_of_age_in_a_window(slots, sinks, dtype, device):
+    """Heads that keep all, nothing and some; one row begins with some tokens seen, and pauses with padding."""
+    mix, update, store = make(device, key_dim=6, value_dim=10, dtype=dtype)
+    window, streams = make_window(store, slots), [PlainStream(slots, sinks) for _ in range(4)]
+    position = torch.tensor([0, 7], device=device)
+    for seen in range(7):
+        for stream in streams[2:]:
+            stream.recent.append((seen, *(torch.full_like(x[0, 0], torch.nan) for x in window[:3]), False))
+            del stream.recent[:-slots]
+    for step in range(100):
+        for x in (update.k, update.v, update.scores):
+            x.uniform_(-1, 1)
+        real = torch.tensor([True, step % 7 < 5], device=device)
+        keep = torch.tensor([[True, False], [step % 3 == 0, step % 20 < 10]], device=device)
+        update.keep.copy_(keep & real[:, None])
+        real_tokens = position.clone()
+        run(mix, update, store, position, real, real_tokens, window=window, sinks=sinks)
+        for n in range(4):
+            if real[n // 2]:
+                fields = (x.flatten(0, 1)[n].clone() for x in (*update[2:4], update.scores, update.keep))
+                streams[n].take(int(position[n // 2]), *fields)
+        position += real
+        assert torch.equal(real_tokens, position)
+        if step in (0, 1, slots, slots + 1) or step % 25 == 24:
+            assert_holds_the_same(window, store, streams)
+    assert int(store.full_pages) >= (100 - slots) // PAGE_SIZE
+
+
+def test_a_window_leaves_the_mix_as_it_is(device):
+    mix, update, store = make(device, groups=2)
+    expected = run(mix, update, store)
+    assert torch.equal(run(mix, update, store, window=make_window(store, 5)), expected)
+
+
+def test_sinks_score_infinitely(device):
+    """Also without a window."""
+    mix, update, store = make(device)
+    for position in range(4):
+        run(mix, update, store, torch.tensor([position, position + 2], device=device), sinks=3)
+    scores = store.tokens().scores.view(4, 4)
+    assert (scores == torch.inf).tolist() == [[True] * 3 + [False]] * 2 + [[True] + [False] * 3] * 2
+    assert torch.equal(scores[:, 3], update.scores.flatten())
+
+
+def test_addresses_of_windows_have_64_bits(last_of):
+    """The last of very many streams gives the same as alone."""
+    slots, dim, page = 32, 256, 16
+    update = DecodeUpdate(
+        torch.randn(1, 1, dim).half(),
+        None,
+        *torch.randn(2, 1, 1, dim).half(),
+        torch.rand(1, 1),
+        torch.ones(1, 1).bool(),
+    )
+    o_kv, ring, tail = (
+        torch.randn(1, 1, dim).half(),
+        torch.randn(2, 1, slots, dim).half(),
+        torch.zeros(2, 1, page, dim).half(),
+    )
+
+    def results(rows):
+        opened = OpenPages(
+            *(last_of(rows, x) for x in tail),
+            torch.zeros(rows, page),
+            torch.zeros(rows, page, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.long),
+            torch.tensor(0),
+            torch.zeros(1, module.APPEND_FIELDS, dtype=torch.long),
+        )
+        keep = torch.ones(rows, slots, dtype=torch.bool)
+        window = (*(last_of(rows, x) for x in ring), last_of(rows, torch.rand(1, slots)), keep)
+        gates = (torch.zeros(rows, 1).half(), torch.zeros(rows, 1).half())
+        many = DecodeUpdate(*(x if x is None else last_of(rows, x) for x in update))
+        positions, real_tokens = torch.full((rows,), 40), torch.zeros(rows, dtype=torch.long)
+        decode_mix_append(
+            many, positions, real_tokens, o_kv=last_of(rows, o_kv), gates=gates, pages=opened, window=window
+        )
+        return [x[-1] for x in (*window[:2], *opened[:2], opened.positions, opened.counts)]
+
+    for far, alone in zip(results(2**18 + 1), results(1), strict=True):
+        assert torch.equal(far, alone)
+    assert torch.equal(alone, torch.tensor(1)), "the token of position 8 has come of age"
+
+
 @pytest.mark.parametrize("held", [20, 31])
 def test_addresses_have_64_bits(held, last_of):
     """The last of very many streams gives the same as alone, whether its open page takes the token or is full."""
@@ -326,6 +458,34 @@ def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         decode_mix_append(**(arguments | changes))
     assert store.counts.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (0, lambda x: x[:, :0], r"`window.keys` must be \[N, R, K\] with a slot or more, got \[4, 0, 16\]"),
+        (0, torch.Tensor.half, "`window.keys` must be .*float16"),
+        (1, lambda x: x[:, :4].contiguous(), r"`window.values` must be \[4, 5, 16\] of .*got \[4, 4, 16\]"),
+        (2, torch.Tensor.double, r"`window.scores` must be \[4, 5\] of torch.float32.*float64"),
+        (3, torch.Tensor.int, r"`window.keep` must be \[4, 5\] of torch.bool"),
+        (3, lambda x: x.mT.contiguous().mT, "`window.keep` must be .*contiguous"),
+    ],
+)
+def test_a_bad_window_is_refused(part, change, message):
+    mix, update, store = make("cpu")
+    window = [change(x) if i == part else x for i, x in enumerate(make_window(store, 5))]
+    with pytest.raises(ValueError, match=message):
+        run(mix, update, store, window=tuple(window))
+
+
+def test_options_that_do_not_fit_are_refused():
+    mix, update, store = make("cpu")
+    with pytest.raises(ValueError, match="`sinks` must be an int of at least 0, got 'four'"):
+        run(mix, update, store, sinks="four")
+    window = make_window(store, 5)
+    mix, update, store = make("cpu", without=("attention",))
+    with pytest.raises(ValueError, match="`window` must be None without `pages`"):
+        run(mix, update, store, window=window)
 
 
 def test_slabs_that_lack_scores_are_refused():

@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytes
 NAMES = {
     "convolution": ("conv_state", "conv_weight"),
     "gates": ("a", "b", "A_log", "dt_bias"),
-    "routing": ("threshold", "score", "given", "error_weight"),
+    "routing": ("threshold", "score", "given", "error_weight", "positions", "sinks"),
     "view": ("norm_weights", "rope", "attention_conv", "scale_values", "eps"),
 }
 
@@ -285,6 +285,18 @@ def test_thresholds_of_every_shape(shape, device):
     assert out["keep"].all(), "a score that equals the threshold is kept"
 
 
+def test_sinks_are_kept_whatever_their_score(device):
+    positions = torch.tensor([0, 3, 4, 2, 2**40], device=device)
+    real = torch.tensor([True, True, True, False, True], device=device)
+    arguments = make(device, batch=5) | {"threshold": torch.full((1, 1), 2.0, device=device), "real": real}
+    expected, out = run(arguments), run(arguments | {"positions": positions, "sinks": 4})
+    assert out["keep"].tolist() == [[True] * 2, [True] * 2, [False] * 2, [False] * 2, [False] * 2]
+    for name in out.keys() - {"keep"}:
+        assert torch.equal(out[name][real], expected[name][real]), name
+    out = run(arguments | {"positions": positions, "sinks": 4, "threshold": torch.zeros_like(arguments["threshold"])})
+    assert out["keep"].tolist() == [[x] * 2 for x in real.tolist()], "other tokens are kept by their score"
+
+
 def test_padding_changes_nothing(device):
     arguments = make(device, batch=3, groups=2) | {"threshold": torch.full((1, 1), -1.0, device=device)}
     out, padded = run(arguments), run(arguments | {"real": torch.tensor([True, False, True], device=device)})
@@ -406,6 +418,9 @@ def test_follows_the_mixer_token_by_token(device, tiny_config, choose_kernels):
         ({"rope": (torch.ones(1, 8), torch.ones(1, 8))}, r"`view.rope\[0\]` must be \[1, 16\]"),
         ({"threshold": torch.zeros(3, 2)}, r"`routing.threshold` must be \[2 or 1, 2 or 1\]"),
         ({"threshold": torch.zeros(1, 1).double()}, "`routing.threshold` must be torch.float32"),
+        ({"sinks": 2}, "`routing.positions` must be a tensor with `sinks` 2, got None"),
+        ({"sinks": -1}, "`routing.sinks` must be an int of at least 0, got -1"),
+        ({"positions": torch.zeros(2).int()}, r"`routing.positions` must be \[2\] of torch.int64"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):

@@ -232,27 +232,27 @@ def test_kernels_of_another_version_are_left_alone(monkeypatch):
     ops_ham._warn_without_kernels.cache_clear()
 
 
-# The arguments that version 2 of the kernels takes from the code of a model.
+# The arguments that version 3 of the kernels takes from the code of a model.
 SIGNATURES = {
     ham_kernels.compact_kept: "keep tensors capacity",
     ham_kernels.decode_mix_append: "update positions real_tokens real norm_weights output_gate o_kv gates pages eps "
-    "gate_activation",
+    "gate_activation window sinks",
     ham_kernels.decode_update: "qkv convolution gates state routing view real allow_neg_eigval",
     ham_kernels.gated_delta_rule_with_prediction: "q k v g beta scale initial_state seq_idx chunk_size score predict",
-    ham_kernels.ragged_decode_attention: "q k v keep pages tail scale index",
+    ham_kernels.ragged_decode_attention: "q k v keep pages tail scale index recent",
     ham_kernels.slab_table: "slabs",
     ham_kernels.sparse_prefix_attention: "q k v k_kept v_kept begin end until scale return_lse",
     AttentionView: "norm_weights rope convolved scale_values eps",
     Convolution: "state weight",
     Gates: "a b A_log dt_bias",
-    Routing: "threshold score given error_weight",
+    Routing: "threshold score given error_weight positions sinks",
 }
 
 
 @pytest.mark.parametrize("takes", SIGNATURES, ids=lambda takes: takes.__name__)
 def test_another_signature_is_another_version(takes):
     """If this fails, raise `INTERFACE` of the kernels and `KERNEL_INTERFACE` of the model's code."""
-    assert ham_kernels.INTERFACE == 2
+    assert ham_kernels.INTERFACE == 3
     assert " ".join(inspect.signature(takes).parameters) == SIGNATURES[takes]
 
 

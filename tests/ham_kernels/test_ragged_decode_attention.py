@@ -60,13 +60,15 @@ def make(device, owners, fill, groups=1, key_dim=16, value_dim=16, page=16, dtyp
     return *new, pages, (inside_nan(tail_k), inside_nan(tail_v), fill)
 
 
-def exact(*arguments, scale=None):
+def exact(*arguments, scale=None, recent=None):
     """The definition of the op, in float64."""
 
     def double(x):
         return type(x)(map(double, x)) if isinstance(x, (list, tuple)) else x.double() if x.is_floating_point() else x
 
-    return naive_ragged_decode_attention(*map(double, arguments), scale=scale)
+    return naive_ragged_decode_attention(
+        *map(double, arguments), scale=scale, recent=None if recent is None else double(recent)
+    )
 
 
 def without_nan(*arguments):
@@ -336,6 +338,123 @@ def test_a_bad_index_is_refused(device):
         ragged_decode_attention(*new, pages, tail, index=(slabs, counts.int()))
 
 
+def make_recent(arguments, slots, fill):
+    """The argument `recent`, with NaN in its unused slots and around it."""
+    _, k, v, *_ = arguments
+    keys, values = (torch.randn(len(x), slots, x.shape[2], device=x.device).to(x.dtype) for x in (k, v))
+    fill = torch.tensor(fill, device=k.device)
+    unused = torch.arange(slots, device=k.device) >= fill[:, None]
+    keys[unused], values[unused] = torch.nan, torch.nan
+    return inside_nan(keys), inside_nan(values), fill
+
+
+def with_recent_in_the_tail(arguments, recent):
+    """The same tokens for PyTorch, whose open pages may be of any size."""
+    *others, tail = arguments
+    slots = tail[0].shape[1] + recent[0].shape[1]
+    keys, values = (x.new_zeros(len(x), slots, x.shape[2]) for x in tail[:2])
+    for n in range(len(tail[2])):
+        for out, *parts in ((keys, tail[0], recent[0]), (values, tail[1], recent[1])):
+            used = torch.cat([x[n, : part[2][n]] for x, part in zip(parts, (tail, recent), strict=True)])
+            out[n, : len(used)] = used
+    return *others, (keys, values, tail[2] + recent[2])
+
+
+def check_recent(arguments, recent, assert_error_within, scale=None):
+    out = ragged_decode_attention(*arguments, scale=scale, recent=recent)
+    baseline = torch_ragged_decode_attention(*with_recent_in_the_tail(arguments, recent), scale=scale)
+    assert out.dtype == arguments[0].dtype
+    assert_error_within(out, exact(*arguments, scale=scale, recent=recent), baseline)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 63, 600])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("stored", ["nothing", "open pages only", "several slabs", "one long stream"])
+def test_recent_tokens_are_seen(stored, groups, slots, device, assert_error_within):
+    """Windows that are empty, in part filled and full, beside streams of very different lengths."""
+    owners, fill = SHAPES.get(stored, ([], [0, 0, 0, 0]))
+    arguments = make(device, owners, fill, groups)
+    check_recent(arguments, make_recent(arguments, slots, [slots, 0, slots // 2, slots - 1]), assert_error_within)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "key_dim", "value_dim", "page", "slots"),
+    [(1, 24, 16, 16, 40), (3, 16, 40, 4, 63), (2, 20, 7, 2, 5), (7, 8, 8, 8, 100), (4, 5, 3, 1, 9)],
+)
+def test_recent_tokens_of_odd_sizes_and_dtypes(
+    groups, key_dim, value_dim, page, slots, dtype, device, assert_error_within, arithmetic_as_on_a_gpu
+):
+    owners, fill = [[0, 2, 2, 0, 2], [2, 2, 1, 2, 2, 0, 2]], [page - 1, 0, page // 2]
+    arguments = make(device, owners, fill, groups, key_dim, value_dim, page, dtype)
+    recent = make_recent(arguments, slots, [slots, slots // 3, slots - 1])
+    check_recent(arguments, recent, assert_error_within, scale=0.3)
+
+
+@pytest.mark.parametrize("plan_block", [2, 1024])
+def test_a_window_of_several_splits(plan_block, device, monkeypatch, assert_error_within):
+    """Splits that hold stored and recent pages, and a plan that lists and adds up few at once."""
+    monkeypatch.setattr(module, "WANTED_PROGRAMS", 1)
+    monkeypatch.setattr(module, "PLAN_BLOCK", plan_block)
+    arguments = make(device, [[1, 3, 1, 0, 1], [3, 3]], [1, 0, 1, 1, 0], 2, page=2)
+    slots = 4 * MAX_SPLIT_PAGES + 11
+    recent = make_recent(arguments, slots, [slots, 3, 0, slots - 1, 90])
+    check_recent(arguments, recent, assert_error_within)
+
+
+def test_an_empty_window_changes_nothing(device):
+    arguments = make(device, [[0, 1, 1]], [3, 4], 2)
+    empty = make_recent(arguments, 63, [0, 0])
+    expected = ragged_decode_attention(*arguments)
+    torch.testing.assert_close(ragged_decode_attention(*arguments, recent=empty), expected, atol=1e-6, rtol=0)
+
+
+def test_the_order_in_a_window_shows_nowhere(device):
+    arguments = make(device, [[0, 1, 1]], [3, 4], 2)
+    recent = make_recent(arguments, 50, [50, 50])
+    turned = (*(x.roll(17, 1) for x in recent[:2]), recent[2].int())
+    found, expected = (ragged_decode_attention(*arguments, recent=x) for x in (turned, recent))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_free_pages_are_not_read_beside_a_window(device):
+    """The window's pages must not count as pages of the slabs."""
+    *new, pages, tail = make(device, [[0, 1, 0, 1], [1, 0, 1, 0]], [3, 4])
+    recent = make_recent(new, 70, [70, 33])
+    (_, counts), ranks = index_pages(pages, 2)
+    owner, rank = pages[1][2], ranks[1]
+    index = slab_table([(*slab, rank) for slab, rank in zip(pages, ranks, strict=True)]), counts - 16
+    owner[2:], rank[2:] = 10**6, 10**6
+    used = [pages[0], tuple(x[:2] for x in pages[1])]
+    expected = ragged_decode_attention(*new, used, tail, recent=recent)
+    found = ragged_decode_attention(*new, pages, tail, index=index, recent=recent)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (0, lambda x: x[:, :0], r"`recent\[0\]` must be \[N, R, K\] with a slot or more, got \[2, 0, 16\]"),
+        (0, lambda x: x[..., :8].contiguous(), r"`recent\[0\]` must be \[2, 20, 16\] of .*got \[2, 20, 8\]"),
+        (0, torch.Tensor.half, r"`recent\[0\]` must be .*got .*float16"),
+        (1, lambda x: x[:, 1:].contiguous(), r"`recent\[1\]` must be \[2, 20, 16\]"),
+        (1, lambda x: x.mT.contiguous().mT, r"`recent\[1\]` must be contiguous"),
+        (2, torch.Tensor.float, r"`recent\[2\]` must be \[2\] of torch.int32 or torch.int64"),
+    ],
+)
+def test_a_bad_window_is_refused(part, change, message, device):
+    arguments = make(device, [[0, 1, 1]], [3, 4])
+    recent = [change(x) if i == part else x for i, x in enumerate(make_recent(arguments, 20, [20, 5]))]
+    with pytest.raises(ValueError, match=message):
+        ragged_decode_attention(*arguments, recent=tuple(recent))
+
+
+def test_a_window_of_several_new_tokens_is_refused(device):
+    arguments = make(device, [[0, 1, 1]], [3, 4], length=2)
+    with pytest.raises(ValueError, match="`recent` is what a single new token sees, so `T` must be 1, got 2"):
+        ragged_decode_attention(*arguments, recent=make_recent(arguments, 20, [20, 5]))
+
+
 # Times 16 rows, or 16 tokens of a page, of 256 numbers: more than 2^31.
 MANY = 2**19 + 2
 
@@ -346,8 +465,9 @@ def test_addresses_of_pages_have_64_bits(last_of):
     slabs = torch.tensor([[base, 3 * base, owner.data_ptr(), rank.data_ptr(), 0, MANY]])
     page_list = torch.zeros(2, MANY, dtype=torch.long)
     module.page_list_fwd_kernel[(-(-MANY // 256), 1)](
-        slabs, torch.tensor([0, MANY]).int(), page_list, 1, MANY, page_bytes, page_bytes, FIELDS=6, BLOCK=256
-    )
+        slabs, torch.tensor([0, MANY]).int(), page_list, 1, MANY, page_bytes, page_bytes,
+        FIELDS=6, RECENT=0, BLOCK=256,
+    )  # fmt: skip
     assert page_list[:, -1].tolist() == [x + (MANY - 1) * page_bytes for x in (base, 3 * base)]
 
 
@@ -371,7 +491,7 @@ def test_addresses_of_streams_and_splits_have_64_bits(last_of):
         )  # fmt: skip
         module.ragged_decode_merge_fwd_kernel[(n * length,)](
             queries, last_of(n, k), last_of(n, v), torch.ones(n, length, dtype=torch.uint8), last_of(n, tail_k),
-            last_of(n, tail_v), fill, None, None, first_split, peak, total, partial, out, length, 0.1,
+            last_of(n, tail_v), fill, *[None] * 6, first_split, peak, total, partial, out, length, 0.1,
             G=1, BLOCK_P=page, BLOCK_T=length, BLOCK_S=16, **sizes,
         )  # fmt: skip
         return peak[-1], total[-1], partial[-1], out[-1, -1]
@@ -380,3 +500,43 @@ def test_addresses_of_streams_and_splits_have_64_bits(last_of):
     assert all(x.isfinite().all() for x in alone)
     for far, near in zip(results(MANY), alone, strict=True):
         assert torch.equal(far, near)
+
+
+def test_addresses_of_windows_have_64_bits(last_of):
+    """The last of very many streams has the whole pages of its window listed, and reads the rest of it."""
+    page, dim, slots, used = 16, 256, 528, 521
+    sizes = {"K": dim, "V": dim, "PAGE": page}
+    q, k, v = torch.randn(3, 1, 1, dim).half()
+    keys, values = torch.randn(2, 1, slots, dim).half()
+
+    def results(n):
+        list_, fill, none = torch.zeros(2, used // page, dtype=torch.long), *torch.zeros(2, n, dtype=torch.long)
+        fill[-1] = used
+        window = (last_of(n, keys), last_of(n, values), fill, slots)
+        page_start, split_start, streams = torch.zeros(3, n + 2).int()
+        module.split_plan_fwd_kernel[(n,)](
+            none,
+            page_start,
+            split_start,
+            streams,
+            n,
+            used // page,
+            1,
+            *window,
+            list_,
+            used // page,
+            BLOCK=1024,
+            **sizes,
+        )
+        at = [(x - y[-1].data_ptr()).tolist() for x, y in zip(list_, window[:2], strict=True)]
+        tail, out = torch.empty(n, page, dim).half(), torch.empty(n, 1, dim).half()
+        module.ragged_decode_merge_fwd_kernel[(n,)](
+            last_of(n, q), last_of(n, k), last_of(n, v), fill, tail, tail, none, *window, None, None, streams[:-1] * 0,
+            none, none, none, out, 1, 0.1, G=1, BLOCK_P=page, BLOCK_T=1, BLOCK_S=16, BLOCK_K=dim, BLOCK_V=dim, **sizes,
+        )  # fmt: skip
+        return at, out[-1]
+
+    (at, alone), (far_at, far) = results(1), results(2**14 + 1)
+    assert at == far_at == [[x * page * dim * 2 for x in range(used // page)]] * 2
+    assert torch.equal(far, alone)
+    assert alone.isfinite().all()

@@ -1,6 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The end of one token in one launch: gates, norms and mix of the two memories, and the kept token's place in a page.
 
+With a window a token goes to a ring of its stream, over the one that comes of age, which goes to a page or is dropped.
+
 A program has one stream, a row's key/value head with the query heads that share it: its open page belongs to no other
 program, so it is updated where it lies. All that streams share is the number of full pages, which each adds 1 to when
 its page is full; in which order they do so shows nowhere, because pages are found by owner and rank.
@@ -12,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode_update import DTYPES, DecodeUpdate, block_sizes, check_tensors
+from .decode_update import DTYPES, DecodeUpdate, block_sizes, check_sinks, check_tensors
 from .ragged_decode_attention import SLAB_FIELDS
 from .tuning import check_platform
 
@@ -38,14 +40,19 @@ def _gate(logits, head, mask):
     return tl.sigmoid(tl.load(logits + head, mask=mask, other=0.0).to(tl.float32))[:, None]
 
 
-@triton.jit(do_not_specialize=["num_slabs"])
+@triton.jit(do_not_specialize=["num_slabs", "num_slots"])
 def decode_mix_append_fwd_kernel(
     o_rnn, o_kv, rnn_gate, kv_gate, z, rnn_weight, kv_weight, out, positions, real, real_tokens, k, v, scores, keep,
-    tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs, num_slabs, eps,
+    tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs, num_slabs,
+    window_k, window_v, window_scores, window_keep, num_slots, eps,
     HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
-    SILU: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    SILU: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream: mixes the outputs of its memories, and appends it to the pages if it is kept."""
+    """One token of one stream: mixes the outputs of its memories, and appends it to the pages if it is kept.
+
+    With a window it appends the token that comes of age instead, if that is kept.
+    """
     stream = tl.program_id(0).to(tl.int64)
     row = stream // HK
     o_g, o_v = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
@@ -69,27 +76,78 @@ def decode_mix_append_fwd_kernel(
     if real is not None:
         is_real = tl.load(real + row) != 0
     tl.store(real_tokens + row, position + 1, mask=(stream % HK == 0) & is_real)
-    if o_kv is not None:  # noqa: SIM102  # a constant: Triton evaluates it by itself only
-        if tl.load(keep + stream) != 0:
-            _append(
-                k, v, scores, position, tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs,
-                num_slabs, stream, K, V, PAGE, FIELDS, BLOCK_K, BLOCK_V, BLOCK_S,
+    if o_kv is not None:
+        if window_k is None:
+            if tl.load(keep + stream) != 0:
+                key, value, score = _token(k, v, scores, stream, K, V, BLOCK_K, BLOCK_V)
+                score = _stored_score(score, position, SINKS)
+                count = tl.load(counts + stream)
+                _append(
+                    key, value, score, position, count, tail_k, tail_v, tail_scores, tail_positions, counts,
+                    full_pages, slabs, num_slabs, stream, K, V, PAGE, FIELDS, BLOCK_K, BLOCK_V, BLOCK_S,
+                )  # fmt: skip
+        elif is_real:
+            slot = stream * num_slots + position % num_slots
+            key, value, score, kept, count = _exchange(
+                k, v, scores, keep, position, window_k, window_v, window_scores, window_keep, counts, slot, stream,
+                K, V, SINKS, BLOCK_K, BLOCK_V,
             )  # fmt: skip
+            if (position >= num_slots) & kept:
+                _append(
+                    key, value, score, position - num_slots, count, tail_k, tail_v, tail_scores, tail_positions,
+                    counts, full_pages, slabs, num_slabs, stream, K, V, PAGE, FIELDS, BLOCK_K, BLOCK_V, BLOCK_S,
+                )  # fmt: skip
+
+
+@triton.jit
+def _token(k, v, scores, place, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Key, value and score at a place."""
+    o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    key = tl.load(k + place * K + o_k, mask=o_k < K)
+    value = tl.load(v + place * V + o_v, mask=o_v < V)
+    return key, value, tl.load(scores + place)
+
+
+@triton.jit
+def _stored_score(score, position, SINKS: tl.constexpr):
+    """The score of a new token as it is stored: an infinite one for sinks, which no budget and no pruning drops."""
+    if SINKS:
+        score = tl.where(position < SINKS, float("inf"), score)
+    return score
+
+
+@triton.jit
+def _exchange(
+    k, v, scores, keep, position, window_k, window_v, window_scores, window_keep, counts, slot, stream,
+    K: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the new token of a stream to a slot of the window, and returns the token that was there.
+
+    That is key, value, score and whether it is kept, and the number of tokens in the stream's pages.
+    """
+    o_k, o_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    old_key, old_value, old_score = _token(window_k, window_v, window_scores, slot, K, V, BLOCK_K, BLOCK_V)
+    old_kept, count = tl.load(window_keep + slot) != 0, tl.load(counts + stream)
+    # Several threads load the same numbers, also the count; all must have read them before one writes.
+    tl.debug_barrier()
+    key, value, score = _token(k, v, scores, stream, K, V, BLOCK_K, BLOCK_V)
+    tl.store(window_k + slot * K + o_k, key, mask=o_k < K)
+    tl.store(window_v + slot * V + o_v, value, mask=o_v < V)
+    tl.store(window_scores + slot, _stored_score(score, position, SINKS))
+    tl.store(window_keep + slot, tl.load(keep + stream))
+    return old_key, old_value, old_score, old_kept, count
 
 
 @triton.jit
 def _append(
-    k, v, scores, position, tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs, num_slabs, stream,
-    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
+    key, value, score, position, count, tail_k, tail_v, tail_scores, tail_positions, counts, full_pages, slabs,
+    num_slabs, stream, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Appends a token to its stream; if it fills the open page, copies that to the next free page of a slab."""
     o_k, o_v, o_p, o_s = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, PAGE), tl.arange(0, BLOCK_S)
     in_k, in_v = o_k < K, o_v < V
-    key = tl.load(k + stream * K + o_k, mask=in_k)
-    value = tl.load(v + stream * V + o_v, mask=in_v)
-    score, position = tl.load(scores + stream), position.to(tl.int32)
-    count = tl.load(counts + stream)
+    position = position.to(tl.int32)
     slot = stream * PAGE + count % PAGE
     tl.store(counts + stream, count + 1)
     if count % PAGE < PAGE - 1:
@@ -113,7 +171,7 @@ def _append(
         target = page * PAGE + o_p
         keys = tl.load(tail_k + slots[:, None] * K + o_k[None, :], mask=in_k[None, :])
         values = tl.load(tail_v + slots[:, None] * V + o_v[None, :], mask=in_v[None, :])
-        element = tl.pointer_type(k.dtype.element_ty)
+        element = tl.pointer_type(tail_k.dtype.element_ty)
         slab_k, slab_v = tl.load(slab).to(element), tl.load(slab + 1).to(element)
         tl.store(
             slab_k + target[:, None] * K + o_k[None, :],
@@ -131,6 +189,21 @@ def _append(
         tl.store(slab_positions + target, tl.where(last, position, tl.load(tail_positions + slots)))
         tl.store(tl.load(slab + 2).to(tl.pointer_type(tl.int32)) + page, stream.to(tl.int32))
         tl.store(tl.load(slab + 3).to(tl.pointer_type(tl.int32)) + page, (count // PAGE).to(tl.int32))
+
+
+class Window(NamedTuple):
+    """The last `R` tokens of `N` streams, kept or not; the token at position `p` of its row is in slot `p % R`.
+
+    Attributes:
+        keys, values: `[N, R, K]` and `[N, R, V]`, contiguous.
+        scores: `[N, R]` float32, infinite for sinks.
+        keep: `[N, R]` bool, true for tokens that are kept when they come of age.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    keep: torch.Tensor
 
 
 class OpenPages(NamedTuple):
@@ -166,6 +239,8 @@ def decode_mix_append_fwd(
     pages: OpenPages | None,
     eps: float,
     gate_activation: str,
+    window: Window | None,
+    sinks: int,
 ) -> torch.Tensor:
     """Launches the kernel on arguments that `decode_mix_append` has checked."""
     batch, heads, value_dim = update.o.shape
@@ -179,9 +254,10 @@ def decode_mix_append_fwd(
     out = update.o.new_empty(batch, heads * value_dim)
     decode_mix_append_fwd_kernel[(batch * kv_heads,)](
         update.o, o_kv, *(gates or (None, None)), output_gate, *norm_weights, out, positions, real, real_tokens,
-        *update[2:], *(pages or [None] * len(OpenPages._fields)), num_slabs, eps,
+        *update[2:], *(pages or [None] * len(OpenPages._fields)), num_slabs,
+        *(window or [None] * len(Window._fields)), None if window is None else window.keys.shape[1], eps,
         HK=kv_heads, G=groups, K=key_dim, V=value_dim, PAGE=page, FIELDS=APPEND_FIELDS,
-        SILU=gate_activation == "silu", **blocks, BLOCK_S=SLAB_BLOCK,
+        SILU=gate_activation == "silu", SINKS=sinks, **blocks, BLOCK_S=SLAB_BLOCK,
         num_warps=4,
     )  # fmt: skip
     return out
@@ -199,12 +275,15 @@ def decode_mix_append(
     pages: OpenPages | None = None,
     eps: float = 1e-6,
     gate_activation: str = "silu",
+    window: Window | None = None,
+    sinks: int = 0,
 ) -> torch.Tensor:
     """Mixes the outputs of a token's two memories, and appends the kept tokens to their streams' pages in place.
 
     `(sigmoid(gates[0]) RMSNorm(o_rnn) + sigmoid(gates[1]) RMSNorm(o_kv)) * silu(output_gate)`; without attention
     `RMSNorm(o_rnn) * silu(output_gate)`; or with a sigmoid in place of the SiLU. A kept token goes to the next slot of
-    its stream's open page; if that is then full, it is copied to the next free page of the slabs. One launch, no
+    its stream's open page; if that is then full, it is copied to the next free page of the slabs. With a window of `R`
+    tokens this happens to the token `R` positions earlier, whose slot the new one takes, kept or not. One launch, no
     backward; the host never waits, and must have reserved free pages.
 
     Args:
@@ -220,6 +299,8 @@ def decode_mix_append(
         pages: where to append, one stream per row and head, ordered by row; may be a plain tuple.
         eps: of the RMSNorms.
         gate_activation: `"silu"` or `"sigmoid"`, of the output gate.
+        window: the streams' last tokens, updated in place, or `None`; may be a plain tuple.
+        sinks: number of the first tokens of a row, which are stored with an infinite score.
 
     Returns:
         `[B, H * V]`.
@@ -228,13 +309,16 @@ def decode_mix_append(
         ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
     """
     pages = None if pages is None else OpenPages(*pages)
+    window = None if window is None else Window(*window)
     _check_arguments(
-        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, gate_activation
+        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, gate_activation, window
     )
+    check_sinks("sinks", sinks)
     check_platform(update.o.device)
     return decode_mix_append_fwd(
-        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation
-    )
+        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation,
+        window, sinks,
+    )  # fmt: skip
 
 
 def _check_arguments(
@@ -248,6 +332,7 @@ def _check_arguments(
     gates: tuple[torch.Tensor, torch.Tensor] | None,
     pages: OpenPages | None,
     gate_activation: str,
+    window: Window | None,
 ) -> None:
     if gate_activation not in GATE_ACTIVATIONS:
         raise ValueError(
@@ -275,10 +360,13 @@ def _check_arguments(
         expected["o_kv"] = (o_kv, (batch, heads, value_dim), own)
         expected |= {f"gates[{i}]": (gate, (batch, heads), own) for i, gate in enumerate(gates)}
         expected |= _expected_pages(update.k, value_dim, pages)
+        expected |= {} if window is None else _expected_window(update.k, value_dim, window)
     elif any(x is not None for x in (update.k, o_kv, gates, pages)):
         found = {"update.k": update.k, "o_kv": o_kv, "gates": gates, "pages": pages}
         names = [name for name, x in found.items() if x is None]
         raise ValueError(f"`{'`, `'.join(found)}` must all be given, or none of them, got None for {names}.")
+    elif window is not None:
+        raise ValueError("`window` must be None without `pages`, to which its tokens go, got one.")
     check_tensors(expected, update.o.device)
 
 
@@ -296,4 +384,18 @@ def _expected_pages(k: torch.Tensor, value_dim: int, pages: OpenPages) -> dict:
         "pages.counts": (pages.counts, (streams,), index),
         "pages.full_pages": (pages.full_pages, (), index),
         "pages.slabs": (pages.slabs, (len(pages.slabs), APPEND_FIELDS), index),
+    }
+
+
+def _expected_window(k: torch.Tensor, value_dim: int, window: Window) -> dict:
+    """Tensor, shape and dtype of each field of `window`, which `k` `[B, Hk, K]` enters."""
+    batch, kv_heads, key_dim = k.shape
+    if window.keys.ndim != 3 or not window.keys.shape[1]:
+        raise ValueError(f"`window.keys` must be [N, R, K] with a slot or more, got {list(window.keys.shape)}.")
+    streams, slots = batch * kv_heads, window.keys.shape[1]
+    return {
+        "window.keys": (window.keys, (streams, slots, key_dim), k.dtype),
+        "window.values": (window.values, (streams, slots, value_dim), k.dtype),
+        "window.scores": (window.scores, (streams, slots), torch.float32),
+        "window.keep": (window.keep, (streams, slots), torch.bool),
     }

@@ -180,11 +180,11 @@ def _store_value(
 @triton.jit
 def decode_update_fwd_kernel(
     raw, conv_state, conv_weight, b, a, A_log, dt_bias, state, q_weight, k_weight, cos, sin, given, error_weight,
-    threshold, real, o, q_out, k_out, v_out, scores, keep, eps, stride_rope, stride_threshold_row,
+    threshold, positions, real, o, q_out, k_out, v_out, scores, keep, eps, stride_rope, stride_threshold_row,
     stride_threshold_head,
     HK: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, SCORE: tl.constexpr,
     SCALE_VALUES: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr, ATTENTION_CONV: tl.constexpr,
-    ALLOW_NEG_EIGVAL: tl.constexpr,
+    ALLOW_NEG_EIGVAL: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: convolution, state, prediction and, with a SCORE, the inputs of attention."""
@@ -224,7 +224,10 @@ def decode_update_fwd_kernel(
         score = _score(v_square, p_square, d_square, product, beta, given, error_weight, stream, head, SCORE)
         limit = tl.load(threshold + row * stride_threshold_row + head * stride_threshold_head)
         tl.store(scores + stream, score)
-        tl.store(keep + stream, (score >= limit) & is_real)
+        kept = score >= limit
+        if SINKS:
+            kept |= tl.load(positions + row) < SINKS
+        tl.store(keep + stream, kept & is_real)
         _store_value(
             raw, conv_state, conv_weight, v_channel, v_out, score, stream, o_v, C, W, V, SCALE_VALUES, ATTENTION_CONV
         )
@@ -242,7 +245,7 @@ class DecodeUpdate(NamedTuple):
         o: `[B, H, V]` output of the RNN. The other fields are `None` in a layer without attention.
         q, k, v: `[B, H, K]`, `[B, Hk, K]` and `[B, Hk, V]` of the attention view.
         scores: `[B, Hk]` float32 routing scores.
-        keep: `[B, Hk]` bool, true if the score reaches the threshold.
+        keep: `[B, Hk]` bool, true if the score reaches the threshold or the token is a sink.
     """
 
     o: torch.Tensor
@@ -288,12 +291,16 @@ class Routing(NamedTuple):
             given logits and the weighted cosine error.
         given: `[B, Hk]` float32 scores for `"given"`, logits for `"learned_error"`.
         error_weight: `[Hk]` float32 for `"learned_error"`.
+        positions: `[B]` int64 index of each token among its row's real ones; unused without sinks.
+        sinks: number of the first tokens of a row that are kept whatever their score.
     """
 
     threshold: torch.Tensor
     score: str = "cosine"
     given: torch.Tensor | None = None
     error_weight: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    sinks: int = 0
 
 
 class AttentionView(NamedTuple):
@@ -328,7 +335,7 @@ def decode_update_fwd(
     batch, kv_heads, key_dim, value_dim = state.shape
     heads = query_heads(qkv, state)
     out = DecodeUpdate(o=qkv.new_empty(batch, heads, value_dim))
-    threshold, score, given, error_weight = routing or (None, None, None, None)
+    threshold, score, given, error_weight, positions, sinks = routing or (None, None, None, None, None, 0)
     threshold_strides: tuple[int, ...] = (0, 0)
     if threshold is not None:
         out = out._replace(
@@ -343,11 +350,11 @@ def decode_update_fwd(
     cos, sin = view.rope or (None, None)
     decode_update_fwd_kernel[(batch * kv_heads,)](
         qkv, *convolution, gates.b, gates.a, gates.A_log, gates.dt_bias, state, q_weight, k_weight, cos, sin, given,
-        error_weight, threshold, real, *out, view.eps, 0 if cos is None or len(cos) == 1 else key_dim,
-        *threshold_strides,
+        error_weight, threshold, positions if sinks else None, real, *out, view.eps,
+        0 if cos is None or len(cos) == 1 else key_dim, *threshold_strides,
         HK=kv_heads, G=heads // kv_heads, K=key_dim, V=value_dim, W=convolution.weight.shape[1], SCORE=score,
         SCALE_VALUES=view.scale_values, QK_NORM=view.norm_weights is not None, ROPE=view.rope is not None,
-        ATTENTION_CONV=view.convolved, ALLOW_NEG_EIGVAL=allow_neg_eigval,
+        ATTENTION_CONV=view.convolved, ALLOW_NEG_EIGVAL=allow_neg_eigval, SINKS=sinks,
         **block_sizes(heads // kv_heads, key_dim, value_dim), num_warps=8,
     )  # fmt: skip
     return out
@@ -450,6 +457,8 @@ def _check_groups(
             expected["routing.given"] = (routing.given, (batch, kv_heads), wide)
         if routing.error_weight is not None:
             expected["routing.error_weight"] = (routing.error_weight, (kv_heads,), wide)
+        if routing.positions is not None:
+            expected["routing.positions"] = (routing.positions, (batch,), torch.int64)
     if real is not None:
         expected["real"] = (real, (batch,), torch.bool)
     for i, weight in enumerate(view.norm_weights or ()):
@@ -463,6 +472,9 @@ def _check_groups(
 
 def _check_routing(routing: Routing, batch: int, kv_heads: int, device: torch.device) -> None:
     threshold, score = routing[:2]
+    check_sinks("routing.sinks", routing.sinks)
+    if routing.sinks and routing.positions is None:
+        raise ValueError(f"`routing.positions` must be a tensor with `sinks` {routing.sinks}, got None.")
     if score not in SCORES:
         raise ValueError(f"`routing.score` must be one of {', '.join(map(repr, SCORES))}, got {score!r}.")
     wanted_by = {"given": score in ("given", "learned_error"), "error_weight": score == "learned_error"}
@@ -478,6 +490,12 @@ def _check_routing(routing: Routing, batch: int, kv_heads: int, device: torch.de
         raise ValueError(
             f"`routing.threshold` must be torch.float32 on {device}, got {threshold.dtype} on {threshold.device}."
         )
+
+
+def check_sinks(name: str, sinks: int) -> None:
+    """Raises `ValueError` unless `sinks` is a number of tokens."""
+    if not isinstance(sinks, int) or sinks < 0:
+        raise ValueError(f"`{name}` must be an int of at least 0, got {sinks!r}.")
 
 
 def check_tensors(expected: dict, device: torch.device) -> None:

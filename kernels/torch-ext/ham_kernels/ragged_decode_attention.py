@@ -14,6 +14,10 @@ and share one read of the keys. Four launches, none of which waits for the host:
    page. Where the new tokens are many, they and the open page are what `sparse_prefix_attention` reads in tiles, and
    are merged as one more split.
 
+The recent tokens of a window are read like stored ones: those that fill pages are further entries of their stream's
+list, which the plan writes, and the merge reads the rest, less than a page. So many programs share a window of
+thousands, the merge alone reads one of a few tokens, and neither needs a launch of its own.
+
 Keeping the list between steps would save the first two launches, but the store would need a table padded to the
 longest stream, or would have to shift it at every full page. Programs that walk the pages of a slab in place would
 need no list, but would write and read a partial result per page: an eighth of the page itself.
@@ -56,22 +60,55 @@ def _dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_streams", "split_pages", "num_splits"])
+@triton.jit
+def _list_recent(
+    recent_k, recent_v, first_slot, recent_pages, place, num_pages,
+    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the addresses of keys and values of a stream's whole recent pages to their place in the list."""
+    for begin in range(0, recent_pages, BLOCK):
+        page = begin + tl.arange(0, BLOCK)
+        slot = first_slot + page * PAGE
+        tl.store(place + page, (recent_k + slot * K).to(tl.int64), mask=page < recent_pages)
+        tl.store(place + num_pages + page, (recent_v + slot * V).to(tl.int64), mask=page < recent_pages)
+
+
+@triton.jit(do_not_specialize=["num_streams", "split_pages", "num_splits", "recent_slots", "num_pages"])
 def split_plan_fwd_kernel(
     counts, page_start, split_start, split_stream, num_streams, split_pages, num_splits,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    recent_k, recent_v, recent_fill, recent_slots, page_list, num_pages,
+    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First page and first split of a stream, and the stream of each split; the last stream marks unused ones: -1."""
+    """First page and first split of a stream, and the stream of each split; the last stream marks unused ones: -1.
+
+    If recent tokens are given, their whole pages follow the stream's own in the list, and `page_start` ends with the
+    number of pages without them.
+    """
     stream = tl.program_id(0)
+    recent_before = tl.zeros([BLOCK], dtype=tl.int32)
     pages_before = tl.zeros([BLOCK], dtype=tl.int32)
     splits_before = tl.zeros([BLOCK], dtype=tl.int32)
     for begin in range(0, stream, BLOCK):
         n = begin + tl.arange(0, BLOCK)
         pages = (tl.load(counts + n, mask=n < stream, other=0) // PAGE).to(tl.int32)
+        if recent_fill is not None:
+            recent_pages = (tl.load(recent_fill + n, mask=n < stream, other=0) // PAGE).to(tl.int32)
+            recent_before += recent_pages
+            pages += recent_pages
         pages_before += pages
         splits_before += tl.cdiv(pages, split_pages)
     first_page, first_split = tl.sum(pages_before, 0), tl.sum(splits_before, 0)
     pages = (tl.load(counts + stream) // PAGE).to(tl.int32)
+    if recent_fill is not None:
+        first_recent = first_page + pages
+        recent_pages = (tl.load(recent_fill + stream) // PAGE).to(tl.int32)
+        first_slot = stream.to(tl.int64) * recent_slots
+        _list_recent(
+            recent_k, recent_v, first_slot, recent_pages, page_list + first_recent, num_pages, K, V, PAGE, BLOCK
+        )
+        if stream == num_streams - 1:
+            tl.store(page_start + num_streams + 1, first_recent - tl.sum(recent_before, 0))
+        pages += recent_pages
     end = first_split + tl.cdiv(pages, split_pages)
     tl.store(page_start + stream, first_page)
     tl.store(split_start + stream, first_split)
@@ -88,16 +125,19 @@ def split_plan_fwd_kernel(
 @triton.jit(do_not_specialize=["num_streams", "num_pages"])
 def page_list_fwd_kernel(
     slabs, page_start, page_list, num_streams, num_pages, key_bytes, value_bytes,
-    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the addresses of keys and values of a slab's pages to their stream's place in the list."""
+    """Writes the addresses of keys and values of a slab's pages to their stream's place in the list.
+
+    `RECENT` is 1 if `page_start` ends with the number of pages that are not recent, and otherwise 0.
+    """
     row = slabs + tl.program_id(1) * FIELDS
     page = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keys, values = tl.load(row), tl.load(row + 1)
     owners = tl.load(row + 2).to(tl.pointer_type(tl.int32))
     ranks = tl.load(row + 3).to(tl.pointer_type(tl.int32))
     # Slabs are filled one after the other, so the number of pages in use shows how far.
-    in_use = tl.load(page_start + num_streams) - tl.load(row + 4)
+    in_use = tl.load(page_start + num_streams + RECENT) - tl.load(row + 4)
     valid = (page < tl.load(row + 5)) & (page < in_use)
     owner = tl.load(owners + page, mask=valid, other=0)
     place = tl.load(page_start + owner, mask=valid, other=0) + tl.load(ranks + page, mask=valid, other=0)
@@ -180,15 +220,17 @@ def _add_keys(
     return m_new, norm, acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "recent_slots"])
 def ragged_decode_merge_fwd_kernel(
-    q, k, v, keep, tail_k, tail_v, fill, near, near_lse, split_start, peak, total, partial, out, rows, scale,
+    q, k, v, keep, tail_k, tail_v, fill, recent_k, recent_v, recent_fill, recent_slots, near, near_lse,
+    split_start, peak, total, partial, out, rows, scale,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row: starts its softmax with the token itself, adds the open page, the earlier new tokens and the splits.
 
-    `near`, if given, is the softmax over all of these but the splits, and `near_lse` the base-2 log of its sum.
+    `near`, if given, is the softmax over all of these but the splits, and `near_lse` the base-2 log of its sum. Recent
+    tokens that fill pages are in the splits; the merge adds the rest.
     """
     stream, row = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
     o_s, o_k, o_v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -208,6 +250,13 @@ def ragged_decode_merge_fwd_kernel(
         m, norm, acc = _add_keys(
             m, norm, acc, query, tail_k, tail_v, stream * PAGE + o_p, opened, K, V, BLOCK_K, BLOCK_V
         )
+        if recent_fill is not None:
+            recent = tl.load(recent_fill + stream)
+            slot = recent // PAGE * PAGE + o_p
+            place = stream * recent_slots + slot
+            m, norm, acc = _add_keys(
+                m, norm, acc, query, recent_k, recent_v, place, slot < recent, K, V, BLOCK_K, BLOCK_V
+            )
         if BLOCK_T > 1:
             o_t = tl.arange(0, BLOCK_T)
             before = o_t < token
@@ -287,35 +336,47 @@ def attend_pages(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     index: tuple[torch.Tensor, torch.Tensor] | None,
+    recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
 ) -> Splits:
-    """Attention of `q` `[N, T, G, K]` over full pages, by splits; `scale` is in powers of 2."""
+    """Attention of `q` `[N, T, G, K]` over full pages, also those of recent tokens, by splits.
+
+    `scale` is in powers of 2.
+    """
     (streams, _, _, key_dim), rows = q.shape, q.shape[1] * q.shape[2]
     page, value_dim = tail[1].shape[1:]
-    if index is None:
-        index, _ranks = index_pages(pages, streams)  # the name keeps the ranks alive, addresses do not
+    if not pages:
+        counts = torch.zeros(streams, dtype=torch.long, device=q.device)
+    elif index is None:
+        (slabs, counts), _ranks = index_pages(pages, streams)  # the name keeps the ranks alive, addresses do not
+    else:
+        slabs, counts = index
     num_pages = sum(len(owner) for _, _, owner in pages)
+    num_pages += 0 if recent is None else streams * (recent[0].shape[1] // page)
     blocks = head_blocks(key_dim, value_dim)
     tile = tile_shape(rows, page, max(blocks.values()), q.element_size())
     tiles = triton.cdiv(rows, tile["BLOCK_M"])
     split_pages, num_splits = split_sizes(num_pages, streams, rows, tiles)
-    page_start, split_start = torch.empty(2, streams + 1, dtype=torch.int32, device=q.device)
+    starts = torch.empty(2 * streams + 3, dtype=torch.int32, device=q.device)
+    page_start, split_start = starts.split([streams + 2, streams + 1])
     split_stream = torch.empty(num_splits, dtype=torch.int32, device=q.device)
     page_list = torch.empty(2, num_pages, dtype=torch.long, device=q.device)
     peak, total = torch.empty(2, num_splits, rows, dtype=torch.float32, device=q.device)
     partial = torch.empty(num_splits, rows, value_dim, dtype=torch.float32, device=q.device)
-    slabs, counts = index
+    listed = (None,) * 6 if recent is None else (*recent, recent[0].shape[1], page_list, num_pages)
     split_plan_fwd_kernel[(streams,)](
-        counts, page_start, split_start, split_stream, streams, split_pages, num_splits, PAGE=page, BLOCK=PLAN_BLOCK
-    )
-    largest = max(len(owner) for _, _, owner in pages)
-    key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
-    page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
-        slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes,
-        FIELDS=slabs.shape[1], BLOCK=256,
+        counts, page_start, split_start, split_stream, streams, split_pages, num_splits, *listed,
+        K=key_dim, V=value_dim, PAGE=page, BLOCK=PLAN_BLOCK,
     )  # fmt: skip
+    if pages:
+        largest = max(len(owner) for _, _, owner in pages)
+        key_bytes, value_bytes = (page * dim * q.element_size() for dim in (key_dim, value_dim))
+        page_list_fwd_kernel[(triton.cdiv(largest, 256), len(slabs))](
+            slabs, page_start, page_list, streams, num_pages, key_bytes, value_bytes,
+            FIELDS=slabs.shape[1], RECENT=int(recent is not None), BLOCK=256,
+        )  # fmt: skip
     ragged_decode_attention_fwd_kernel[(num_splits * tiles,)](
         q, page_list, page_start, split_start, split_stream, peak, total, partial, num_pages, split_pages, rows,
-        scale, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages), **blocks, **tile,
+        scale, K=key_dim, V=value_dim, PAGE=page, ALIGNMENT=page_alignment(pages, recent, page), **blocks, **tile,
     )  # fmt: skip
     return Splits(split_start, peak, total, partial)
 
@@ -329,6 +390,7 @@ def ragged_decode_attention_fwd(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     index: tuple[torch.Tensor, torch.Tensor] | None = None,
+    recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Launches the kernels on arguments that `ragged_decode_attention` has checked."""
     (streams, length, groups, key_dim), rows = q.shape, q.shape[1] * q.shape[2]
@@ -339,14 +401,15 @@ def ragged_decode_attention_fwd(
     if length > NEAR_TOKENS:
         near, near_lse = attend_near(q, k, v, keep, tail, scale)
     scale = scale * math.log2(math.e)  # the kernels' exponentials are powers of 2
-    if pages:
-        splits = attend_pages(q, pages, tail, scale, index)
+    if pages or (recent is not None and recent[0].shape[1] >= page):
+        splits = attend_pages(q, pages, tail, scale, index, recent)
     else:
         nothing = torch.zeros(streams + 1, dtype=torch.int32, device=q.device)
         splits = Splits(nothing, fill, fill, fill)  # the last three are never read without splits
     out = torch.empty(streams, length, groups, value_dim, dtype=v.dtype, device=q.device)
+    in_window = (None,) * 4 if recent is None else (*recent, recent[0].shape[1])
     ragged_decode_merge_fwd_kernel[(streams * rows,)](
-        q, k, v, keep.view(torch.uint8), tail_k, tail_v, fill, near, near_lse, *splits, out,
+        q, k, v, keep.view(torch.uint8), tail_k, tail_v, fill, *in_window, near, near_lse, *splits, out,
         rows, scale, G=groups, K=key_dim, V=value_dim, PAGE=page, BLOCK_P=triton.next_power_of_2(page),
         BLOCK_T=1 if length == 1 else NEAR_TOKENS, BLOCK_S=16, **head_blocks(key_dim, value_dim), num_warps=4,
     )  # fmt: skip
@@ -402,10 +465,16 @@ def tile_shape(rows: int, page: int, width: int, element_size: int) -> dict[str,
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 3 if block_m < 64 else 5}
 
 
-def page_alignment(pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> int:
-    """Largest power of two up to 16 that divides every page's address, in bytes."""
-    sizes = (x[0].nbytes for keys, values, _ in pages[:1] for x in (keys, values) if len(x))
-    return math.gcd(16, *sizes, *(x.data_ptr() for keys, values, _ in pages for x in (keys, values)))
+def page_alignment(
+    pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    page: int,
+) -> int:
+    """Largest power of two up to 16 that divides the address of every page of `page` tokens, in bytes."""
+    slabs = [x for keys, values, _ in pages for x in (keys, values)]
+    windows = [] if recent is None else recent[:2]
+    sizes = [page * x[0, 0].nbytes for x in (*slabs[:2], *windows)] + [x[0].nbytes for x in windows]
+    return math.gcd(16, *sizes, *(x.data_ptr() for x in (*slabs, *windows)))
 
 
 def ragged_decode_attention(
@@ -417,6 +486,7 @@ def ragged_decode_attention(
     tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float | None = None,
     index: tuple[torch.Tensor, torch.Tensor] | None = None,
+    recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Softmax attention of new tokens over their stream's pages, the kept ones before them and themselves.
 
@@ -438,6 +508,8 @@ def ragged_decode_attention(
             the open page make no difference); a store knows both. Slabs must then be filled one after the other, and
             only the pages that the counts fill are read. If `None`, all pages are read, and a sort and a small copy
             from the host make the index.
+        recent: `(keys [N, R, K], values [N, R, V], fill [N] int)`, contiguous: the tokens in the window of a single
+            new token (`T` is 1), in any order, kept or not, and the number of slots in use; `None` without a window.
 
     Returns:
         `[N, T, G, V]` in the dtype of `v`.
@@ -446,16 +518,16 @@ def ragged_decode_attention(
         ValueError: for shapes, dtypes or devices that do not fit, or an argument that requires a gradient.
     """
     pages = [slab for slab in pages if len(slab[2])]
-    _check_arguments(q, k, v, keep, pages, tail, index)
+    _check_arguments(q, k, v, keep, pages, tail, index, recent)
     check_platform(q.device)
     if not q.numel():
         return v.new_empty(*q.shape[:3], v.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.cuda.device_of(q):
-        return ragged_decode_attention_fwd(q, k, v, keep, pages, tail, scale, index)
+        return ragged_decode_attention_fwd(q, k, v, keep, pages, tail, scale, index, recent)
 
 
-def _check_arguments(q, k, v, keep, pages, tail, index) -> None:
+def _check_arguments(q, k, v, keep, pages, tail, index, recent) -> None:
     if q.ndim != 4 or q.dtype not in DTYPES:
         raise ValueError(
             f"`q` must be [N, T, G, K] of bfloat16, float16 or float32, got {list(q.shape)} of {q.dtype}."
@@ -476,13 +548,18 @@ def _check_arguments(q, k, v, keep, pages, tail, index) -> None:
         expected.append((f"pages[{i}][0]", keys, (len(owner), page, key_dim)))
         expected.append((f"pages[{i}][1]", values, (len(owner), page, value_dim)))
         _check_integers(f"pages[{i}][2]", owner, (len(owner),), (torch.int32,), q.device)
+    if recent is not None:
+        slots = _check_window(recent, length)
+        expected.append(("recent[0]", recent[0], (streams, slots, key_dim)))
+        expected.append(("recent[1]", recent[1], (streams, slots, value_dim)))
+        _check_integers("recent[2]", recent[2], (streams,), (torch.int32, torch.int64), q.device)
     for name, x, shape in expected:
         if x.shape != shape or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"`{name}` must be {list(shape)} of {q.dtype} on {q.device}, got {list(x.shape)} of {x.dtype} on "
                 f"{x.device}."
             )
-        if name[0] in "pt" and not x.is_contiguous():
+        if name[0] in "ptr" and not x.is_contiguous():
             raise ValueError(f"`{name}` must be contiguous, got strides {x.stride()}.")
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"`{name}` requires a gradient, got grad mode on; the op takes tensors without.")
@@ -491,6 +568,15 @@ def _check_arguments(q, k, v, keep, pages, tail, index) -> None:
         fields = max(SLAB_FIELDS, index[0].shape[-1])
         _check_integers("index[0]", index[0], (len(index[0]), fields), (torch.int64,), q.device)
         _check_integers("index[1]", index[1], (streams,), (torch.int64,), q.device)
+
+
+def _check_window(recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor], length: int) -> int:
+    """The number of slots of `recent`, which a single new token may have."""
+    if length != 1:
+        raise ValueError(f"`recent` is what a single new token sees, so `T` must be 1, got {length}.")
+    if recent[0].ndim != 3 or not recent[0].shape[1]:
+        raise ValueError(f"`recent[0]` must be [N, R, K] with a slot or more, got {list(recent[0].shape)}.")
+    return recent[0].shape[1]
 
 
 def _check_integers(

@@ -11,7 +11,7 @@ import torch
 import triton
 
 # Version of the arguments of the public functions; another signature is another version.
-INTERFACE = 2
+INTERFACE = 3
 # Triton reads the variable when it decorates a kernel, so changing it after the import has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 # HAM_KERNELS_TUNING=0 takes every kernel's first tile shape unmeasured, so results are the same bits on every run.
