@@ -23,8 +23,6 @@ def has_decoding_kernels(mixer: "HAMMixer") -> bool:
         mixer.has_rnn
         and mixer.shape.value_heads == mixer.shape.key_heads
         and not (mixer.has_attention and mixer.config.qk_norm == "projection")
-        and mixer.window <= 1
-        and not mixer.sinks
     )
 
 
@@ -91,7 +89,7 @@ def decode_step(
         return mixed.unsqueeze(1), None, scores, None
     stored: dict[str, Any] = {}
     if mixer.has_attention:
-        stored = {"keys": k, "values": v, "scores": scores, "keep": keep}
+        stored = {"keys": k, "values": v, "scores": mixer.with_sinks(scores, tokens), "keep": keep}
     states: dict[str, Any] = {"conv_state": cache.conv_state, "recurrent_state": cache.recurrent_state}
     cache.update(LayerStep(tokens.positions, tokens.real, **states, **stored), retention.budget)
     return mixer.mix(hidden_states, out.o.unsqueeze(1), o_kv), None, scores, None
@@ -118,8 +116,10 @@ def _attention_arguments(
     norm_weights = (mixer.q_norm.scale, mixer.k_norm.scale) if config.qk_norm else None
     rope = position_embeddings and tuple(angle.squeeze(1).contiguous() for angle in position_embeddings)
     scale_values = config.router in LEARNED_ROUTERS
+    threshold = mixer.threshold_in_force(threshold, hidden_states.device)
+    positions = tokens.positions.squeeze(1).contiguous()
     return {
-        "routing": (mixer.threshold_in_force(threshold, hidden_states.device), score, given, error_weight),
+        "routing": (threshold, score, given, error_weight, positions, mixer.sinks),
         "view": (norm_weights, rope, config.attention_conv, scale_values, config.rms_norm_eps),
     }
 
@@ -142,7 +142,7 @@ def _mix_and_append(
         attention["gates"] = (mixer.rnn_gate_proj(x), mixer.kv_gate_proj(x))
     mixed = kernel(
         update,
-        tokens.positions.squeeze(1),
+        tokens.positions.squeeze(1).contiguous(),
         cache.real_tokens,
         real=real,
         norm_weights=(
@@ -153,6 +153,8 @@ def _mix_and_append(
         gate_activation=mixer.output_gate or "silu",
         pages=cache.open_pages(),
         eps=config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps,
+        window=None if cache.recent is None else tuple(cache.recent.tensors()),
+        sinks=mixer.sinks,
         **attention,
     )
     cache.count_step()

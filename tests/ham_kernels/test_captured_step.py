@@ -135,9 +135,18 @@ def assert_same_caches(found, expected):
 # --- a step without the host -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("router", ["cosine", "learned_error", "random"])
-def test_a_step_never_waits_for_the_host(router, tiny_config, on_kernels, device):
-    model = make_model(tiny_config, device, router=router)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router": "cosine"},
+        {"router": "learned_error"},
+        {"router": "random"},
+        {"attention_window": 5, "attention_sinks": 2},
+    ],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_host(settings, tiny_config, on_kernels, device):
+    model = make_model(tiny_config, device, **settings)
     ids = torch.randint(1, 97, (2, PROMPT + 3), device=device)
     cache = prompted(model, ids)
     embedded = model.get_input_embeddings()(ids)  # on a CPU the model reads the ids, to refuse those out of range
@@ -253,12 +262,13 @@ CHANGES = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 5])
 def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
-    tiny_config, on_kernels, device, choose_kernels, small_pages, tmp_path
+    window, tiny_config, on_kernels, device, choose_kernels, small_pages, tmp_path
 ):
     """Rows at thresholds of their own, one padded, over seals and growth; then pruning, reordering, files, turns."""
     steps = 13
-    model = make_model(tiny_config, device)
+    model = make_model(tiny_config, device, attention_window=window)
     ids = torch.randint(1, 97, (3, PROMPT + steps + 6), device=device)
     threshold = torch.tensor([0.45, 0.0, 2.0], device=device)
 
@@ -351,10 +361,11 @@ def graphs(monkeypatch, device):
     return make, captures
 
 
+@pytest.mark.parametrize("window", [{}, {"attention_window": 5, "attention_sinks": 2}], ids=str)
 @pytest.mark.slow
-def test_replays_equal_the_model_s_own_steps(tiny_config, on_kernels, graphs, small_pages, device):
+def test_replays_equal_the_model_s_own_steps(window, tiny_config, on_kernels, graphs, small_pages, device):
     make, captures = graphs
-    model = make_model(tiny_config, device)
+    model = make_model(tiny_config, device, **window)
     steps = 15
     ids = torch.randint(1, 97, (2, PROMPT + steps + 2), device=device)
     options = {"threshold": torch.tensor([0.45, 0.0], device=device)}

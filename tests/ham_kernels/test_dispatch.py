@@ -115,12 +115,19 @@ def assert_same_gradients(actual, expected):
         assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
 
 
+# With a window every op but one of the RNN takes other arguments.
+WINDOW = {"attention_window": 6, "attention_sinks": 2}
+WINDOWS = pytest.mark.parametrize("window", [{}, WINDOW], ids=["no window", "window"])
+
+
 @EACH
-def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels, device):
-    model = tiny_model(tiny_config, device, num_hidden_layers=1)
+@WINDOWS
+def test_cached_turns_are_those_of_pytorch(window, tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device, num_hidden_layers=1, **window)
     expected = {turn: several_turns(model, *turn) for turn in TURNS}
     numbers = [sum(map(len, sets)) for _, sets in expected.values()]
-    assert numbers[0] > numbers[1] > numbers[2] > numbers[3] == 0, "the thresholds do not tell anything apart"
+    sinks = 2 * model.config.num_key_value_heads * model.config.attention_sinks
+    assert numbers[0] > numbers[1] > numbers[2] > numbers[3] == sinks, "the thresholds do not tell anything apart"
     calls = on_kernels()
     for turn, (logits, sets) in expected.items():
         actual, actual_sets = several_turns(model, *turn)
@@ -131,8 +138,9 @@ def test_cached_turns_are_those_of_pytorch(tiny_config, on_kernels, device):
 
 
 @TRAINED
-def test_gradients_are_those_of_pytorch(tiny_config, on_kernels, device):
-    model = tiny_model(tiny_config, device)
+@WINDOWS
+def test_gradients_are_those_of_pytorch(window, tiny_config, on_kernels, device):
+    model = tiny_model(tiny_config, device, **window)
     arguments = inputs(device)  # without a threshold, so that the learned ones apply and have a gradient
     expected = loss_and_gradients(model, **arguments)
     assert len(expected[1]) >= len(list(model.parameters())) - 4, "parameters without a gradient prove nothing"
