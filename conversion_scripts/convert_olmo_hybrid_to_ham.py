@@ -185,6 +185,7 @@ CONVERSION = Conversion(
     from_ham=from_ham,
     requirements=requirements,
     inert=INERT_RNN,
+    takes_window=True,
     empty_source=empty_source,
     rename=rename,
     left_out=r"\.rotary_emb\.inv_freq$",

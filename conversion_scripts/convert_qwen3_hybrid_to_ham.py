@@ -217,6 +217,7 @@ CONVERSION = Conversion(
     from_ham=from_ham,
     requirements=requirements,
     inert=INERT_RNN,
+    takes_window=True,
     rename=rename,
     left_out=r"^(model\.visual\.|mtp\.)",
     left_out_because="a HAM has no vision tower (model.visual.*) and no multi-token prediction (mtp.*)",

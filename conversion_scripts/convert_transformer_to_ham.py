@@ -2,9 +2,11 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HAM that computes the same, and back.
 
-Every layer becomes a HAM layer whose attention is the source's and keeps every token; its RNN reads the same queries,
-keys and values and is shut by a gate with too small a gradient to train. To keep fewer tokens, heal the HAM with
-`ham-hf train`, which opens the gate; README.md in this folder has the recipe.
+Every layer becomes a HAM layer whose attention is the source's and keeps every token, or, in a layer with a sliding
+window, sees that window and keeps none; its RNN reads the same queries, keys and values and is shut by a gate with too
+small a gradient to train. A threshold keeps fewer tokens: those in the window (--window) and the first ones (--sinks)
+stay in any case. To lose less, heal the HAM with `ham-hf train`, which opens the gate; README.md in this folder has
+the recipe.
 
   python conversion_scripts/convert_transformer_to_ham.py path/to/Qwen3-0.6B qwen3-ham
   python conversion_scripts/convert_transformer_to_ham.py path/to/model.Q4_K_M.gguf model-ham
@@ -20,7 +22,7 @@ import torch
 from ham_hf import HAMConfig
 from ham_hf.conversion.command import main
 from ham_hf.conversion.declaration import Conversion, Requirement
-from ham_hf.conversion.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields
+from ham_hf.conversion.features import TRANSFORMER_FIELDS, check_partial_rotation, same_fields, sliding_windows
 from ham_hf.conversion.memories import INERT_RNN, doubled, halved, is_zero, new_rnn, shut_rnn
 from ham_hf.conversion.shards import TensorRule, copied
 
@@ -28,21 +30,10 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def check_features(config: Any) -> None:
-    """Raises `ValueError`, naming the feature, for a configuration that a HAM cannot represent."""
-    window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window is not None and windowed and window < length:
-        raise ValueError(
-            f"`sliding_window` must be None or at least `max_position_embeddings` ({length}), got {window}: a HAM "
-            "keeps or drops tokens by their score, not by their distance."
-        )
-    check_partial_rotation(config)
-
-
 def ham_config(config: Any) -> HAMConfig:
     """The HAM of the same shape."""
-    check_features(config)
+    check_partial_rotation(config)
+    windows = sliding_windows(config)
     return HAMConfig(
         **same_fields(config, *TRANSFORMER_FIELDS),
         head_dim=getattr(config, "head_dim", None),
@@ -56,6 +47,7 @@ def ham_config(config: Any) -> HAMConfig:
         kv_output_norm=False,
         output_gate=False,
         target_kv_usage=1.0,
+        attention_window=windows if any(windows) else 0,
     )
 
 
@@ -82,6 +74,7 @@ def shared_names(config: HAMConfig) -> Iterator[tuple[str, str]]:
 
 def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
     """Rules for every tensor of the HAM."""
+    windows = sliding_windows(source)
     for name, source_name in shared_names(config):
         yield copied(name, source_name)
     for i in range(config.num_hidden_layers):
@@ -91,7 +84,7 @@ def to_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
             yield TensorRule(f"{mixer}.o_proj.bias", (), lambda: torch.zeros(config.hidden_size))
         elif config.attention_bias:
             yield copied(f"{mixer}.o_proj.bias", f"{attention}.o_proj.bias")
-        yield from new_rnn(mixer, config)
+        yield from new_rnn(mixer, config, keeps_all=not windows[i])
 
 
 def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
@@ -107,8 +100,14 @@ def from_ham(source: Any, config: HAMConfig) -> Iterator[TensorRule]:
 
 def requirements(source: Any, config: HAMConfig) -> Iterator[Requirement]:
     """Requirements on a HAM for the way back."""
+    windows = sliding_windows(source)
     for i in range(config.num_hidden_layers):
-        yield from shut_rnn(f"model.layers.{i}.mixer")
+        if windows[i] and (config.window_of(i), config.sinks_of(i)) != (windows[i], 0):
+            raise ValueError(
+                f"The way back would lose something: layer {i} must have its source's window of {windows[i]} and no "
+                f"sinks, got {config.window_of(i)} and {config.sinks_of(i)}."
+            )
+        yield from shut_rnn(f"model.layers.{i}.mixer", keeps_all=not windows[i])
         if source.model_type == "qwen2":
             yield Requirement(f"model.layers.{i}.mixer.o_proj.bias", is_zero, "is not zero, and Qwen2 has none")
 
@@ -122,6 +121,7 @@ CONVERSION = Conversion(
     requirements=requirements,
     inert=INERT_RNN,
     reads_gguf=True,
+    takes_window=True,
     left_out=r"\.rotary_emb\.inv_freq$",
     left_out_because="the configuration gives the frequencies of RoPE",
     summary="The attention of every layer is the source's and keeps every token; the RNN beside it is shut, so what a "

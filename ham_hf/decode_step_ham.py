@@ -88,7 +88,7 @@ def decode_step(
         mixed = _mix_and_append(mixer, append, x, out, o_kv, real, tokens, cache)
         return mixed.unsqueeze(1), None, scores, None
     stored: dict[str, Any] = {}
-    if mixer.has_attention:
+    if scores is not None:
         stored = {"keys": k, "values": v, "scores": mixer.with_sinks(scores, tokens), "keep": keep}
     states: dict[str, Any] = {"conv_state": cache.conv_state, "recurrent_state": cache.recurrent_state}
     cache.update(LayerStep(tokens.positions, tokens.real, **states, **stored), retention.budget)

@@ -45,6 +45,8 @@ class Conversion:
         inert: a pattern of the HAM's tensors that only its shut memory reads.
         summary: the state of the new HAM, for the user.
         reads_gguf: True if a source may be a GGUF file, as Transformers reads it.
+        takes_window: True if the HAM's attention layers keep every token at first, so that a window changes nothing
+            until a threshold drops tokens.
         left_out: a pattern of the source's tensors that a HAM does not need; `None` if it needs them all.
         left_out_because: the reason, for the user.
     """
@@ -63,5 +65,6 @@ class Conversion:
     empty_source: Callable[[Any], torch.nn.Module] = transformers_model
     rename: Callable[[str], str] = lambda name: name
     reads_gguf: bool = False
+    takes_window: bool = False
     left_out: str | None = None
     left_out_because: str = ""

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from ..configuration_ham import HAMConfig
+
 # Layer types of hybrids of Gated DeltaNet and attention, and the HAM's layer types for them.
 LAYER_TYPES = {"linear_attention": "linear_attention", "full_attention": "hybrid"}
 SAME_FIELDS = (
@@ -24,6 +26,25 @@ def same_fields(config: Any, *others: str) -> dict[str, Any]:
     return fields
 
 
+def sliding_windows(config: Any) -> list[int]:
+    """The sliding window of each layer of a Transformer, 0 for one that sees everything the model was made for."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return [0] * layers
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if layer_type == "sliding_attention" else 0 for layer_type in types]
+
+
+def hold_recent_tokens(config: HAMConfig, window: int, sinks: int) -> None:
+    """Gives a HAM's layers a window and sinks, except those that have the sliding window of their source."""
+    slides = config.attention_window
+    if isinstance(slides, list):
+        config.attention_sinks = [0 if own else sinks for own in slides]
+        config.attention_window = [own or window for own in slides]
+    else:
+        config.attention_window, config.attention_sinks = window, sinks
+
+
 def check_partial_rotation(config: Any) -> None:
     """Raises `ValueError` for heads that rotate in part, in sources that support this for some kinds of RoPE only."""
     factor = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
@@ -38,8 +59,8 @@ def check_linear_hybrid(config: Any) -> None:
     for layer_type in config.layer_types:
         if layer_type not in LAYER_TYPES:
             raise ValueError(
-                f"`layer_types` must hold only {' and '.join(LAYER_TYPES)}, got {layer_type!r}: a HAM keeps or drops "
-                "tokens by their score, not by their distance."
+                f"`layer_types` must hold only {' and '.join(LAYER_TYPES)}, got {layer_type!r}, which this script "
+                "does not convert."
             )
     if config.hidden_act != "silu":
         raise ValueError(

@@ -22,7 +22,7 @@ INERT_RNN = r"\.mixer\.(conv\.weight|a_proj\.weight|b_proj\.weight|A_log|dt_bias
 INERT_ATTENTION = r"\.mixer\.(q_norm\.weight|k_norm\.weight|kv_norm\.weight|threshold|score_quantiles)$"
 
 
-def new_rnn(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
+def new_rnn(prefix: str, config: HAMConfig, keeps_all: bool = True) -> Iterator[TensorRule]:
     """Rules for the RNN of a hybrid layer made from an attention layer: shut, while attention keeps every token.
 
     The RNN reads the attention's own q, k and v: its convolution passes them on. Decays are spread as in a new HAM:
@@ -32,6 +32,7 @@ def new_rnn(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
     Args:
         prefix: prefix of the layer's tensors, such as `"model.layers.0.mixer"`.
         config: the HAM's configuration.
+        keeps_all: False if attention sees the layer's window alone, and keeps nothing.
     """
     hidden, kv_heads = config.hidden_size, config.num_key_value_heads
     spread = (torch.arange(kv_heads) + 0.5) / kv_heads
@@ -44,7 +45,7 @@ def new_rnn(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
     yield _new(f"{prefix}.A_log", torch.log(1 + 15 * spread), torch.float32)
     yield _new(f"{prefix}.dt_bias", dt + torch.log(-torch.expm1(-dt)), torch.float32)
     yield _new(f"{prefix}.rnn_norm.weight", torch.ones(config.value_head_dim))
-    yield from _gates(prefix, config, shut="rnn", threshold=0.0)
+    yield from _gates(prefix, config, shut="rnn", threshold=0.0 if keeps_all else KEEP_NOTHING)
 
 
 def new_attention(prefix: str, config: HAMConfig) -> Iterator[TensorRule]:
@@ -68,10 +69,16 @@ def halved(name: str, source: str) -> TensorRule:
     return TensorRule(name, (source,), lambda x: x / 2)
 
 
-def shut_rnn(prefix: str) -> Iterator[Requirement]:
-    """Requirements for a hybrid layer to be its attention alone."""
+def shut_rnn(prefix: str, keeps_all: bool = True) -> Iterator[Requirement]:
+    """Requirements for a hybrid layer to be its attention alone, which keeps all tokens or none."""
     yield from _gates_unmoved(prefix, shut="rnn")
-    yield Requirement(f"{prefix}.threshold", lambda x: bool((x <= 0).all()), "is above 0, so that tokens are dropped")
+    name = f"{prefix}.threshold"
+    if keeps_all:
+        yield Requirement(name, lambda x: bool((x <= 0).all()), "is above 0, so that tokens are dropped")
+    else:
+        yield Requirement(
+            name, lambda x: bool((x > 1).all()), "is at most 1, so that tokens beyond the window are kept"
+        )
 
 
 def shut_attention(prefix: str) -> Iterator[Requirement]:

@@ -31,6 +31,7 @@ from ..hub.checkpoint import read_checkpoint
 from ..hub.sources import LICENCE_FIELDS, RECORD, read_conversion, read_json, read_sources
 from ..modeling_ham import HAMForCausalLM
 from .declaration import Conversion, no_preparation
+from .features import hold_recent_tokens
 from .gguf import SUFFIX, GGUFTensors, check_packages, find_gguf, read_config, read_model
 from .origin import download, load_tokenizer
 from .shards import TensorRule, Tensors, Weights, check_rules, write_shards
@@ -41,8 +42,9 @@ VERIFIED_ROWS = 2
 FEWEST_VERIFIED = 4
 # Fields of a HAMConfig that change no logit of a checkpoint without its RNN, or without its cache; training sets some.
 FREE_FIELDS = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "router",
-    "router_hidden_size", "target_kv_usage", "threshold_scope", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_sinks", "attention_window", "auto_map", "bos_token_id", "dtype",
+    "eos_token_id", "pad_token_id", "router", "router_hidden_size", "target_kv_usage", "threshold_scope",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 # Printed once a HAM is written.
@@ -107,6 +109,8 @@ class Run:
         conversion = self.conversion
         config, config_json = self._source_config()
         ham_config = conversion.ham_config(config)
+        if conversion.takes_window:
+            hold_recent_tokens(ham_config, self.arguments.window, self.arguments.sinks)
         old = self._source_tensors()
         ham_config.dtype = old.main_dtype()
         rules = {rule.name: rule for rule in conversion.to_ham(config, ham_config)}
@@ -263,6 +267,7 @@ class Run:
             "script": self.conversion.script,
             "version": __version__,
             "back": self.arguments.back,
+            "window": [self.arguments.window, self.arguments.sinks],
             "max_shard_size": self.arguments.max_shard_size,
             "source": old.fingerprint(),
         }

@@ -35,7 +35,11 @@ SOURCES = {
     "llama, no padding": LlamaConfig(**SHAPE | {"pad_token_id": -1}),
     "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
     "mistral, a window that is never left": MistralConfig(**SHAPE, sliding_window=512),
+    "mistral, sliding": MistralConfig(**SHAPE, sliding_window=20),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2, sliding in one layer": Qwen2Config(
+        **SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
     "qwen3, biased, tied, yarn": Qwen3Config(
         **SHAPE, head_dim=8, attention_bias=True, tie_word_embeddings=True, rope_parameters=YARN, hidden_act="gelu"

@@ -52,9 +52,10 @@ def test_bfloat16_stays_and_comes_back(source, convert, tensors_of, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before | after)
 
 
-def test_generates_the_source_s_text(source, convert, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3", "mistral, sliding", "qwen2, sliding in one layer"])
+def test_generates_the_source_s_text(name, source, convert, tmp_path):
     """Greedy text of left-padded rows, through the cache that the HAM fills; tokenizer and settings came along."""
-    folder = source(SOURCES["qwen3"])
+    folder = source(SOURCES[name])
     assert convert(folder, tmp_path / "ham") == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ham")
     batch = tokenizer(
@@ -68,7 +69,9 @@ def test_generates_the_source_s_text(source, convert, tmp_path):
         )
         texts.append(out.sequences)
     assert type(out.cache).__name__ == "HAMCache"
-    assert out.cache.kv_usage().min() == 1
+    sliding = HAMForCausalLM.from_pretrained(tmp_path / "ham").config.attention_window
+    for layer, usage in enumerate(out.cache.kept_tokens() / out.cache.real_tokens[:, None]):
+        assert (usage == (0 if isinstance(sliding, list) and sliding[layer] != 64 else 1)).all()
     assert torch.equal(*texts)
     assert (tmp_path / "ham/generation_config.json").is_file()
 
@@ -201,3 +204,20 @@ def test_shapes_of_released_models(name, billions, module):
     assert {rule.name for rule in ham} == shapes_of(HAMForCausalLM, config).keys()
     assert {rule.name for rule in back} == shapes.keys()
     assert round(sum(shape.numel() for shape in shapes.values()) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize(
+    ("options", "window", "sinks"),
+    [([], 64, 4), (["--window", "0", "--sinks=0"], 0, 0), (["--window=9"], 9, 4)],
+    ids=str,
+)
+def test_holds_recent_and_first_tokens(options, window, sinks, source, convert, tmp_path):
+    assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify", *options) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "ham")
+    assert (config.attention_window, config.attention_sinks) == (window, sinks)
+
+
+def test_a_layer_that_slides_keeps_its_window_and_nothing_else(source, convert, tmp_path):
+    assert convert(source(SOURCES["qwen2, sliding in one layer"]), tmp_path / "ham", "--no-verify") == 0
+    config = AutoConfig.from_pretrained(tmp_path / "ham")
+    assert (config.attention_window, config.attention_sinks) == ([64, 9], [4, 0])

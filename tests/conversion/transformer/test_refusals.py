@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from ham_hf import HAMForCausalLM
 from ham_hf.conversion.verification import agree, compare_logits
-from tests.conversion.transformer.sources import SHAPE, SOURCES, edit_config, only_sentencepiece, tokenizer_with_code
+from tests.conversion.transformer.sources import SOURCES, edit_config, only_sentencepiece, tokenizer_with_code
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,6 @@ def cut(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: edit_config(f, model_type="mistral", sliding_window=64), "`sliding_window` must be None"),
         (
             lambda f: edit_config(
                 f, rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
@@ -151,11 +150,27 @@ def test_a_resized_vocabulary_has_no_way_back(source, convert, tmp_path, capsys)
     assert "`vocab_size` must still be 4096, got 4100" in capsys.readouterr().err
 
 
-def test_qwen2_with_windows_is_refused(convert, tmp_path, capsys):
-    config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=32, max_window_layers=1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    assert convert(tmp_path / "source", tmp_path / "ham") == 2
-    assert "`sliding_window`" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_window": 64}, "layer 1 must have its source's window of 9 and no sinks, got 64 and 0"),
+        ({"attention_sinks": 4}, "layer 1 must have its source's window of 9 and no sinks, got 9 and 4"),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_that_was_changed_has_no_way_back(changes, message, source, convert, tmp_path, capsys):
+    assert convert(source(SOURCES["qwen2, sliding in one layer"]), tmp_path / "ham", "--no-verify") == 0
+    edit_config(tmp_path / "ham", **changes)
+    assert convert(tmp_path / "ham", tmp_path / "back", "--back") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--window", "--sinks"])
+@pytest.mark.parametrize("value", ["-1", "x", "1.5", str(2**24 + 1)])
+def test_a_window_is_a_number_of_tokens(option, value, source, convert, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert(source(SOURCES["llama"]), tmp_path / "ham", f"{option}={value}")
+    assert f"argument {option}: got '{value}', takes a whole number from 0 to 16777216" in capsys.readouterr().err
 
 
 def test_fp8_weights_are_refused(convert, tmp_path, capsys):
