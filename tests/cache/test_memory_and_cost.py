@@ -35,21 +35,25 @@ def allocated_bytes(known=frozenset()):
 
 
 def paid_ratio(cache) -> float:
-    """Bytes held beyond the fixed states, in units of what the kept tokens need.
+    """Bytes held beyond the fixed states, in units of what the held tokens need.
 
-    A kept token needs its key and value at the cache's dtype, 4 bytes of score and 4 of position. Fixed are the states
+    A held token needs its key and value at the cache's dtype, 4 bytes of score and 4 of position. Fixed are the states
     of the convolution and of the RNN, nothing else: unused slots, open pages, owners of pages and counters all count.
     """
     layer = next(layer for layer in cache.layers if layer.store is not None)
     store = layer.store
     per_token = (store.key_dim + store.value_dim) * store.dtype.itemsize + 8
-    return (cache.memory_bytes() - cache.state_bytes()) / (int(cache.kept_tokens().sum()) * per_token)
+    return (cache.memory_bytes() - cache.state_bytes()) / (int(cache.held_tokens().sum()) * per_token)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("others", [1.0, 0.01], ids=["balanced", "one-head-keeps-all"])
-def test_bytes_follow_kept_tokens(make_model, others, dtype):
-    """One prefill, a conversation of turns, growth token by token: never more than 15% beyond what is kept."""
+@pytest.mark.parametrize(
+    ("others", "window"),
+    [(1.0, 0), (0.01, 0), (0.01, 64)],
+    ids=["balanced", "one-head-keeps-all", "one-head-keeps-all-beside-windows"],
+)
+def test_bytes_follow_held_tokens(make_model, others, window, dtype):
+    """One prefill, a conversation of turns, growth token by token: never more than 15% beyond what is held."""
     heads = 8
     model = make_model(
         dtype=dtype,
@@ -58,6 +62,7 @@ def test_bytes_follow_kept_tokens(make_model, others, dtype):
         num_key_value_heads=heads,
         head_dim=16,
         router="random",
+        attention_window=window,
     )
     threshold = torch.full((1, 1, heads), 1 - others)
     threshold[..., 0] = 0
@@ -90,17 +95,16 @@ def test_bytes_follow_kept_tokens(make_model, others, dtype):
     keep = torch.rand(1300, heads) < others
     keep[:, 0] = True
     for ahead in (False, True):
-        layer = HAMCacheLayer()
+        layer = HAMCacheLayer(window)
         for t in range(1300):
             layer.update(random_step(keep[None, t : t + 1], t, 16, dtype))
             if ahead and not layer.store.reserved_steps:
                 counts = layer.store.counts
                 layer.store.reserve(counts, grow=layer.store.shortage(counts) >= GROWS_WITH_OTHERS)
             if t >= 1000:
-                store = layer.store
                 per_token = 32 * dtype.itemsize + 8
                 held = sum(x.untyped_storage().nbytes() for x in layer.tensors())
-                ratio = held / (int(store.counts.sum()) * per_token)
+                ratio = held / (int(layer.held_tokens().sum()) * per_token)
                 name = "token by token, ahead" if ahead else "token by token"
                 ratios[name] = max(ratio, ratios.get(name, 0))
     print("\nbytes held / bytes of kept tokens:", {name: round(ratio, 3) for name, ratio in ratios.items()})

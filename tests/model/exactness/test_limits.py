@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ham_hf import HAMConfig, HAMForCausalLM, mixer_ham
+from ham_hf.configuration_ham import ROUTERS
 from ham_hf.reference import naive_sparse_attention
 from tests.model.exactness.token_loop import TokenLoop
 from tests.model.exactness.wide_models import MIXED, WIDE, make_model, median_thresholds, set_gate
@@ -162,10 +163,11 @@ def test_a_transformer_limit_writes_the_same_text(kind, layer_types):
 
 
 @pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
-@pytest.mark.parametrize("router", ["random", "learned", "cosine"])
-def test_sparse_attention_is_dense_masked_attention_also_in_training(router, rows, tiny_config, monkeypatch):
+@pytest.mark.parametrize(("router", "window"), [("random", 0), ("learned", 6), ("cosine", 0), ("cosine", 6)])
+def test_sparse_attention_is_dense_masked_attention_also_in_training(router, window, rows, tiny_config, monkeypatch):
     # In float64: through four layers the rounding of float32 grows to what a wrong token could hide in.
-    model = make_model(tiny_config(router=router, num_hidden_layers=4, layer_types=MIXED, **WIDE)).train().double()
+    settings = {"router": router, "attention_window": window, "attention_sinks": window // 2}
+    model = make_model(tiny_config(num_hidden_layers=4, layer_types=MIXED, **settings, **WIDE)).train().double()
     ids = torch.randint(1, 97, (3, 50))
     threshold = median_thresholds(model, ids)[:, None]
     arguments = {"threshold": threshold, "use_cache": False}
@@ -178,13 +180,13 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
     used = Counter()
     sparse = mixer_ham.attend_new
 
-    def dense(q, k, v, keep, scores, budget=None, cached=None, seq_idx=None):
+    def dense(q, k, v, keep, scores, budget, *, seq_idx, window, real):
         assert budget is None
-        assert cached is None
+        used["window"] += window == settings["attention_window"] > 0
         used["packed" if seq_idx is not None else "row"] += 1
         used["kept"] += int(keep.sum())
         used["seen"] += keep.numel()
-        return naive_sparse_attention(q, k, v, keep, seq_idx=seq_idx)[0]
+        return naive_sparse_attention(q, k, v, keep, seq_idx=seq_idx, window=window, real=real)[0]
 
     results = []
     for attention in (sparse, dense):
@@ -197,6 +199,7 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
         )
     assert used["packed" if rows == "packed" else "row"] == 3
     assert 0.3 < used["kept"] / used["seen"] < 0.9
+    assert used["window"] == (2 if window else 0)
     (logits, grads), (expected, expected_grads) = results
     real = arguments.get("attention_mask", torch.ones_like(ids)).bool()
     assert (logits - expected)[real].abs().max() < 1e-6
@@ -204,6 +207,26 @@ def test_sparse_attention_is_dense_masked_attention_also_in_training(router, row
     assert any("mixer.k_proj" in name for name in grads)
     for name, grad in expected_grads.items():
         assert (grads[name] - grad).abs().max() < 1e-6 * max(1, grad.abs().max()), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_window_from_the_first_token_on_keeps_everything(router, tiny_config):
+    """At any threshold; a window of one token is none, bit for bit."""
+    ids = torch.randint(1, 97, (2, 30))
+
+    def run(threshold, **settings):
+        model = make_model(tiny_config(router=router, num_hidden_layers=4, layer_types=MIXED, **settings, **WIDE))
+        prompt = model(ids[:, :20], threshold=threshold)
+        steps = [model(ids[:, t : t + 1], cache=prompt.cache, threshold=threshold).logits for t in range(20, 30)]
+        return torch.cat([prompt.logits, *steps], 1)
+
+    everything = run(0.0)
+    for window in (30, 31, 1000):
+        torch.testing.assert_close(run(2.0, attention_window=window), everything, atol=1e-5, rtol=0)
+    assert (run(2.0, attention_window=29) - everything)[:, 29].abs().max() > 1e-4
+    torch.testing.assert_close(run(2.0, attention_sinks=30), everything, atol=1e-5, rtol=0)
+    assert torch.equal(run(0.5, attention_window=1), run(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
