@@ -132,12 +132,13 @@ def delta_cases() -> Iterable[Case]:
 # --- sparse_prefix_attention -----------------------------------------------------------------------------------------
 
 SPARSE_TYPES = typed(
-    p_i64="begin end until",
-    p_i32="seen",
+    p_i64="begin end until window_start",
+    p_i32="seen shown_until",
     p_fp32="lse lse_rest self_weight delta self_slope dlse",
     fp32="scale log2_scale",
-    i32="T M T_BUCKET M_BUCKET",
+    i32="L T M T_BUCKET M_BUCKET",
 )
+SPARSE_FLOATS = "q k v k_kept v_kept keys values o do dq dk dv dkeys dvalues"
 SPARSE_KERNELS = {
     "fwd": sparse_prefix_attention_fwd_kernel,
     "dq": sparse_backward.sparse_prefix_attention_bwd_dq_kernel,
@@ -146,31 +147,50 @@ SPARSE_KERNELS = {
 
 
 def sparse_case(
-    kernel: Any, dim: int, group: int, warps: int, stages: int, blocks: dict[str, int], given: str = ""
+    kernel: Any,
+    dim: int,
+    group: int,
+    warps: int,
+    stages: int,
+    blocks: dict[str, int],
+    given: str = "",
+    dtype: str = "bf16",
 ) -> Case:
-    """One case at a head dimension; of the tensors that may be absent, only `given` is there."""
+    """One case at a head dimension; of the arguments that may be absent, only those `given` are there."""
     constants: dict[str, Any] = {"HK": 16, "GROUP": group, "K": dim, "V": dim, "BLOCK_K": dim, "BLOCK_V": dim}
-    constants |= blocks | {name: None for name in ("until", "dlse") if name != given}
-    return make_case(kernel, SPARSE_TYPES, constants, warps, stages)
+    constants |= blocks | {"STRIDE": 16 if "window_start" in given else 1}
+    constants |= dict.fromkeys({"until", "dlse", "window_start", "shown_until", "L"} - set(given.split()))
+    types = SPARSE_TYPES | dict.fromkeys(SPARSE_FLOATS.split(), f"*{dtype}")
+    return make_case(kernel, types, constants, warps, stages)
 
 
 def sparse_tile_cases(tiles: dict[str, dict[tuple[int, int], list[tuple[int, int, int, int]]]]) -> Iterable[Case]:
-    """Every tile shape at head dimensions 64 and 128, the first of each kernel also with groups and `until`."""
+    """Every tile shape at head dimensions 64 and 128, with and without a window.
+
+    The first of each kernel also with groups and masks of columns.
+    """
     for dim in (128, 64):
         for name, kernel in SPARSE_KERNELS.items():
-            for i, (block_m, block_n, warps, stages) in enumerate(tiles[name].get((2, dim), [])):
-                blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-                yield sparse_case(kernel, dim, 1, warps, stages, blocks)
-                if i == 0:
-                    yield sparse_case(kernel, dim, 4, warps, stages, blocks, "until")
+            for window, masked in (("", "until"), ("window_start L", "until window_start shown_until L")):
+                shapes = tiles[f"{name}_window" if window and name != "dkv" else name].get((2, dim), [])
+                for i, (block_m, block_n, warps, stages) in enumerate(shapes):
+                    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+                    yield sparse_case(kernel, dim, 1, warps, stages, blocks, window)
+                    if i == 0:
+                        yield sparse_case(kernel, dim, 4, warps, stages, blocks, masked)
 
 
 def sparse_cases() -> Iterable[Case]:
     yield from sparse_tile_cases(TILES)
+    for name in ("fwd_window", "dq_window", "dkv"):
+        block_m, block_n, warps, stages = TILES[name][4, 128][0]
+        kernel, blocks = SPARSE_KERNELS[name.removesuffix("_window")], {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        yield sparse_case(kernel, 64, 1, warps, stages, blocks, "window_start L", "fp32")
+    kernel = sparse_backward.sparse_prefix_attention_bwd_self_kernel
     for dim in (64, 128):
         blocks = {"BLOCK_T": sparse_backward.SELF_ELEMENTS // dim}
-        kernel = sparse_backward.sparse_prefix_attention_bwd_self_kernel
-        yield sparse_case(kernel, dim, 4, sparse_backward.SELF_WARPS, 3, blocks, "dlse")
+        for given in ("dlse", "dlse L"):
+            yield sparse_case(kernel, dim, 4, sparse_backward.SELF_WARPS, 3, blocks, given)
     blocks = {"BLOCK_N": sparse_backward.SEEN_COLUMNS}
     yield sparse_case(sparse_backward.sparse_prefix_attention_bwd_seen_kernel, 128, 1, 4, 3, blocks, "until")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Fixtures of the kernels' tests: the device, bfloat16, poisoned and huge buffers, the bound on an error."""
+"""Fixtures of the kernels' tests: the device, bfloat16, poisoned and huge buffers, tiles, the bound on an error."""
 
 import dataclasses
 import importlib.util
@@ -105,6 +105,60 @@ def poisoned() -> Callable[[torch.Tensor], torch.Tensor]:
         return view.detach().requires_grad_(tensor.requires_grad)
 
     return poison
+
+
+@pytest.fixture
+def amid_nan() -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that copies a tensor, contiguous and with NaN before and behind it, to differentiate by."""
+
+    def surround(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.full((tensor.numel() + 64,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        return buffer[32:-32].view(tensor.shape).copy_(tensor.detach()).detach().requires_grad_()
+
+    return surround
+
+
+@pytest.fixture
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gives sparse prefix attention tiles so small that a hundred tokens need several; on a GPU the shipped ones."""
+    from ham_kernels.sparse_prefix_attention import backward, tiles
+
+    if "gpu" not in request.keywords:
+        for name, shapes in tiles.TILES.items():
+            monkeypatch.setitem(tiles.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
+            monkeypatch.setitem(tiles.HOPPER_TILES, name, {})
+        monkeypatch.setattr(backward, "SELF_ELEMENTS", 512)
+    tiles.with_tiles.cache_clear()
+    yield
+    tiles.with_tiles.cache_clear()
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
+    """Records the steps of the loops of sparse prefix attention: (name, start, masked)."""
+    from ham_kernels.sparse_prefix_attention import backward, forward
+    from ham_kernels.tuning import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("only the interpreter's steps can be recorded")
+    taken = []
+
+    def recorded(module, name, start, masked):
+        step = getattr(module, name)
+
+        def wrapper(*args):
+            taken.append((name, int(args[start]), bool(args[masked])))
+            return step(*args)
+
+        return wrapper
+
+    for module, name, start, masked in (
+        (forward, "_attend", 7, 12),
+        (backward, "_add_dq", 9, 14),
+        (backward, "_add_dkv", 9, 13),
+    ):
+        monkeypatch.setattr(module, name, recorded(module, name, start, masked))
+    return taken
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ SIGNATURES = {
     ham_kernels.gated_delta_rule_with_prediction: "q k v g beta scale initial_state seq_idx chunk_size score predict",
     ham_kernels.ragged_decode_attention: "q k v keep pages tail scale index recent",
     ham_kernels.slab_table: "slabs",
-    ham_kernels.sparse_prefix_attention: "q k v k_kept v_kept begin end until scale return_lse",
+    ham_kernels.sparse_prefix_attention: "q k v k_kept v_kept begin end until scale window_start real return_lse",
     AttentionView: "norm_weights rope convolved scale_values eps",
     Convolution: "state weight",
     Gates: "a b A_log dt_bias",

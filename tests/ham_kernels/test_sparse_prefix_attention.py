@@ -12,7 +12,6 @@ from ham_hf.reference import naive_sparse_attention  # noqa: E402
 from ham_kernels.compact import compact_kept  # noqa: E402
 from ham_kernels.sparse_prefix_attention import backward, forward, sparse_prefix_attention, tiles  # noqa: E402
 from ham_kernels.sparse_prefix_attention.op import MAX_LENGTH  # noqa: E402
-from ham_kernels.tuning import INTERPRETED  # noqa: E402
 
 KERNELS = {
     "fwd": forward.sparse_prefix_attention_fwd_kernel,
@@ -20,45 +19,7 @@ KERNELS = {
     "dkv": backward.sparse_prefix_attention_bwd_dkv_kernel,
 }
 NAMES = ("q", "k", "v", "k_kept", "v_kept")
-pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu")
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
-    """Tiles so small that a hundred tokens need several, full and cut ones; on a GPU the shipped ones."""
-    if "gpu" not in request.keywords:
-        for name, shapes in tiles.TILES.items():
-            monkeypatch.setitem(tiles.TILES, name, {key: [(32, 16, 4, 2)] for key in shapes})
-            monkeypatch.setitem(tiles.HOPPER_TILES, name, {})
-        monkeypatch.setattr(backward, "SELF_ELEMENTS", 512)
-    tiles.with_tiles.cache_clear()
-    yield
-    tiles.with_tiles.cache_clear()
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Records the steps of the kernels' loops: a list of (name, start, masked)."""
-    if not INTERPRETED:
-        pytest.skip("only the interpreter's steps can be recorded")
-    taken = []
-
-    def recorded(module, name, start, masked):
-        step = getattr(module, name)
-
-        def wrapper(*args):
-            taken.append((name, int(args[start]), bool(args[masked])))
-            return step(*args)
-
-        return wrapper
-
-    for module, name, start, masked in (
-        (forward, "_attend", 7, 12),
-        (backward, "_add_dq", 9, 14),
-        (backward, "_add_dkv", 9, 13),
-    ):
-        monkeypatch.setattr(module, name, recorded(module, name, start, masked))
-    return taken
+pytestmark = pytest.mark.usefixtures("arithmetic_as_on_a_gpu", "small_tiles")
 
 
 def branches(steps, name):
@@ -76,12 +37,6 @@ def make_inputs(device, dtype=torch.float32, *, batch=1, length=77, heads=2, gro
         (batch, heads, columns, V),
     )
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
-
-
-def amid_nan(x):
-    """A contiguous copy with NaN before and behind it."""
-    buffer = torch.full((x.numel() + 64,), torch.nan, dtype=x.dtype, device=x.device)
-    return buffer[32:-32].view(x.shape).copy_(x.detach()).detach().requires_grad_()
 
 
 def counted(keep):
@@ -163,7 +118,7 @@ def test_agrees_with_the_reference_through_compaction(groups, fraction, device, 
         (torch.float32, 4, 4, 1, 16, 16),
     ],
 )
-def test_random_kept_sets(dtype, batch, groups, length, K, V, device, assert_error_within):
+def test_random_kept_sets(dtype, batch, groups, length, K, V, device, amid_nan, assert_error_within):
     keep = torch.rand(batch, length, 2, device=device) < torch.tensor([0.9, 0.4], device=device)
     inputs = make_inputs(device, dtype, batch=batch, length=length, groups=groups, K=K, V=V, columns=length)
     check([amid_nan(x) for x in inputs], counted(keep), assert_error_within)
@@ -396,7 +351,7 @@ def test_addresses_have_64_bits(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("groups", "K", "V"), [(1, 128, 128), (4, 64, 64), (3, 96, 192), (2, 256, 256)])
-def test_real_shapes_on_the_gpu(dtype, groups, K, V, assert_error_within):
+def test_real_shapes_on_the_gpu(dtype, groups, K, V, amid_nan, assert_error_within):
     """The kernel adds up a float32 product in one chain of up to 6,124 rows, cuBLAS in blocks."""
     length, cached = 1531, 300
     factor = 4.0 if dtype == torch.float32 else 2.0

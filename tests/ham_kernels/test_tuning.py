@@ -86,7 +86,10 @@ def run_sparse_prefix_attention(length, device):
     q, k, v = (leaf(1, length, 2, 16, device=device) for _ in range(3))
     end = ((torch.arange(length, device=device) + 1) // 2)[None, :, None].expand(1, -1, 2).contiguous()
     k_kept, v_kept = (x[:, ::2].transpose(1, 2) for x in (k, v))
-    out = ham_kernels.sparse_prefix_attention(q, k, v, k_kept, v_kept, torch.zeros_like(end), end)
+    ham_kernels.sparse_prefix_attention(q, k, v, k_kept, v_kept, torch.zeros_like(end), end).sum().backward()
+    window_start = (torch.arange(length, device=device) - 4).clamp(min=0)[None]
+    nothing = torch.zeros_like(end)
+    out = ham_kernels.sparse_prefix_attention(q, k, v, k_kept, v_kept, nothing, nothing, window_start=window_start)
     out.sum().backward()
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Backward pass of sparse prefix attention: the self term, the queries, and the kept keys and values."""
+"""Backward pass of sparse prefix attention: the self term, the queries, and the keys and values of the columns."""
 
 import torch
 import triton
@@ -10,11 +10,13 @@ from .tiles import (
     head_sizes,
     launch,
     load_tile,
+    own_token,
     query_rows,
     store_tile,
     stream_and_tile,
     tiles_between,
     visible_columns,
+    window_columns,
 )
 
 # Elements of a head that a program of the self term holds at once.
@@ -23,9 +25,9 @@ SELF_ELEMENTS, SELF_WARPS = 4096, 8
 SEEN_COLUMNS = 128
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["L", "T"])
 def sparse_prefix_attention_bwd_self_kernel(
-    q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, T,
+    q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, L, T,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +36,7 @@ def sparse_prefix_attention_bwd_self_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = t < T
     token = ((stream // HK) * T + t) * HK + stream % HK
-    own_value = load_tile(v, token * V, real, V, BLOCK_V).to(tl.float32)
+    own_value = load_tile(v, own_token(token, stream, T, L, HK) * V, real, V, BLOCK_V).to(tl.float32)
     dkey = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
     dvalue = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
     for g in range(0, GROUP):
@@ -61,14 +63,15 @@ def sparse_prefix_attention_bwd_self_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, q, do, log_sum, rest, mean, k_kept, v_kept, until, start, last, begin, end, t, masked, log2_scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq, q, do, log_sum, rest, mean, keys, values, until, start, last, begin, end, t, masked, log2_scale,
+    STRIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the part of the columns `start..start + BLOCK_N` to the gradient of a tile of queries."""
     c = tl.arange(0, BLOCK_N)
     column = start + c
-    k = load_tile(k_kept + start.to(tl.int64) * K, c * K, column < last, K, BLOCK_K)
-    v = load_tile(v_kept + start.to(tl.int64) * V, c * V, column < last, V, BLOCK_V)
+    k = load_tile(keys + start.to(tl.int64) * (STRIDE * K), c * (STRIDE * K), column < last, K, BLOCK_K)
+    v = load_tile(values + start.to(tl.int64) * (STRIDE * V), c * (STRIDE * V), column < last, V, BLOCK_V)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     weights = tl.exp2((logits * log2_scale - log_sum[:, None]) - rest[:, None])
     if masked:
@@ -80,26 +83,44 @@ def _add_dq(
     return tl.dot(slopes.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["T", "M", "T_BUCKET", "M_BUCKET"])
+@triton.jit
+def _add_all_dq(
+    dq, q, do, log_sum, rest, mean, keys, values, until, bounds, begin, end, t, log2_scale,
+    STRIDE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds the part of all columns within the bounds of a tile of queries to their gradient."""
+    first, last, all_first, all_last = bounds
+    if until is not None:
+        all_last = first
+    tiles, inside, inside_end = tiles_between(first, last, all_first, all_last, BLOCK_N)
+    for i in range(0, tiles):
+        masked = (i < inside) | (i >= inside_end)
+        dq = _add_dq(
+            dq, q, do, log_sum, rest, mean, keys, values, until, first + i * BLOCK_N, last, begin, end, t, masked,
+            log2_scale, STRIDE, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit(do_not_specialize=["L", "T", "M", "T_BUCKET", "M_BUCKET"])
 def sparse_prefix_attention_bwd_dq_kernel(
-    q, k, k_kept, v_kept, begin, end, until, do, lse, lse_rest, delta, self_slope, dq, scale, log2_scale,
-    T, M, T_BUCKET, M_BUCKET,
+    q, k, v, k_kept, v_kept, begin, end, until, window_start, shown_until, do, lse, lse_rest, delta, self_slope, dq,
+    scale, log2_scale, L, T, M, T_BUCKET, M_BUCKET,
     HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     stream, tile = stream_and_tile(T * GROUP, BLOCK_M, True)
     t, base, token, query = query_rows(tile * BLOCK_M, stream, T, HK, GROUP, BLOCK_M)
     real = t < T
-    first, last, all_first, all_last = visible_columns(
-        begin, end, tile * BLOCK_M // GROUP, (tile * BLOCK_M + BLOCK_M - 1) // GROUP, T, M, stream, HK
-    )
+    first_query, last_query = tile * BLOCK_M // GROUP, (tile * BLOCK_M + BLOCK_M - 1) // GROUP
+    bounds = visible_columns(begin, end, first_query, last_query, T, M, stream, HK)
     begin_of = tl.load(begin + base + token, mask=real, other=0).to(tl.int32)
     end_of = tl.load(end + base + token, mask=real, other=0).to(tl.int32)
     k_kept += stream * M * K
     v_kept += stream * M * V
     if until is not None:
         until += stream * M
-        all_last = first
 
     queries = load_tile(q + base * GROUP * K, query * K, real, K, BLOCK_K)
     grad = load_tile(do + base * GROUP * V, query * V, real, V, BLOCK_V)
@@ -107,13 +128,21 @@ def sparse_prefix_attention_bwd_dq_kernel(
     rest = tl.load(lse_rest + base * GROUP + query, mask=real, other=0.0)
     mean = tl.load(delta + base * GROUP + query, mask=real, other=0.0)
     own_slope = tl.load(self_slope + base * GROUP + query, mask=real, other=0.0)
-    acc = own_slope[:, None] * load_tile(k + base * K, token * K, real, K, BLOCK_K).to(tl.float32)
-    tiles, inside, inside_end = tiles_between(first, last, all_first, all_last, BLOCK_N)
-    for i in range(0, tiles):
-        masked = (i < inside) | (i >= inside_end)
-        acc = _add_dq(
-            acc, queries, grad, log_sum, rest, mean, k_kept, v_kept, until, first + i * BLOCK_N, last,
-            begin_of, end_of, t, masked, log2_scale, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
+    own_key = load_tile(k + own_token(base, stream, T, L, HK) * K, token * K, real, K, BLOCK_K)
+    acc = _add_all_dq(
+        own_slope[:, None] * own_key.to(tl.float32), queries, grad, log_sum, rest, mean, k_kept, v_kept, until,
+        bounds, begin_of, end_of, t, log2_scale, 1, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
+    )  # fmt: skip
+    if window_start is not None:
+        row, head = stream // HK, stream % HK
+        window_start += row * T
+        if shown_until is not None:
+            shown_until += row * L
+        bounds = window_columns(window_start, first_query, last_query, T, L)
+        begin_of = tl.load(window_start + t, mask=real, other=0).to(tl.int32)
+        acc = _add_all_dq(
+            acc, queries, grad, log_sum, rest, mean, k + (row * L * HK + head) * K, v + (row * L * HK + head) * V,
+            shown_until, bounds, begin_of, L - T + t, t, log2_scale, HK, K, V, BLOCK_K, BLOCK_V, BLOCK_N,
         )  # fmt: skip
     store_tile(dq + base * GROUP * K, query * K, acc * scale, real, K, BLOCK_K)
 
@@ -181,14 +210,14 @@ def _add_dkv(
 
 @triton.jit(do_not_specialize=["T", "M", "T_BUCKET", "M_BUCKET"])
 def sparse_prefix_attention_bwd_dkv_kernel(
-    q, k_kept, v_kept, seen, do, lse, lse_rest, delta, dk_kept, dv_kept, scale, log2_scale, T, M, T_BUCKET, M_BUCKET,
-    HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    q, keys, values, seen, do, lse, lse_rest, delta, dkeys, dvalues, scale, log2_scale, T, M, T_BUCKET, M_BUCKET,
+    HK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     stream, tile = stream_and_tile(M, BLOCK_N, False)
     c = tl.arange(0, BLOCK_N)
     column = tile * BLOCK_N + c
-    seen += 2 * stream * M
+    seen += 2 * (stream // STRIDE) * M
     seen_from = tl.load(seen + column, mask=column < M, other=0)
     seen_until = tl.load(seen + M + column, mask=column < M, other=0)
     # A column that no query sees may hold anything, and does not affect which queries see all of the tile.
@@ -198,9 +227,9 @@ def sparse_prefix_attention_bwd_dkv_kernel(
     all_first = tl.max(tl.where(exists, seen_from, 0), 0) * GROUP
     all_last = tl.minimum(tl.min(tl.where(exists, seen_until, T), 0) * GROUP, last)
 
-    start = stream * M + tile * BLOCK_N
-    k = load_tile(k_kept + start * K, c * K, exists, K, BLOCK_K)
-    v = load_tile(v_kept + start * V, c * V, exists, V, BLOCK_V)
+    start = ((stream // STRIDE) * M + tile * BLOCK_N) * STRIDE + stream % STRIDE
+    k = load_tile(keys + start * K, c * (STRIDE * K), exists, K, BLOCK_K)
+    v = load_tile(values + start * V, c * (STRIDE * V), exists, V, BLOCK_V)
     dkey = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     tiles, inside, inside_end = tiles_between(first, last, all_first, all_last, BLOCK_M)
@@ -211,8 +240,38 @@ def sparse_prefix_attention_bwd_dkv_kernel(
             stream, T, log2_scale, HK, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
     dkey, dvalue = tl.where(exists[:, None], dkey * scale, 0.0), tl.where(exists[:, None], dvalue, 0.0)
-    store_tile(dk_kept + start * K, c * K, dkey, column < M, K, BLOCK_K)
-    store_tile(dv_kept + start * V, c * V, dvalue, column < M, V, BLOCK_V)
+    store_tile(dkeys + start * K, c * (STRIDE * K), dkey, column < M, K, BLOCK_K)
+    store_tile(dvalues + start * V, c * (STRIDE * V), dvalue, column < M, V, BLOCK_V)
+
+
+def _columns_bwd(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    until: torch.Tensor | None,
+    scale: float,
+    *sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the columns `keys` and `values`, `[B, Hk, M, *]`, from all queries that see them.
+
+    `begin` and `end` are `[B, T, Hk]` for kept columns; for tokens of the window, `[B, M, Hk, *]` in memory, they are
+    `[B, T, 1]`, and all heads of a row share what they say.
+    """
+    dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
+    batch, length, heads = begin.shape
+    columns = keys.shape[2]
+    if columns:
+        seen = torch.empty(batch * heads, 2, columns, dtype=torch.int32, device=q.device)
+        sparse_prefix_attention_bwd_seen_kernel[(triton.cdiv(columns, SEEN_COLUMNS), batch * heads)](
+            begin, end, until, seen, length, columns, heads, SEEN_COLUMNS, num_warps=4
+        )
+        launch(
+            sparse_prefix_attention_bwd_dkv_kernel, "dkv", q, keys, values,
+            q, keys, values, seen, *sums, dkeys, dvalues, scale, scale * LOG2E.value, STRIDE=keys.shape[1] // heads,
+        )  # fmt: skip
+    return dkeys, dvalues
 
 
 def sparse_prefix_attention_bwd(
@@ -224,6 +283,8 @@ def sparse_prefix_attention_bwd(
     begin: torch.Tensor,
     end: torch.Tensor,
     until: torch.Tensor | None,
+    window_start: torch.Tensor | None,
+    shown_until: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
     lse_rest: torch.Tensor,
@@ -233,27 +294,29 @@ def sparse_prefix_attention_bwd(
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of `q`, `k`, `v`, `k_kept` and `v_kept`."""
-    dq, dk, dv, dk_kept, dv_kept = (torch.empty_like(x) for x in (q, k, v, k_kept, v_kept))
+    batch, length = q.shape[:2]
+    tokens = None if window_start is None else k.shape[1]
+    dq, dk, dv = torch.empty_like(q), *(x.new_empty(batch, length, *x.shape[2:]) for x in (k, v))
     delta, self_slope = torch.empty_like(lse), torch.empty_like(lse)
-    log2_scale = scale * LOG2E.value
-    sizes, length = head_sizes(q, k_kept, v_kept), q.shape[1]
+    sizes = head_sizes(q, k_kept, v_kept)
     block_t = SELF_ELEMENTS // max(sizes["BLOCK_K"], sizes["BLOCK_V"])
-    sparse_prefix_attention_bwd_self_kernel[(triton.cdiv(length, block_t), q.shape[0] * sizes["HK"])](
-        q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, length,
+    sparse_prefix_attention_bwd_self_kernel[(triton.cdiv(length, block_t), batch * sizes["HK"])](
+        q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, tokens, length,
         **sizes, BLOCK_T=block_t, num_warps=SELF_WARPS,
     )  # fmt: skip
+    sums = (do, lse, lse_rest, delta)
     launch(
-        sparse_prefix_attention_bwd_dq_kernel, "dq", q, k_kept, v_kept,
-        q, k, k_kept, v_kept, begin, end, until, do, lse, lse_rest, delta, self_slope, dq, scale, log2_scale,
+        sparse_prefix_attention_bwd_dq_kernel, "dq" if window_start is None else "dq_window", q, k_kept, v_kept,
+        q, k, v, k_kept, v_kept, begin, end, until, window_start, shown_until, *sums, self_slope, dq,
+        scale, scale * LOG2E.value, tokens,
     )  # fmt: skip
-    columns, streams = k_kept.shape[2], q.shape[0] * sizes["HK"]
-    if columns:
-        seen = torch.empty(streams, 2, columns, dtype=torch.int32, device=q.device)
-        sparse_prefix_attention_bwd_seen_kernel[(triton.cdiv(columns, SEEN_COLUMNS), streams)](
-            begin, end, until, seen, length, columns, sizes["HK"], SEEN_COLUMNS, num_warps=4
+    dk_kept, dv_kept = _columns_bwd(q, k_kept, v_kept, begin, end, until, scale, *sums)
+    if window_start is not None:
+        own = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).repeat(batch, 1)
+        dkeys, dvalues = _columns_bwd(
+            q, k.transpose(1, 2), v.transpose(1, 2), window_start[..., None], own[..., None], shown_until, scale, *sums
         )
-        launch(
-            sparse_prefix_attention_bwd_dkv_kernel, "dkv", q, k_kept, v_kept,
-            q, k_kept, v_kept, seen, do, lse, lse_rest, delta, dk_kept, dv_kept, scale, log2_scale,
-        )  # fmt: skip
+        dkeys[:, :, -length:] += dk.transpose(1, 2)
+        dvalues[:, :, -length:] += dv.transpose(1, 2)
+        dk, dv = dkeys.transpose(1, 2), dvalues.transpose(1, 2)
     return dq, dk, dv, dk_kept, dv_kept

@@ -44,6 +44,11 @@ HOPPER_TILES = {
     "dq": {(2, 128): [(128, 64, 8, 2)]},
     "dkv": {(2, 64): [(64, 128, 8, 2), (64, 64, 4, 2)], (2, 128): [(32, 128, 8, 2)]},
 }
+# The second loop of a kernel with a window needs registers, so some of these tiles would spill, and others take over.
+TILES["fwd_window"] = TILES["fwd"]
+TILES["dq_window"] = TILES["dq"] | {(2, 64): [(128, 32, 8, 2)], (2, 128): [(64, 64, 8, 2)], (4, 128): [(32, 32, 8, 2)]}
+HOPPER_TILES["fwd_window"] = HOPPER_TILES["fwd"] | {(2, 128): [(128, 64, 8, 3)]}
+HOPPER_TILES["dq_window"] = {(2, 64): [(128, 64, 8, 2)], (2, 128): [(128, 64, 8, 2)]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +59,9 @@ HOPPER_TILES = {
 # from `lse`: at large logits it would change a weight of nearly 1 by more than anything else does. For the same reason
 # the backward pass takes a query's weight on itself, `self_weight`, from the forward: another kernel may round that
 # logit otherwise.
+# The window of a query shows the tokens from its `window_start` up to its own, among `L` of each row (`None` without a
+# window) that end with the queries' own, to queries before the token's `shown_until`: `T`, or 0 for padding. In memory
+# the columns of a head lie `STRIDE` rows apart: 1 for kept tokens, `HK` for tokens of the window.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +102,14 @@ def query_rows(start, stream, T, HK: tl.constexpr, GROUP: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def own_token(token, stream, T, L, HK: tl.constexpr):
+    """Place of a token among the keys from its place among the queries; `L - T` keys of a row come before these."""
+    if L is not None:
+        token += (stream // HK + 1) * (L - T) * HK
+    return token
+
+
+@triton.jit
 def tiles_between(first, last, all_first, all_last, BLOCK: tl.constexpr):
     """Number of tiles that cover `first..last`, and the range of those that lie inside `all_first..all_last`."""
     inside = tl.cdiv(tl.maximum(all_first - first, 0), BLOCK)
@@ -113,6 +129,15 @@ def visible_columns(begin, end, first, last, T, M, stream, HK: tl.constexpr):
     return tl.maximum(some_first, 0), tl.minimum(some_last, M), all_first, tl.minimum(all_last, M)
 
 
+@triton.jit
+def window_columns(window_start, first, last, T, L):
+    """Bounds of the tokens before their own that some, and that all, of the queries `first..last` of a row see."""
+    last = tl.minimum(last, T - 1)
+    some_first = tl.load(window_start + first).to(tl.int32)
+    all_first = tl.load(window_start + last).to(tl.int32)
+    return tl.maximum(some_first, 0), L - T + last, all_first, L - T + first
+
+
 @functools.cache
 def with_tiles(kernel: Any, name: str, itemsize: int, width: int, hopper: bool) -> Any:
     """The kernel with the tile shapes of `name` for a type of `itemsize` bytes and heads up to `width` wide."""
@@ -122,7 +147,10 @@ def with_tiles(kernel: Any, name: str, itemsize: int, width: int, hopper: bool) 
         triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
         for block_m, block_n, warps, stages in tiles
     ]
-    return tuned(configs, key=["T_BUCKET", "M_BUCKET", "GROUP", "K", "V"])(kernel)
+    key = ["T_BUCKET", "M_BUCKET", "GROUP", "K", "V"]
+    if name == "dkv":
+        key.append("STRIDE")  # far fewer queries see a token of the window than a kept one
+    return tuned(configs, key=key)(kernel)
 
 
 def head_sizes(q: torch.Tensor, k_kept: torch.Tensor, v_kept: torch.Tensor) -> dict[str, int]:
@@ -136,7 +164,13 @@ def head_sizes(q: torch.Tensor, k_kept: torch.Tensor, v_kept: torch.Tensor) -> d
 
 
 def launch(
-    kernel: Any, name: str, q: torch.Tensor, k_kept: torch.Tensor, v_kept: torch.Tensor, *arguments: Any
+    kernel: Any,
+    name: str,
+    q: torch.Tensor,
+    k_kept: torch.Tensor,
+    v_kept: torch.Tensor,
+    *arguments: Any,
+    **constants: int,
 ) -> None:
     """Runs a kernel, one program per tile and stream, with the tile shapes of `name`; `arguments` are contiguous."""
     length, columns, sizes = q.shape[1], k_kept.shape[2], head_sizes(q, k_kept, v_kept)
@@ -149,4 +183,4 @@ def launch(
 
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
     tiled = with_tiles(kernel, name, q.element_size(), max(sizes["K"], sizes["V"]), hopper)
-    tiled[grid](*arguments, length, columns, next_bucket(length), next_bucket(columns), **sizes)
+    tiled[grid](*arguments, length, columns, next_bucket(length), next_bucket(columns), **sizes, **constants)
