@@ -18,8 +18,11 @@ def runs_table(runs: list[Run], width: int) -> Table:
     """The table of `runs` for a console of `width` columns."""
     unit, size = unit_of(max(run.full_kv_bytes for run in runs))
     setting = "kv-\nusage" if runs[0].setting.name == "kv_usage" else "thres-\nhold"
-    headers = [setting, "tokens\nseen", "kept/\nhead", "total\nusage", "usage by\nlayer"]
+    headers = [setting, "tokens\nseen", "held/\nhead", "total\nusage", "usage by\nlayer"]
     headers += [f"KV held\n{unit}", f"KV full\n{unit}", "held/\nfull", f"state\n{unit}", "tokens\n/s"]
+    windows = any(run.kept < run.usage for run in runs)
+    if windows:
+        headers.insert(3, "router\nkept")
     if any(run.loss is not None for run in runs):
         headers.append("loss on\n2nd half")
     padding = (0, 1 if width >= WIDE else 0, 0, 0)
@@ -28,16 +31,17 @@ def runs_table(runs: list[Run], width: int) -> Table:
         left = header.startswith("usage by")
         table.add_column(header, justify="left" if left else "right", vertical="bottom", overflow="fold")
     for run in runs:
-        table.add_row(*cells(run, size))
+        table.add_row(*cells(run, size, windows))
     return table
 
 
-def cells(run: Run, unit_size: int) -> list[str | Text]:
-    """One row; bytes are divided by `unit_size`."""
+def cells(run: Run, unit_size: int, windows: bool) -> list[str | Text]:
+    """One row; bytes are divided by `unit_size`; with `windows` the share that the routers kept has a column."""
     row: list[str | Text] = [
         run.setting.label,
         f"{run.tokens_seen:,}",
-        f"{run.kept_per_head:,.1f}",
+        f"{run.held_per_head:,.1f}",
+        *([f"{run.kept:.1%}"] if windows else []),
         f"{run.usage:.1%}",
         Text(bars(run.usage_by_layer), style="cyan"),
         f"{run.kv_bytes / unit_size:,.1f}",

@@ -52,10 +52,11 @@ class Run:
     Attributes:
         setting: the run's rule for kept tokens.
         tokens_seen: tokens the cache has read.
-        kept_per_head: tokens kept, the mean over the heads of every layer with attention.
-        usage_by_layer: fraction kept by each layer with attention, the mean over its heads.
-        usage: fraction kept by all of them.
-        kv_bytes: bytes allocated for the kept tokens.
+        held_per_head: tokens in memory, the mean over the heads of every layer with attention.
+        usage_by_layer: fraction held by each layer with attention, the mean over its heads.
+        usage: fraction held by all of them.
+        kept: fraction that their routers kept, without tokens that are held only while they are in the window.
+        kv_bytes: bytes allocated for the held tokens.
         full_kv_bytes: bytes of the keys and values of every token seen.
         state_bytes: bytes of the states of fixed size.
         tokens_per_second: speed of the continuation.
@@ -65,9 +66,10 @@ class Run:
 
     setting: Setting
     tokens_seen: int
-    kept_per_head: float
+    held_per_head: float
     usage_by_layer: list[float]
     usage: float
+    kept: float
     kv_bytes: int
     full_kv_bytes: int
     state_bytes: int
@@ -131,12 +133,15 @@ def measure(cache: HAMCache, setting: Setting, prompt_tokens: int, speed: float,
     """Reads the measurements of a run from its `cache`."""
     layers = [i for i, layer_type in enumerate(cache.config.layer_types or []) if layer_type != "linear_attention"]
     usage = cache.kv_usage()[layers]
+    # As `kv_usage` divides, so that both are equal without a window.
+    kept = cache.kept_tokens()[layers].float() / cache.get_seq_length()
     return Run(
         setting=setting,
         tokens_seen=cache.get_seq_length(),
-        kept_per_head=cache.kept_tokens()[layers].float().mean().item(),
+        held_per_head=cache.held_tokens()[layers].float().mean().item(),
         usage_by_layer=usage.mean((1, 2)).tolist(),
         usage=usage.mean().item(),
+        kept=kept.mean().item(),
         kv_bytes=cache.memory_bytes() - cache.state_bytes(),
         full_kv_bytes=cache.full_kv_bytes(),
         state_bytes=cache.state_bytes(),

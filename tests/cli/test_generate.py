@@ -13,7 +13,7 @@ from ham_hf import HAMCache, HAMForCausalLM
 from ham_hf.cli import demo
 from ham_hf.cli import models as cli_models
 from ham_hf.inspection.kept_tokens import printable
-from ham_hf.inspection.run_table import bars
+from ham_hf.inspection.run_table import bars, runs_table
 from ham_hf.inspection.runs import Setting, heads_that_kept, measure, prefill
 from tests.cli.calls import PROMPT, generate, refusal, rows, save, tiny_model
 
@@ -215,8 +215,31 @@ def test_mixed_layers_are_measured_where_they_have_attention(tokenizer):
     run = measure(cache, Setting("threshold", 2.0), ids.shape[1], speed=1.0, loss=None)
     assert run.usage_by_layer == [0.0, 1.0]
     assert run.usage == 0.5
-    assert run.kept_per_head == (ids.shape[1] - 1) / 2
+    assert run.held_per_head == (ids.shape[1] - 1) / 2
+    assert run.kept == 0.5
     assert set(run.prompt_heads) == {0}
+
+
+def test_a_window_is_told_apart_from_what_the_router_kept(tokenizer):
+    window = tiny_model(len(tokenizer), attention_window=4, attention_sinks=1)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    runs = []
+    for model in (window, tiny_model(len(tokenizer))):
+        cache = HAMCache(model.config)
+        prefill(model, ids, cache, Setting("threshold", 2.0))
+        runs.append(measure(cache, Setting("threshold", 2.0), ids.shape[1], speed=1.0, loss=None))
+    seen = runs[0].tokens_seen
+    assert (runs[0].held_per_head, runs[0].usage, runs[0].kept) == (
+        4,
+        pytest.approx(4 / seen),
+        pytest.approx(1 / seen),
+    )
+    assert [str(column.header) for column in runs_table(runs[:1], 120).columns][2:5] == [
+        "held/\nhead",
+        "router\nkept",
+        "total\nusage",
+    ]
+    assert "router\nkept" not in [column.header for column in runs_table(runs[1:], 120).columns]
 
 
 def test_prompts_are_read_in_pieces(tokenizer, monkeypatch):
