@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import ham_hf
@@ -35,6 +36,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_every_command_of_the_journey(run_program, tmp_path):
     text = (ROOT / "README.md").read_text().split("<!-- journey:begin -->")[1].split("<!-- journey:end -->")[0]
     commands = re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).splitlines()

@@ -125,6 +125,7 @@ assert type(AutoModelForCausalLM.from_config(config)) is ham_hf.HAMForCausalLM
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_it_for_users_at_once(run_program, tmp_path):
     done = run_program(AT_ONCE, folder=tmp_path, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -135,6 +136,7 @@ def test_the_command_registers_it_with_the_first_class_that_is_asked_for():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_pipe_gets_the_whole_text_without_escape_codes(checkpoint):
     """And stderr nothing, whatever torchao and PyTorch have to say about each other."""
     command = [sys.executable, "-c", COMMAND, "generate", PROMPT, "--model", checkpoint]

@@ -76,6 +76,7 @@ def test_every_kernel_has_a_case():
 
 
 @pytest.mark.timeout(1200)  # all kernels in one process, a minute or two where nothing is cached
+@pytest.mark.slow
 def test_the_first_case_of_every_kernel_fits_a_hopper_chip():
     results = compile_cases("--quick", "--arch", 90)
     for op, cases in CASES.items():

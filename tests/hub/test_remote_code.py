@@ -246,6 +246,7 @@ print(json.dumps([[message for message in told if message.startswith("HAM was te
 """
 
 
+@pytest.mark.slow
 def test_untested_releases_are_told_of_once(checkpoint, run_python, tmp_path):
     """By the code of two checkpoints, which is loaded as two modules, and by each model that is made."""
     copy = tmp_path / "other"
@@ -343,6 +344,7 @@ def test_a_checkpoint_of_the_trainer_carries_the_code_and_resumes(tiny_config, t
     assert code_in(tmp_path / "checkpoint-2") == code_files
 
 
+@pytest.mark.slow
 def test_under_fsdp_the_model_is_saved_and_not_the_class_that_pytorch_made_of_it(run_python, tmp_path, code_files):
     """FSDP derives a class of its own from the model's; Transformers would save the file that defines it."""
     program = """

@@ -138,6 +138,7 @@ def test_it_comes_back_as_it_was_by_branch_tag_and_commit(published, run_python,
         assert load["chat"] == "Ahoy"
 
 
+@pytest.mark.slow
 def test_a_pinned_revision_has_the_weights_and_the_code_of_that_commit(published, run_python, tmp_path):
     """Without the package `revision` pins weights and code, `code_revision` the code alone."""
     expected = [
@@ -153,6 +154,7 @@ def test_a_pinned_revision_has_the_weights_and_the_code_of_that_commit(published
         assert load["module"].startswith("transformers_modules.someone.ham.")
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_is_resumed_or_leaves_nothing(published, run_python, tmp_path):
     """The first version breaks once, after a whole piece; of the second one shard never comes to its end."""
     hub, first, second = published.hub, published.first, published.second
@@ -191,6 +193,7 @@ print(json.dumps(outcome))
     assert not (snapshots / second / "model-00002-of-00002.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_is_retried_or_leaves_the_commit_before(run_python, tmp_path):
     """A push shows whole or not at all, whether a file, every attempt at it, or the commit breaks in the middle."""
     program = (

@@ -406,6 +406,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_no_network_and_no_write_elsewhere(tmp_path):
     """From the import to the saved model; torch itself tries the temporary folder out, and keeps a cache there."""
     places = {name: tmp_path / name for name in ("home", "tmp", "here", "target")}

@@ -63,7 +63,8 @@ def directly(model, tokenizer, threshold):
     return sum(right) / len(right), likelihoods
 
 
-@pytest.mark.parametrize("threshold", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [0, 2])
 def test_threshold_decides_the_score(threshold, checkpoint, with_code, model, tokenizer, run_program, tmp_path):
     """Once by `ham-hf run`, once by the code beside the checkpoint in a process that never imports ham_hf."""
     if threshold == 0:

@@ -240,7 +240,7 @@ def train(model, schedule, steps, kind="adamw"):
         pytest.param("sgd", "learned", "head", 0.5, marks=pytest.mark.slow),
         pytest.param("adamw", "cosine", "model", 0.5, marks=pytest.mark.slow),
         ("adamw", "learned", "layer", [0.25, 0.75]),
-        ("muon", "cosine", "head", [0.75, 0.25]),
+        pytest.param("muon", "cosine", "head", [0.75, 0.25], marks=pytest.mark.slow),
     ],
 )
 def test_usage_meets_its_target_and_stays_there(kind, router, scope, target, tiny_config):
@@ -291,7 +291,7 @@ def test_a_model_that_kept_nothing_comes_to_its_target(tiny_config):
 
 
 @pytest.mark.parametrize("scope", ["head", pytest.param("model", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("target", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_an_extreme_target_is_met_without_winding_up(target, scope, tiny_config):
     model = HAMForCausalLM(tiny_config(num_hidden_layers=1 if scope == "head" else 2, threshold_scope=scope))
     usage, thresholds = train(model, UsageSchedule(((0, target),)), 100)

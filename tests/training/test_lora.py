@@ -180,6 +180,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(unbroken, recipe_of
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_adapters_alone(recipe_of, folder):
     recipe = recipe_of("alone", "usage: {{target: 0.25}}\nlora: {{", "lora: {{merge: false, ")
     watch = watched(recipe)

@@ -173,6 +173,7 @@ class TestKernels:
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
                 assert not {name.split(".")[0] for name in names} & {"fla", "triton", "causal_conv1d"}, path.name
 
+    @pytest.mark.slow
     def test_an_importable_fla_is_left_alone(self, tmp_path):
         for name in ("fla", "causal_conv1d"):
             (tmp_path / name).mkdir()
