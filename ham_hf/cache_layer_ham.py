@@ -154,14 +154,15 @@ class HAMCacheLayer(CacheLayerMixin):
             return attend_new(q, k, v, keep, scores, budget, window=self.window, real=real)
         start = None
         if self.recent is not None:
-            if q.shape[1] == 1:
+            # A gradient needs copies: the next token overwrites the oldest one of the ring.
+            if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
                 recent = self.recent.keys, self.recent.values, self.recent.fill(self._seen_by_stream())
                 return _attend_stored(q, k, v, keep, self.store, recent)
             k, v, keep, scores, real = self._after_recent(self.recent, k, v, keep, scores, real)
             start = window_starts(self.window, k.shape[0], k.shape[1], k.device, real, None)[:, -q.shape[1] :]
         # With a budget, stored tokens may be dropped during a call; the budget also bounds the cost of padding.
         if budget is None or q.shape[1] == 1:
-            return _attend_stored(q, k, v, keep, self.store, None, start, real)
+            return _attend_stored(q, k, v, keep, self.store, window_start=start, real=real)
         batch, _, heads, _ = k.shape
         held = self.store.tokens()
         largest = int(self.store.counts.max())

@@ -140,6 +140,32 @@ def test_a_layer_in_pieces_attends_as_over_the_whole(cuts, window, budget):
     assert torch.equal(layer.held_tokens(), held)
 
 
+@pytest.mark.parametrize("new", [1, 4])
+def test_gradients_on_a_filled_layer_outlive_its_growth(new):
+    inputs = {name: x.double() for name, x in attention_inputs(30 + new).items()}
+    keep, scores = torch.rand(2, 30 + new, 2) < 0.5, torch.rand(2, 30 + new, 2)
+    layer = HAMCacheLayer(6)
+
+    def step(part):
+        tokens = {"keys": inputs["k"][:, part], "values": inputs["v"][:, part]}
+        tokens |= {"scores": scores[:, part], "keep": keep[:, part]}
+        return LayerStep(torch.arange(30 + new)[part].expand(2, -1), **tokens)
+
+    def cached(**x):
+        out = layer.attend(*x.values(), keep[:, -new:], scores[:, -new:], None)
+        layer.update(step(slice(30, 30 + new)))
+        layer.update(step(slice(0, 30)))
+        return [out]
+
+    def dense(**x):
+        joined = (torch.cat([inputs[name][:, :30], y], 1) for name, y in x.items())
+        return [naive_sparse_attention(*joined, keep, window=6)[0][:, -new:]]
+
+    layer.update(step(slice(0, 30)))
+    last = {name: x[:, 30:].clone() for name, x in inputs.items()}
+    assert_same_function(cached, dense, last, torch.float64, ["out"])
+
+
 @pytest.mark.parametrize("fill", [[0, 0, 0], [3, 0, 7], [7, 7, 7]], ids=str)
 def test_one_token_reads_its_window_beside_the_pages(fill):
     q, k, v = torch.randn(3, 1, 2, 8).double(), torch.randn(3, 1, 8).double(), torch.randn(3, 1, 5).double()
