@@ -54,6 +54,8 @@ logger = logging.get_logger(__name__)
 
 # Learned threshold of a new model: the score of a token for which the RNN predicts nothing.
 INITIAL_THRESHOLD = 0.5
+# Weight of the error in a new `learned_error` router: errors within 1/8 of 1/2 have logits within 1 of 0.
+INITIAL_ERROR_WEIGHT = 8.0
 # Arguments that the loss function reads; it would silently drop others.
 LOSS_ARGUMENTS = {"shift_labels", "num_items_in_batch", "ignore_index"}
 
@@ -152,8 +154,6 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
         elif isinstance(module, HAMShortConvolution):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, HAMRouter) and module.kind == "learned_error":
-            init.ones_(module.error_weight)
         elif isinstance(module, HAMMixer):
             self._init_mixer(module)
 
@@ -170,8 +170,16 @@ class HAMPreTrainedModel(HAMLoadingMixin, PreTrainedModel):
             init.zeros_(mixer.score_quantiles)
 
     def _init_router(self, router: HAMRouter) -> None:
-        """Logits of unit variance for all sizes: if all scores lay at the threshold, all or none would be kept."""
+        """Logits of about unit variance for all sizes: if all scores lay at the threshold, all or none would be kept.
+
+        `learned_error` starts as `sigmoid(w (e - 1 / 2))`, which ranks tokens as the error does; the MLP corrects it.
+        """
         init.normal_(router.up_proj.weight, std=router.up_proj.in_features**-0.5)
+        if router.kind == "learned_error":
+            init.zeros_(router.down_proj.weight)
+            init.constant_(router.down_proj.bias, -INITIAL_ERROR_WEIGHT / 2)
+            init.constant_(router.error_weight, INITIAL_ERROR_WEIGHT)
+            return
         # The mean square of SiLU(x) is 0.36 for a unit normal `x`.
         init.normal_(router.down_proj.weight, std=(0.36 * router.down_proj.in_features) ** -0.5)
 

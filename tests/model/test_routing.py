@@ -152,6 +152,35 @@ def test_learned_scores_equal_their_formulas(tiny_config):
     assert torch.allclose(scored(module, **inputs), logits.sigmoid(), atol=1e-6)
 
 
+def test_a_fresh_learned_error_router_ranks_tokens_as_the_error_does(tiny_config):
+    """The token has no say at the start; trained, the MLP corrects what the error says."""
+    router = HAMForCausalLM(tiny_config(router="learned_error")).model.layers[0].mixer.router
+    inputs = router_inputs()
+    errors = cosine_score(inputs["v"], inputs["prediction"]).detach()
+    scores = scored(router, **inputs).detach()
+    for head in range(2):
+        by_error = errors[..., head].flatten().argsort()
+        assert (scores[..., head].flatten()[by_error].diff() >= 0).all()
+    assert torch.equal(scores >= 0.5, errors >= 0.5), "also by the first threshold"
+    assert 0.15 < scores.std() < 0.35
+    other_tokens = inputs | {"hidden_states": torch.randn_like(inputs["hidden_states"])}
+    assert torch.equal(scored(router, **other_tokens), scores)
+    router.down_proj.weight.data.normal_()
+    assert not torch.equal(scored(router, **other_tokens), scored(router, **inputs))
+
+
+def test_a_learned_error_router_has_the_parameters_that_it_always_had(tiny_config):
+    """Checkpoints that began with an error of weight 1 beside random logits hold these, and the same formula reads them."""
+    router = HAMForCausalLM(tiny_config(router="learned_error")).model.layers[0].mixer.router
+    assert {name: list(x.shape) for name, x in router.state_dict().items()} == {
+        "up_proj.weight": [8, 32],
+        "up_proj.bias": [8],
+        "down_proj.weight": [2, 8],
+        "down_proj.bias": [2],
+        "error_weight": [2],
+    }
+
+
 @pytest.mark.parametrize("router", LEARNED_ROUTERS)
 def test_a_learned_router_learns_through_the_values_that_attention_reads(router, tiny_config):
     model = HAMModel(tiny_config(router=router, num_hidden_layers=1)).train()
@@ -160,7 +189,7 @@ def test_a_learned_router_learns_through_the_values_that_attention_reads(router,
         model.zero_grad()
         output = model(torch.randint(1, 97, (2, 20)), threshold=threshold, use_cache=False)
         output.last_hidden_state.square().sum().backward()
-        assert mixer.router.up_proj.weight.grad.abs().max() > 0
+        assert mixer.router.down_proj.weight.grad.abs().max() > 0
         assert mixer.threshold.grad is None
 
 
