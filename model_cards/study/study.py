@@ -20,7 +20,7 @@ from .recall_study import run_recall
 from .results import result_file, results_by_name
 
 STUDIES = Path(__file__).parent
-PARTS = ("recall", "gradients", "language")
+PARTS = ("recall", "gradients", "repairs", "language")
 PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
 
 

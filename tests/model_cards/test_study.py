@@ -14,7 +14,7 @@ from model_cards.rows import append_row, current_commit, read_rows
 from model_cards.study import language, recall_study, report, study
 from model_cards.study.__main__ import main
 from model_cards.study.fitting import Training, block_means, build_model, config_of_size, fit
-from model_cards.study.gradients import GRADIENTS, use_gradient
+from model_cards.study.gradients import GRADIENTS, attention_received, use_gradient
 from model_cards.study.job import NAME
 from model_cards.study.recall import IGNORED, RecallTask
 
@@ -153,6 +153,58 @@ class TestGradients:
         # Scaling value j by s_j adds s_j times what its readers take of it.
         per_value = torch.einsum("bhts,bthv->bshv", weights, upstream)
         torch.testing.assert_close(gradient, (per_value * v).sum(-1), rtol=0, atol=1e-12)
+
+    def test_behind_the_norm_the_mean_score_counts_whatever_the_size_of_values(self, mixed):
+        out, q, k, v, scores, keep = mixed("behind_norm")
+        values, _ = naive_sparse_attention(q, k, v, keep)
+        mean_score, _ = naive_sparse_attention(q, k, scores[..., None], keep)
+        model = small_model(SMALL | {"router": "learned"}, 6000)
+        use_gradient(model, "behind_norm")
+        norm = model.model.layers[0].mixer.kv_norm
+        wanted = torch.nn.functional.rms_norm(values, (8,), eps=norm.eps) * mean_score
+        torch.testing.assert_close(norm.double()(out), wanted, rtol=0, atol=1e-12)
+
+    def test_noise_tries_dropped_tokens_in_training_alone(self):
+        torch.manual_seed(0)
+        mixer = small_model(SMALL | {"router": "learned"}, 6000).model.layers[0].mixer
+        mixer.__class__ = GRADIENTS["noise"]
+        scores, k = torch.full((1, 4000, 2), 0.4), torch.zeros(1, 4000, 2, 8)
+        threshold = torch.full((1, 2), 0.5)
+        noisy, kept = mixer.train()._route(scores, k, threshold, None)
+        # The threshold lies log(3 / 2) logits higher, which a unit normal exceeds in 34.3% of cases.
+        assert abs(kept.float().mean() - 0.343) < 0.02
+        assert abs(noisy.logit().mean() - scores.logit().mean()) < 0.05
+        still, kept = mixer.eval()._route(scores, k, threshold, None)
+        assert torch.equal(still, scores)
+        assert not kept.any()
+
+    def test_a_score_is_drawn_to_the_attention_that_its_token_receives(self):
+        torch.manual_seed(0)
+        q, k = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8)
+        everything = torch.ones(2, 9, 2, dtype=torch.bool)
+        _, weights = naive_sparse_attention(q, k, torch.zeros(2, 9, 2, 8), everything)
+        later = weights.unflatten(1, (2, 2)).tril(-1)
+        received = attention_received(q, k)
+        torch.testing.assert_close(received, later.amax((2, 3)).transpose(1, 2), rtol=0, atol=1e-6)
+        assert (received[:, -1] == 0).all()
+
+        model = small_model(SMALL | {"router": "learned"}, 6000).train()
+        ids = torch.randint(24, (2, 20))
+        mixer, gradients = model.model.layers[1].mixer, []
+        for gradient in ("scaled_values", "received_attention"):
+            use_gradient(model, gradient)
+            outputs = model(input_ids=ids, labels=ids, use_cache=False, output_routing_scores=True)
+            gradients.append(torch.autograd.grad(outputs.loss, outputs.routing_scores[1])[0])
+        found = []
+        handle = mixer.k_norm.register_forward_hook(lambda _, __, out: found.append(out))
+        handle_q = mixer.q_norm.register_forward_hook(lambda _, __, out: found.append(out))
+        model(input_ids=ids, use_cache=False)
+        handle.remove()
+        handle_q.remove()
+        scores = outputs.routing_scores[1].detach().requires_grad_()
+        loss = torch.nn.functional.binary_cross_entropy(scores, attention_received(*found[:2]).detach())
+        (wanted,) = torch.autograd.grad(loss, scores)
+        torch.testing.assert_close(gradients[1] - gradients[0], wanted, rtol=1e-3, atol=1e-6)
 
     @pytest.mark.parametrize("gradient", GRADIENTS)
     def test_each_lets_a_router_learn(self, gradient):
