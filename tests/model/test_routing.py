@@ -170,7 +170,7 @@ def test_a_fresh_learned_error_router_ranks_tokens_as_the_error_does(tiny_config
 
 
 def test_a_learned_error_router_has_the_parameters_that_it_always_had(tiny_config):
-    """Checkpoints that began with an error of weight 1 beside random logits hold these, and the same formula reads them."""
+    """Checkpoints that began with an error of weight 1 beside random logits hold these; the formula is theirs, too."""
     router = HAMForCausalLM(tiny_config(router="learned_error")).model.layers[0].mixer.router
     assert {name: list(x.shape) for name, x in router.state_dict().items()} == {
         "up_proj.weight": [8, 32],
