@@ -38,7 +38,7 @@ AUTO_MAP = {
 LAYER_TYPES = ("hybrid", "linear_attention", "full_attention")
 ERROR_ROUTERS = ("cosine", "l2", "residual")
 LEARNED_ROUTERS = ("learned", "learned_error")
-ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random")
+ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random", "recency")
 THRESHOLD_SCOPES = ("head", "layer", "model")
 OUTPUT_GATES = ("silu", "sigmoid")
 # Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
@@ -206,7 +206,9 @@ class HAMConfig(PreTrainedConfig):
         attention_post_norm (`bool`, *optional*, defaults to `False`): If `True`, layers with attention normalise the
             outputs of the mixer and the MLP instead of their inputs, as OLMo 2 does.
         router (`str`, *optional*, defaults to `"cosine"`): The routing score: `"cosine"`, `"l2"`, `"residual"`
-            (prediction errors of the RNN), `"learned"`, `"learned_error"` or `"random"`.
+            (prediction errors of the RNN), `"learned"`, `"learned_error"`, `"random"` or `"recency"`. The last two are
+            controls: a score is a hash of the token's position, or the position itself, so that with `kv_budget` the
+            most recent tokens stay, a window of equal size. `"recency"` takes no `kv_usage` and learns no threshold.
         attention_window (`int` or `list[int]`, *optional*, defaults to 0): Number of the last tokens, the current one
             included, that attention sees whether they are kept or not: one value, or one per layer, which only hybrid
             layers read. 0 and 1 both mean the current token alone, as in the paper.
@@ -219,7 +221,8 @@ class HAMConfig(PreTrainedConfig):
         threshold_scope (`str`, *optional*, defaults to `"head"`): Unit whose usage meets `target_kv_usage`: each
             `"head"`, the mean of each `"layer"` or the mean of the whole `"model"`.
         threshold (`float` or `list[float]`, *optional*): Threshold used when a call gives none: one value, or one per
-            hybrid layer. `None` uses the learned thresholds.
+            hybrid layer. `None` uses the learned thresholds; with the router `"recency"`, whose scores are the
+            positions in units of `2**-24`, it is 0, which admits every token.
 
     Raises `ValueError` (or huggingface_hub's `StrictDataclassError` for a wrong type) for a combination that no model
     can be built from.
@@ -386,6 +389,11 @@ class HAMConfig(PreTrainedConfig):
         if self.layer_types[layer_idx] != "hybrid":
             return 0
         return value[layer_idx] if isinstance(value, list) else value
+
+    @property
+    def fixed_threshold(self) -> float | int | list[float | int] | None:
+        """The threshold in the place of the learned ones, `None` if those hold."""
+        return 0.0 if self.threshold is None and self.router == "recency" else self.threshold
 
     def layer_shape(self, layer_type: str) -> LayerShape:
         """The shape of layers of a type: linear ones may have their own."""

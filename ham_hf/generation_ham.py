@@ -195,7 +195,7 @@ class HAMGenerationMixin(GenerationMixin):
         hides the other, too.
         """
         own = vars(self.generation_config)
-        if self.config.threshold is not None:
+        if self.config.fixed_threshold is not None:
             # Otherwise a checkpoint's own generation default would override `from_pretrained(path, threshold=...)`.
             own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
         configuration = {} if generation_config is None else vars(generation_config)

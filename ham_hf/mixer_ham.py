@@ -279,7 +279,7 @@ class HAMMixer(nn.Module):
     @property
     def learns_threshold(self) -> bool:
         """True if training moves the threshold: it does not if the configuration fixes one."""
-        return self.config.threshold is None
+        return self.config.fixed_threshold is None
 
     def forward(
         self,

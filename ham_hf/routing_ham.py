@@ -87,6 +87,25 @@ def random_score(positions: torch.Tensor, layer_idx: int, num_heads: int) -> tor
     return x.float() / 2**24
 
 
+def recency_score(positions: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The position in units of `2**-24`, in `[0, 1)`: the control that keeps by age alone.
+
+    A score is fixed when its token arrives, so it cannot fall with age; it rises with the position instead. A full
+    head drops its lowest score, the oldest token: `kv_budget=b` holds the last `b` tokens. `threshold=p / 2**24` holds
+    all tokens from position `p` on. Float32 tells all positions below `2**24` apart; later ones tie, and of equal
+    scores the oldest leaves.
+
+    Args:
+        positions: `[B, T]` int64, each token's index among the real tokens of its row.
+        num_heads: number of key/value heads.
+
+    Returns:
+        `[B, T, num_heads]` float32.
+    """
+    scores = positions.clamp(min=0, max=2**24 - 1).float() / 2**24
+    return scores[..., None].repeat(1, 1, num_heads)
+
+
 class Float32Linear(nn.Linear):
     """A projection computed in float32 or wider for weights of any dtype: in bfloat16 many scores would tie."""
 
@@ -143,7 +162,7 @@ class HAMRouter(nn.Module):
         return scores.masked_fill(scores.isnan(), 1.0)
 
     def without_state(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The part that needs no RNN state: scores of `random` and `learned`, logits of `learned_error`.
+        """The part that needs no RNN state: scores, except of `learned_error`, whose logits these are.
 
         Args:
             hidden_states: `[B, T, D]`; positions: `[B, T]`.
@@ -153,6 +172,8 @@ class HAMRouter(nn.Module):
         """
         if self.kind == "random":
             return random_score(positions, self.layer_idx, self.num_heads)
+        if self.kind == "recency":
+            return recency_score(positions, self.num_heads)
         with torch.autocast(hidden_states.device.type, enabled=False):
             # Use only the outputs of the projections: LoRA, quantisation and offloading change everything else.
             logits = self.down_proj(F.silu(self.up_proj(hidden_states)))
@@ -297,19 +318,25 @@ class Retention(NamedTuple):
         """The rule of each layer; a layer that does not route has an empty rule.
 
         Args:
-            config: the model's; its `threshold` applies if a call gives neither `threshold` nor `kv_usage`.
+            config: the model's; its `fixed_threshold` applies if a call gives neither `threshold` nor `kv_usage`.
             quantiles: `[Hk, Q]` calibrated score quantiles of each hybrid layer; only `kv_usage` needs them.
             batch: number of rows.
             threshold, kv_usage, kv_budget: as `HAMModel.forward` takes them.
 
         Raises:
-            TypeError, ValueError: for arguments that do not fit, and for `threshold` together with `kv_usage`.
+            TypeError, ValueError: for arguments that do not fit, and for `kv_usage` together with `threshold` or with
+                the router `"recency"`.
         """
         kv_usage, kv_budget = check_kv_usage(kv_usage), check_kv_budget(kv_budget)
         if threshold is not None and kv_usage is not None:
             raise ValueError("Give at most one of `threshold` and `kv_usage`: both decide what is kept.")
+        if kv_usage is not None and config.router == "recency":
+            raise ValueError(
+                f"`kv_usage` must be left out with the router 'recency', whose scores are positions, got {kv_usage}: "
+                "give `kv_budget`, how many of the last tokens a head holds."
+            )
         if threshold is None and kv_usage is None:
-            threshold = config.threshold
+            threshold = config.fixed_threshold
         thresholds = check_threshold(threshold, config.num_hybrid_layers, batch, config.num_key_value_heads)
         if kv_usage is not None and quantiles:
             # All layers at once: the check that they were calibrated waits for a GPU.
@@ -344,6 +371,7 @@ __all__ = [
     "error_score",
     "l2_score",
     "random_score",
+    "recency_score",
     "residual_score",
     "usage_threshold",
 ]

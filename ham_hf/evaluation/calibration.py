@@ -22,11 +22,14 @@ def calibrate(model: HAMForCausalLM, batches: Iterable[torch.Tensor | dict[str, 
             `attention_mask`, whose padding does not count; `labels` are not needed.
 
     Raises:
-        ValueError: if there is no batch, or the model has no hybrid layer.
+        ValueError: if there is no batch, the model has no hybrid layer, or its router is `"recency"`, whose scores are
+            positions.
     """
     mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
     if not mixers:
         raise ValueError("`model` has no hybrid layer, so there are no routing scores to calibrate.")
+    if model.config.router == "recency":
+        raise ValueError("`model` has the router 'recency', whose scores are positions: give calls a `kv_budget`.")
     scores: list[list[torch.Tensor]] = [[] for _ in mixers]
     training = model.training
     model.eval()

@@ -34,6 +34,7 @@ ROUTERS = {
     "learned": "an MLP of the token",
     "learned_error": "an MLP of the token and the RNN's prediction error",
     "random": "a hash of the position, as a control",
+    "recency": "the position: a full head drops the oldest token, as a control",
 }
 
 
@@ -47,6 +48,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         repo_id: the repository that the card tells readers to load, a placeholder by default.
     """
     name = quotable(name)
+    config = checkpoint.config
     evaluation = sources.metadata.get("evaluation", {})
     content = {
         "marker": MARKER,
@@ -58,7 +60,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "architecture": architecture_rows(checkpoint),
         "router": router_rows(checkpoint),
         "calibrated": checkpoint.calibrated,
-        "default_thresholds": "learned thresholds" if checkpoint.config.threshold is None else "default threshold",
+        "default_thresholds": "learned thresholds" if config.fixed_threshold is None else "default threshold",
         "repo_id": repo_id or placeholder(name),
         "repo_id_known": repo_id is not None,
         "auto_class": checkpoint.auto_class,
@@ -272,8 +274,8 @@ def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     if not checkpoint.calibrated:
         quantiles = "not calibrated: `kv_usage` is refused until `ham_hf.evaluation.calibrate` has run"
     default = "none: the learned thresholds hold"
-    if config.threshold is not None:
-        default = f"`{config.threshold}`, in the place of the learned ones"
+    if config.fixed_threshold is not None:
+        default = f"`{config.fixed_threshold}`, in the place of the learned ones"
     return [
         ("router", f"`{config.router}`: {ROUTERS[config.router]}"),
         ("learned thresholds", learned_thresholds(checkpoint.thresholds)),

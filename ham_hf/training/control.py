@@ -376,6 +376,11 @@ class ThresholdCallback(TrainerCallback):
 
     def _schedule_for(self, config: HAMConfig) -> UsageSchedule:
         """The schedule, or the configuration's target throughout; raises `ValueError` if a model cannot follow it."""
+        if config.router == "recency":
+            raise ValueError(
+                "`router` of the configuration must be another than 'recency' for thresholds to learn: that one keeps "
+                "the last `kv_budget` tokens."
+            )
         if config.threshold is not None:
             raise ValueError(
                 f"`threshold` of the configuration must be None, so that thresholds learn, got {config.threshold}."

@@ -47,7 +47,7 @@ def add_adapters(model: HAMForCausalLM, recipe: LoraRecipe, train_thresholds: bo
     except (ValueError, re.error) as error:
         raise ValueError(f"`lora: target_modules` does not go with this model: {error}") from error
     for threshold in thresholds_of(model).values():
-        threshold.requires_grad_(train_thresholds and model.config.threshold is None)
+        threshold.requires_grad_(train_thresholds and model.config.fixed_threshold is None)
     return adapted
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ham_hf.configuration_ham import LEARNED_ROUTERS, HAMConfig
+from ham_hf.configuration_ham import ERROR_ROUTERS, LEARNED_ROUTERS, HAMConfig
 from ham_hf.evaluation.markdown import table
 from ham_hf.files import write_whole
 from ham_hf.modeling_ham import HAMForCausalLM
@@ -164,7 +164,7 @@ def operations(config: HAMConfig, context: int, usage: float, chunk: int = CHUNK
     # Per key/value head: products of keys, updates, state; per query head: products with keys, updates, state.
     rnn = kv_heads * (2 * chunk * key + 4 * key * value)
     rnn += heads * (2 * chunk * key + 2 * chunk * value + 2 * key * value)
-    predicts = config.router not in ("learned", "random")
+    predicts = config.router in (*ERROR_ROUTERS, "learned_error")
     prediction = layers * kv_heads * predicts * (2 * key * value + 2 * chunk * value)
     met = layers * heads * (usage * context / 2 + QUERY_BLOCK)
     return Operations(

@@ -473,6 +473,8 @@ def decoded(model, ids, prompt, **options):
         pytest.param({"router": "learned"}, {"threshold": 0.5}, marks=pytest.mark.slow),
         ({"router": "learned_error", "output_gate": False}, {"threshold": torch.tensor([0.615, 0.62])}),
         ({"router": "random", "rnn_output_norm": False, "kv_output_norm": False}, {"threshold": 0.3}),
+        ({"router": "recency", "rope_parameters": None}, {"threshold": 20.5 / 2**24}),
+        pytest.param({"router": "recency"}, {"kv_budget": 17}, marks=pytest.mark.slow),
         ({"attention_conv": False, "num_key_value_heads": 4}, {"kv_budget": 17}),
         pytest.param({"router": "residual", "allow_neg_eigval": True}, {"threshold": 0.5}, marks=pytest.mark.slow),
         ({"output_gate": "sigmoid", "output_norm_eps": 0.1}, {}),

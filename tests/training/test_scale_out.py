@@ -39,7 +39,7 @@ class TestDataParallel:
         assert result["loss"] < 1e-5
         assert result["gradients"] < ROWS_DIVIDED
 
-    @pytest.mark.parametrize("router", ROUTERS)
+    @pytest.mark.parametrize("router", [router for router in ROUTERS if router != "recency"])  # keeps by a budget
     def test_usage_and_thresholds_are_steered_by_all_rows(self, found, router):
         """No rank's own usage is the mean."""
         result = found["data_parallel"][router]

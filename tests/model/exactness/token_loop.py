@@ -70,6 +70,8 @@ class TokenLoop:
         router, error = self.config.router, v - prediction
         if router == "random":
             return random_score(torch.tensor([[self.time]]), layer, self.config.num_key_value_heads)[0, 0, h].double()
+        if router == "recency":
+            return torch.tensor(self.time / 2**24)
         # A prediction of which decay has left next to nothing has no direction.
         cosine = (1 - v @ prediction / (v.norm() * prediction.norm()).clamp(min=1e-8)) / 2
         if router == "cosine":
