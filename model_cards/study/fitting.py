@@ -35,6 +35,7 @@ class Training:
         usage_from: usage at the beginning, which falls in a straight line to the target over the first
             `usage_ramp` of the steps; `None` begins at the target.
         usage_ramp: fraction of the steps in which usage falls.
+        frozen: fraction of the steps, at the beginning, in which thresholds are held where they start.
     """
 
     steps: int
@@ -45,8 +46,11 @@ class Training:
     warmup: int = 100
     usage_from: float | None = None
     usage_ramp: float = 0.3
+    frozen: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.frozen <= 1:
+            raise ValueError(f"`frozen` must be a fraction of the steps, between 0 and 1, got {self.frozen!r}.")
         for name in ("steps", "rows", "warmup"):
             at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "router_learning_rate", "weight_decay"):
@@ -58,9 +62,10 @@ class Training:
 
     def schedule(self, target: Target) -> UsageSchedule:
         """The target usage of every step."""
-        if self.usage_from is None:
-            return UsageSchedule(((0, target),))
-        return UsageSchedule(((0, self.usage_from), (round(self.usage_ramp * self.steps), target)))
+        points: tuple[tuple[int, Target], ...] = ((0, target),)
+        if self.usage_from is not None:
+            points = ((0, self.usage_from), (round(self.usage_ramp * self.steps), target))
+        return UsageSchedule(points, freeze_steps=round(self.frozen * self.steps))
 
 
 def build_model(config: HAMConfig, seed: int) -> HAMForCausalLM:
@@ -87,6 +92,18 @@ def config_of_size(settings: dict[str, Any], parameters: int) -> HAMConfig:
     if width < 1:
         raise ValueError(f"`parameters` must be at least {sizes[0]} for these settings, got {parameters}.")
     return HAMConfig(**settings | {"intermediate_size": width})
+
+
+def routing_arguments(config: HAMConfig, length: int, kv_usage: float | None) -> dict[str, Any]:
+    """Arguments of a call on rows of `length` tokens, to keep a fraction of them; `None`: the fraction of training.
+
+    With the router `"recency"` a budget holds as many of the last tokens: the window to compare other routers with.
+    """
+    if config.router == "recency":
+        usage = config.target_kv_usage if kv_usage is None else kv_usage
+        assert isinstance(usage, float)
+        return {"kv_budget": max(1, round(usage * length))}
+    return {} if kv_usage is None else {"kv_usage": kv_usage}
 
 
 def fit(
@@ -122,10 +139,12 @@ def fit(
     for step in tqdm(range(training.steps), desc=name, leave=False, mininterval=2):
         for group, peak in zip(scheduled, peaks, strict=True):
             group["lr"] = peak * training.rate(step)
-        model.config.target_kv_usage = schedule.target_at(step)
+        if model.config.fixed_threshold is None:
+            model.config.target_kv_usage = schedule.target_at(step)
         ids, labels = batch_at(step)
         ids, labels = ids.to(model.device), labels.to(model.device)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        arguments = routing_arguments(model.config, ids.shape[1], None)
+        loss = model(input_ids=ids, labels=labels, use_cache=False, **arguments).loss
         if not torch.isfinite(loss):
             raise RuntimeError(f"The loss of {name} is {loss.item()} at step {step}.")
         loss.backward()

@@ -16,7 +16,7 @@ from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.recipe import at_least
 from ham_hf.training.sampling import TokenSampler
 
-from .fitting import block_means, fit
+from .fitting import block_means, fit, routing_arguments
 from .job import Job
 
 # Seeds of calibration and needles start here, beyond those of training batches.
@@ -90,7 +90,8 @@ def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
     losses = fit(model, batch_at, training, job.name)
     asked: list[float | None] = [None]
     if model.config.num_hybrid_layers:
-        calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task.context) for i in range(CALIBRATION_BATCHES)))
+        if model.config.router != "recency":
+            calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task.context) for i in range(CALIBRATION_BATCHES)))
         asked += job.settings["usages"]
     windows = texts.held_out(task.context, task.windows)
     held_out, usage, needle = {}, {}, {}
@@ -113,7 +114,8 @@ def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: floa
     losses, kept = [], []
     for ids in windows:
         ids = ids.to(model.device)
-        outputs = model(input_ids=ids, labels=ids, use_cache=True, kv_usage=kv_usage)
+        arguments = routing_arguments(model.config, ids.shape[1], kv_usage)
+        outputs = model(input_ids=ids, labels=ids, use_cache=True, **arguments)
         losses.append(outputs.loss.item())
         kept.append(outputs.cache.kv_usage().mean().item())
     return losses, sum(kept) / len(kept)
@@ -136,7 +138,8 @@ def _needle(model: HAMForCausalLM, windows: list[torch.Tensor], distance: int, k
         # A text longer than a window joins several windows.
         text = torch.cat([windows[(index + i) % len(windows)] for i in range(distance // windows[0].shape[1] + 1)], 1)
         ids = _with_needle(text, distance, index, model.config.vocab_size)[0].to(model.device)
-        logits = model(input_ids=ids, use_cache=False, kv_usage=kv_usage, logits_to_keep=NEEDLE).logits[0]
+        arguments = routing_arguments(model.config, ids.shape[1], kv_usage)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=NEEDLE, **arguments).logits[0]
         answer = ids[0, QUESTION - NEEDLE :]
         right.append((logits[QUESTION - 1 : -1].argmax(-1) == answer).float().mean().item())
     return sum(right) / len(right)

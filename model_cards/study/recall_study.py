@@ -9,7 +9,7 @@ from ham_hf.evaluation import calibrate
 from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.control import UsageMeter, thresholds_of
 
-from .fitting import block_means, fit
+from .fitting import block_means, fit, routing_arguments
 from .gradients import use_gradient
 from .job import Job
 from .recall import IGNORED, RecallTask
@@ -41,7 +41,8 @@ def run_recall(job: Job, device: str) -> dict[str, Any]:
     asked: list[float | None] = [None]
     if model.config.num_hybrid_layers:
         batches = (task.batch(EVALUATION_SEED + 1000 + i, EVALUATION_ROWS)[0] for i in range(CALIBRATION_BATCHES))
-        calibrate(model, batches)
+        if model.config.router != "recency":
+            calibrate(model, batches)
         asked += job.settings["usages"]
     accuracy: dict[str, dict[int, float]] = {}
     usage: dict[str, dict[int, float]] = {}
@@ -64,9 +65,12 @@ def _measure(model: HAMForCausalLM, task: RecallTask, pairs: int, kv_usage: floa
     """The fraction of values predicted correctly, and the fraction of tokens kept, in rows with `pairs` pairs."""
     ids, labels = (x.to(model.device) for x in task.batch(EVALUATION_SEED + pairs, EVALUATION_ROWS, pairs))
     if model.config.num_hybrid_layers:
+        arguments = routing_arguments(model.config, ids.shape[1], kv_usage)
         with UsageMeter(model) as meter:
-            logits = model(input_ids=ids, use_cache=False, kv_usage=kv_usage).logits
-        usage = meter.read()["usage"].mean().item()
+            logits = model(input_ids=ids, use_cache=False, **arguments).logits
+        # A meter counts what is admitted, also what a budget drops later.
+        budget = arguments.get("kv_budget", ids.shape[1])
+        usage = min(meter.read()["usage"].mean().item(), budget / ids.shape[1])
     else:
         logits = model(input_ids=ids, use_cache=False).logits
         usage = model.config.layer_types.count("full_attention") / model.config.num_hidden_layers

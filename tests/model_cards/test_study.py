@@ -241,6 +241,41 @@ class TestFitting:
         assert len(losses) == 10
         assert not model.training
 
+    def test_thresholds_may_be_frozen_at_first(self):
+        model = small_model(SMALL, 20_000)
+        training = Training(steps=10, rows=1, learning_rate=1e-3, warmup=2, frozen=0.4)
+        ids, thresholds = torch.randint(24, (1, 12)), []
+
+        def watch(step):
+            thresholds.append(torch.stack([x.detach().clone() for x in thresholds_of(model).values()]))
+
+        fit(model, lambda step: (ids, ids), training, "x", watch)
+        moves = torch.stack(thresholds).diff(dim=0).abs().amax((1, 2))
+        assert (moves[:3] == 0).all()
+        assert moves[3] > 0, "the update that follows 4 others is the first of the thresholds"
+        assert model.config.target_kv_usage == 0.25
+        with pytest.raises(ValueError, match=r"`frozen` must be a fraction of the steps, between 0 and 1, got 1\.5"):
+            Training(steps=10, rows=1, learning_rate=1e-3, frozen=1.5)
+
+    def test_recency_is_trained_and_measured_with_a_window_of_equal_size(self):
+        model, budgets = small_model(SMALL | {"router": "recency"}, 20_000), []
+        plain = model.forward
+
+        def forward(*args, **arguments):
+            budgets.append(arguments.get("kv_budget"))
+            return plain(*args, **arguments)
+
+        model.forward = forward
+        task = RecallTask("pattern", pairs=(2,), length=24, queries=2, keys=12, values=12)
+        fit(model, lambda step: task.batch(step, 1), Training(3, 1, 1e-3, warmup=2, frozen=0.5), "x")
+        assert budgets == [6] * 3
+        assert [recall_study._measure(model, task, 2, kv_usage)[1] for kv_usage in (None, 0.5, 0.01)] == [
+            0.25,
+            0.5,
+            1 / 24,
+        ]
+        assert budgets[3:] == [6, 12, 1]
+
     @pytest.mark.parametrize("kind", ["linear_attention", "full_attention", "hybrid"])
     def test_all_but_thresholds_warm_up_and_come_to_rest(self, kind, monkeypatch):
         model = small_model(SMALL | {"layer_types": [kind] * 2}, 20_000)
@@ -276,7 +311,9 @@ class Oracle:
     """A model without hybrid layers that foresees, by a window of tokens, what followed it the first time."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(num_hybrid_layers=0, layer_types=["full_attention"], num_hidden_layers=1, vocab_size=500)
+    config = SimpleNamespace(
+        num_hybrid_layers=0, layer_types=["full_attention"], num_hidden_layers=1, vocab_size=500, router="cosine"
+    )
 
     def __init__(self, window):
         self.window = window

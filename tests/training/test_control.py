@@ -254,6 +254,28 @@ def test_usage_meets_its_target_and_stays_there(kind, router, scope, target, tin
     assert errors.abs().max() < 0.2, "of single batches"
 
 
+@pytest.mark.parametrize("scope", ["head", "layer", "model"])
+def test_a_quota_is_that_of_its_scope(scope, tiny_config):
+    """Heads and layers score apart, and thresholds begin together: usage stays apart within a scope, not beyond it."""
+    model = HAMForCausalLM(tiny_config(router="learned", threshold_scope=scope))
+    routers = [layer.mixer.router for layer in model.model.layers]
+    for router, bias in zip(routers, ([2.0, 0.5], [-0.5, -2.0]), strict=True):
+        router.down_proj.bias.data.copy_(torch.tensor(bias))
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mixer.threshold.requires_grad_()
+    usage, _ = train(model, UsageSchedule(((0, 0.5),)), 120)
+    by_head = usage[80:].mean(0)
+    by_layer = by_head.mean(1)
+    assert abs(by_head.mean() - 0.5) < 0.02
+    assert ((by_head - 0.5).abs().max() < 0.03) == (scope == "head")
+    assert (by_layer.diff().abs().max() < 0.03) == (scope != "model")
+    if scope == "layer":
+        assert (by_head[:, 0] - by_head[:, 1] > 0.2).all()
+    if scope == "model":
+        assert by_layer[0] - by_layer[1] > 0.2
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_thresholds_are_held_while_frozen_and_move_afterwards(kind, tiny_config):
     model = HAMForCausalLM(tiny_config(target_kv_usage=0.9))
