@@ -94,10 +94,14 @@ OTHER_KEYS = (
 # Types of the fields that a caller may leave `None`; `__post_init__` fills in most of them. Type checkers see `Any`
 # for `None`, so that code which reads a finished configuration need not check for `None`.
 if TYPE_CHECKING:
+    FilledBool = bool | Any
     FilledInt = int | Any
+    FilledNumber = float | int | Any
     FilledStrings = list[str] | Any
 else:
+    FilledBool = bool | None
     FilledInt = int | None
+    FilledNumber = float | int | None
     FilledStrings = list[str] | None
 
 
@@ -185,7 +189,9 @@ class HAMConfig(PreTrainedConfig):
         qk_norm (`bool` or `str`, *optional*, defaults to `True`): Learned RMSNorm of the attention's q and k, per head
             with `True`; `"projection"` takes one over the channels of all heads, as OLMo 2 does.
         rnn_output_norm (`bool`, *optional*, defaults to `True`): If `True`, the RNN's output is RMS-normalised.
-        kv_output_norm (`bool`, *optional*, defaults to `True`): If `True`, the attention's output is RMS-normalised.
+        kv_output_norm (`bool`, *optional*): If `True`, the attention's output is RMS-normalised. Defaults to `True`,
+            but for `router="learned"` and `"learned_error"` to `False`: their scores scale the values that attention
+            reads, and learn from the size of what is read, which a norm cancels.
         zero_centered_norms (`bool`, *optional*, defaults to `False`): If `True`, the weights of every norm except
             those of the memories' outputs are offsets from 1, as in Qwen3-Next.
         output_norm_eps (`float`, *optional*): Epsilon of the norms of the memories' outputs. Defaults to
@@ -215,6 +221,10 @@ class HAMConfig(PreTrainedConfig):
         attention_sinks (`int` or `list[int]`, *optional*, defaults to 0): Number of the first tokens of a document
             that hybrid layers always keep: one value, or one per layer.
         router_hidden_size (`int`, *optional*): Width of a learned router's MLP. Defaults to `hidden_size // 4`.
+        router_aux_loss_coef (`float`, *optional*): Weight of a loss in training while thresholds learn: the score of a
+            token predicts the most attention that a later token would pay it, were every token kept. It adds to the
+            gradients alone, not to the loss that a call returns, and only learned routers read it. Defaults to 1 for
+            `router="learned"` without `kv_output_norm`, else to 0.
         target_kv_usage (`float` or `list[float]`, *optional*, defaults to 0.5): Fraction of tokens that training
             drives the thresholds to keep: one value, or one per hybrid layer, except with the scope `"model"`. `None`
             holds the thresholds where they are.
@@ -271,7 +281,7 @@ class HAMConfig(PreTrainedConfig):
     attention_conv: bool = True
     qk_norm: bool | str = True
     rnn_output_norm: bool = True
-    kv_output_norm: bool = True
+    kv_output_norm: FilledBool = None
     zero_centered_norms: bool = False
     output_norm_eps: float | None = None
     output_gate: bool | str = True
@@ -284,6 +294,7 @@ class HAMConfig(PreTrainedConfig):
     attention_post_norm: bool = False
     router: str = "cosine"
     router_hidden_size: FilledInt = None
+    router_aux_loss_coef: FilledNumber = None
     attention_window: int | list[int] = 0
     attention_sinks: int | list[int] = 0
     target_kv_usage: float | int | list[float | int] | None = 0.5
@@ -303,6 +314,10 @@ class HAMConfig(PreTrainedConfig):
             self.value_head_dim = self.head_dim
         if self.router_hidden_size is None:
             self.router_hidden_size = max(1, self.hidden_size // 4)
+        if self.kv_output_norm is None:
+            self.kv_output_norm = self.router not in LEARNED_ROUTERS
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = float(self.router == "learned" and not self.kv_output_norm)
         if self.layer_types is None and self.num_hidden_layers <= LARGEST["num_hidden_layers"]:
             self.layer_types = ["hybrid"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -432,8 +447,8 @@ class HAMConfig(PreTrainedConfig):
             "head_dim value_head_dim max_position_embeddings conv_kernel_size router_hidden_size"
         )
         others = (
-            "initializer_range rms_norm_eps output_norm_eps target_kv_usage threshold pad_token_id bos_token_id "
-            "eos_token_id attention_window attention_sinks"
+            "initializer_range rms_norm_eps output_norm_eps router_aux_loss_coef target_kv_usage threshold "
+            "pad_token_id bos_token_id eos_token_id attention_window attention_sinks"
         )
         for name in (*positive.split(), *LINEAR_SHAPE, *others.split()):
             # Older releases of huggingface_hub let a bool pass for an int.
@@ -505,6 +520,10 @@ class HAMConfig(PreTrainedConfig):
     def _validate_routing(self) -> None:
         if self.router not in ROUTERS:
             raise ValueError(f"`router` must be one of {ROUTERS}, got {self.router!r}.")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(
+                f"`router_aux_loss_coef` must be a number of at least 0, got {self.router_aux_loss_coef}."
+            )
         if self.threshold_scope not in THRESHOLD_SCOPES:
             raise ValueError(f"`threshold_scope` must be one of {THRESHOLD_SCOPES}, got {self.threshold_scope!r}.")
         check_target_kv_usage(self.target_kv_usage, self.threshold_scope, self.num_hybrid_layers)

@@ -18,6 +18,7 @@ from .delta_rule_ham import gated_delta_rule_with_prediction
 from .inputs_ham import TokenLayout
 from .layer_step_ham import LayerStep
 from .ops_ham import exporting, l2norm, rms_norm, rotated, short_convolution
+from .received_attention_ham import attention_received, prediction_loss
 from .routing_ham import NUM_QUANTILES, HAMRouter, Retention, error_score, widened
 
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -189,6 +190,7 @@ class Attended(NamedTuple):
     Attributes:
         output: `[B, n, H, V]`, of the last `n` tokens or of all.
         weights: `[B, H, T, S]` where they were formed.
+        queries: `[B, T, H, K]`, of all new tokens.
         keys, values: `[B, T, Hk, K]` and `[B, T, Hk, V]`.
         scores: `[B, T, Hk]` float32; a full head drops the lowest.
         keep: `[B, T, Hk]` bool.
@@ -196,6 +198,7 @@ class Attended(NamedTuple):
 
     output: torch.Tensor
     weights: torch.Tensor | None
+    queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor
@@ -305,7 +308,7 @@ class HAMMixer(nn.Module):
         Returns:
             `[B, n, D]` output, `[B, H, T, S]` attention weights or `None`, `[B, T, Hk]` routing scores or `None`, and,
             while the threshold is learned, `[2 + B, Hk]`: a zero that carries the threshold's gradient, the threshold,
-            and how many tokens each row kept.
+            and how many tokens each row kept; `[2 + 2 B, Hk]` with the loss of a learned router, of each row.
         """
         layer_cache = None if cache is None else cache.layers[self.layer_idx]
         offloaded = cache is not None and cache.offload_layers
@@ -355,7 +358,7 @@ class HAMMixer(nn.Module):
             memories = {**(recalled.stored() if recalled else {}), **(attended.stored() if attended else {})}
             cache.update(LayerStep(tokens.positions, tokens.real, **convolution, **memories), retention.budget)
         if attended is not None and self.training and self.layer_type == "hybrid" and retention.threshold is None:
-            control = self._control(attended.keep)
+            control = self._control(attended, scores, tokens)
         o_rnn, o_kv = (None if x is None else x.output[:, -last_n:] for x in (recalled, attended))
         weights = attended.weights if attended is not None and output_attentions else None
         return self.mix(hidden_states[:, -last_n:], o_rnn, o_kv), weights, scores, control
@@ -436,7 +439,7 @@ class HAMMixer(nn.Module):
         if cache is not None:
             cache.accept(keys=k)
         routed_scores, keep = self._route(scores, k, retention.threshold, tokens)
-        weights = None
+        queries, weights = q, None
         if output_attentions or exporting():
             weights = attention_weights(q, k, keep, tokens, cache, self.window)
         # Requested weights are part of the graph, except with a filled cache, whose pages are read in place. An
@@ -447,7 +450,7 @@ class HAMMixer(nn.Module):
             if cache is None or cache.store is None:
                 q = q[:, -last_n:]
             output = self.attend_kept(q, k, v, keep, routed_scores, tokens, cache, retention.budget)
-        return Attended(output, weights, k, v, routed_scores, keep)
+        return Attended(output, weights, queries, k, v, routed_scores, keep)
 
     def _scale_values(self, v: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scales values `[B, T, Hk, V]` by learned scores, which get their gradient through them."""
@@ -490,10 +493,14 @@ class HAMMixer(nn.Module):
         """`threshold` `[B or 1, Hk or 1]` on `device`; the learned one, `[1, Hk]` float32, if it is `None`."""
         return self.threshold.detach().float()[None] if threshold is None else threshold.to(device)
 
-    def _control(self, keep: torch.Tensor) -> torch.Tensor:
+    def _control(self, attended: Attended, scores: torch.Tensor | None, tokens: TokenLayout) -> torch.Tensor:
         """Input of the control loop, formed here: a sharded parameter is whole only inside its module's forward."""
         threshold = self.threshold.float()
-        return torch.cat([torch.stack([threshold - threshold.detach(), threshold.detach()]), keep.sum(1).float()])
+        rows = [torch.stack([threshold - threshold.detach(), threshold.detach()]), attended.keep.sum(1).float()]
+        if scores is not None and self.config.router in LEARNED_ROUTERS and self.config.router_aux_loss_coef:
+            received = attention_received(attended.queries, attended.keys, tokens.real, tokens.seq_idx)
+            rows.append(prediction_loss(scores, received, tokens.real))
+        return torch.cat(rows)
 
     def attend_kept(
         self,

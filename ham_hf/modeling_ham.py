@@ -71,7 +71,7 @@ class HAMModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):  # type:
         attentions: with `output_attentions=True`, `[B, H, T, S]` per layer with attention; tokens not kept are zero.
         routing_scores: with `output_routing_scores=True`, `[B, T, Hk]` float32 in `[0, 1]` per hybrid layer.
         threshold_control: with `output_threshold_control=True` in training, `[2 + B, Hk]` per hybrid layer: zeros that
-            carry the thresholds' gradients, the thresholds, and how many tokens each row kept.
+            carry the thresholds' gradients, the thresholds, and how many tokens each row kept; see `HAMMixer.forward`.
     """
 
     routing_scores: tuple[torch.Tensor, ...] | None = None
@@ -522,7 +522,7 @@ class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
         controls: Sequence[torch.Tensor] | None,
         loss_kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """The loss of `logits`; with the `controls` of learned thresholds, plus a zero that gives them a gradient."""
+        """The loss of `logits`; with `controls`, plus a zero that gives thresholds and learned routers a gradient."""
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         if not controls:
             return loss

@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""The control loop that moves learned thresholds in training, until usage meets its target."""
+"""The control loop that moves learned thresholds in training until usage meets its target; routers' loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -81,16 +81,26 @@ def real_tokens(real: torch.Tensor | None, batch: int, length: int, device: torc
 def control_loop(
     controls: Sequence[torch.Tensor], weights: torch.Tensor, config: HAMConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros `[L, Hk]` connected to the thresholds, and the thresholds' gradients; layers may be on any device.
+    """Zeros connected to the thresholds, and the thresholds' gradients, `[L, Hk]`; layers may be on any device.
+
+    With the loss of learned routers both are `[2 L, Hk]`: the other half are zeros that move the routers as the loss
+    does, the mean over tokens and heads times `config.router_aux_loss_coef`.
 
     Args:
         controls: those of every hybrid layer, see `HAMMixer.forward`.
-        weights: `[B]` weight of one kept token of each row; usage is the weighted sum.
+        weights: `[B]` weight of one token of each row; usage is the weighted sum of those kept.
     """
     stacked = torch.stack([x.to(weights.device) for x in controls])
-    levers, thresholds, kept = stacked[:, 0], stacked[:, 1].detach(), stacked[:, 2:].detach()
-    usage = (weights[:, None] * kept).sum(1)
-    return levers, threshold_gradients(thresholds, usage, config.target_kv_usage, config.threshold_scope)
+    levers, thresholds, by_row = stacked[:, 0], stacked[:, 1].detach(), stacked[:, 2:]
+    # `[L, 1 or 2, Hk]`: usage, and the loss of learned routers.
+    means = (weights[:, None] * by_row.unflatten(1, (-1, len(weights)))).sum(2)
+    usage = means[:, 0].detach()
+    gradients = threshold_gradients(thresholds, usage, config.target_kv_usage, config.threshold_scope)
+    if means.shape[1] == 1:
+        return levers, gradients
+    losses = means[:, 1]
+    shares = torch.full_like(gradients, config.router_aux_loss_coef / losses.shape[1])
+    return torch.cat([levers, losses - losses.detach()]), torch.cat([gradients, shares])
 
 
 def labels_by_row(labels: torch.Tensor | None, loss_kwargs: dict[str, Any], device: torch.device) -> torch.Tensor:

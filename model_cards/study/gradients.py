@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from ham_hf.mixer_ham import Attended, HAMMixer, HAMRMSNorm
+from ham_hf.mixer_ham import HAMMixer, HAMRMSNorm
 from ham_hf.modeling_ham import HAMForCausalLM
-from ham_hf.threshold_control_ham import AddGradient
 
 
 class LogBiasMixer(HAMMixer):
@@ -57,52 +56,25 @@ class NoisyMixer(HAMMixer):
         return super()._route(scores, *arguments)
 
 
-class ReceivedAttentionMixer(HAMMixer):
-    """Adds a loss in training: a token's score predicts the most attention that a later token would pay it."""
-
-    def _attend(
-        self,
-        qkv: torch.Tensor,
-        scores: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        *arguments: Any,
-    ) -> Attended:
-        attended = super()._attend(qkv, scores, position_embeddings, *arguments)
-        if not self.training or scores is None:
-            return attended
-        with torch.no_grad():
-            q, k, _ = self._heads(qkv)
-            received = attention_received(*self._attention_view(q, k, position_embeddings))
-            # That of the mean cross-entropy of `scores` against `received`.
-            gradient = (scores - received) / (scores * (1 - scores)).clamp(min=1e-6) / scores.numel()
-        return attended._replace(output=AddGradient.apply(attended.output, scores, gradient))
-
-
-def attention_received(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The most attention that each token would get from a later one if all were kept, `[B, T, Hk]` in `[0, 1]`.
-
-    Args:
-        q: `[B, T, H, K]`; k: `[B, T, Hk, K]`: of whole rows without padding.
-    """
-    q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
-    logits = q @ k.transpose(1, 2).unsqueeze(2).mT * k.shape[3] ** -0.5
-    later = torch.ones_like(logits[0, 0, 0], dtype=torch.bool).tril()
-    weights = logits.masked_fill(~later, -torch.inf).softmax(-1)
-    return weights.tril(-1).amax((2, 3)).transpose(1, 2)
-
-
 GRADIENTS: dict[str, type[HAMMixer]] = {
     "scaled_values": HAMMixer,
     "log_bias": LogBiasMixer,
     "straight_through": StraightThroughMixer,
     "behind_norm": BehindNormMixer,
     "noise": NoisyMixer,
-    "received_attention": ReceivedAttentionMixer,
+    "received_attention": HAMMixer,
 }
 
 
 def use_gradient(model: HAMForCausalLM, gradient: str) -> None:
-    """Makes the learned routers of a model learn with one of `GRADIENTS`."""
+    """Makes the learned routers of a model learn with one of `GRADIENTS`.
+
+    Raises:
+        ValueError: for a score behind a norm that the model lacks.
+    """
+    if gradient == "behind_norm" and not model.config.kv_output_norm:
+        raise ValueError("`kv_output_norm` must be true with the gradient 'behind_norm', got false.")
+    model.config.router_aux_loss_coef = float(gradient == "received_attention")
     for layer in model.model.layers:
         layer.mixer.__class__ = GRADIENTS[gradient]
         if gradient == "behind_norm":

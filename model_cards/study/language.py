@@ -17,6 +17,7 @@ from ham_hf.training.recipe import at_least
 from ham_hf.training.sampling import TokenSampler
 
 from .fitting import block_means, fit, routing_arguments
+from .gradients import use_gradient
 from .job import Job
 
 # Seeds of calibration and needles start here, beyond those of training batches.
@@ -82,6 +83,7 @@ def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
     """
     task, training, sampler = LanguageTask(**job.settings["task"]), job.training, texts.training
     model = job.build(sampler.vocab_size, device)
+    use_gradient(model, job.settings["gradient"])
 
     def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = sampler.batch(job.seed * 1_000_003 + step, training.rows, task.context, task.repeats)

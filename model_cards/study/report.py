@@ -19,6 +19,13 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
+def mean_and_error(values: list[float]) -> str:
+    """Mean and its standard error over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
 def recall_table(results: list[Result]) -> str:
     """A row per arm and task: accuracy by usage over all pairs, and accuracy (with usage) by number of pairs.
 
@@ -89,6 +96,26 @@ def gradient_table(results: list[Result]) -> str:
     return table(columns.split(" | "), rows) + "\n"
 
 
+def repair_table(results: list[Result]) -> str:
+    """A row per router and repair: accuracy over all pairs, and its lead on `CONTROL`, paired by seed.
+
+    Errors are standard errors; tokens are kept by score quantiles, at the first of the study's usages.
+    """
+    asked = str(results[0]["settings"]["usages"][0])
+    columns = f"router | seeds | accuracy, {float(asked):.0%} kept | of each seed | minus {CONTROL} | last loss"
+    control = {x["seed"]: recall_accuracy(x, asked) for x in select(results, arm=CONTROL)}
+    rows = []
+    for arm in arms_of(results):
+        runs = select(results, arm=arm)
+        scores = {x["seed"]: recall_accuracy(x, asked) for x in runs}
+        each = ", ".join(f"{x:.2f}" for x in scores.values())
+        leads = [x - control[seed] for seed, x in scores.items() if seed in control]
+        loss = statistics.mean(x["losses"][-1] for x in runs)
+        lead = mean_and_error(leads) if leads and arm != CONTROL else ""
+        rows.append([arm, len(runs), mean_and_error(list(scores.values())), each, lead, f"{loss:.2f}"])
+    return table(columns.split(" | "), rows) + "\n"
+
+
 def _flicker(runs: list[Result]) -> tuple[str, str]:
     """Masks that an update changed in the first and in the last third of training; empty if none were watched."""
     third = max(1, len(runs[0]["flicker"]) // 3)
@@ -124,6 +151,8 @@ def _loss_and_kept(runs: list[Result], usage: str) -> str:
     return f"{spread([statistics.mean(x['held_out'][usage]) for x in runs])} ({kept:.0%})"
 
 
+# The arm that repairs of the learned router are measured by: the router by default, where nothing cancels a score.
+CONTROL = "cosine-free"
 # Pairs of arms for the paper's claims and its open questions: the first minus the second.
 QUESTIONS = (
     ("cosine", "gdn"),
@@ -132,8 +161,6 @@ QUESTIONS = (
     ("cosine-50", "interleaved"),
     ("cosine", "random"),
     ("learned", "cosine"),
-    ("learned-error", "learned"),
-    ("learned-error", "cosine"),
     ("learned-ramp", "learned"),
     ("log-bias", "learned"),
     ("straight-through", "learned"),
@@ -141,7 +168,7 @@ QUESTIONS = (
 
 
 def write_report(results: list[Result], arms: list[str], output: Path) -> list[Path]:
-    """Writes `study.md`, `differences.md` and the plots of the parts that have results; returns the written files.
+    """Writes the tables (`study.md`, `differences.md`, `repairs.md`) and the plots of all parts; returns the files.
 
     Args:
         results: results of a study with arms in `arms`.
@@ -157,6 +184,7 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     colours = plots.colours_of(arms)
     recall = [x for x in results if x["part"] == "recall"]
     routers = [x for x in results if x["part"] == "gradients"]
+    repairs = [x for x in results if x["part"] == "repairs"]
     language = [x for x in results if x["part"] == "language"]
     sections, written = [], []
     if recall:
@@ -165,6 +193,11 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     if routers:
         sections += ["## Routers, and gradients of a learned one\n", recall_table(routers), gradient_table(routers)]
         written.append(plots.plot_gradients(routers, colours, output / "gradients.png"))
+    if repairs:
+        compared = repair_table(repairs)
+        sections += ["## Repairs of the learned router\n", recall_table(repairs), compared]
+        write_whole(output / "repairs.md", compared)
+        written.append(output / "repairs.md")
     if language:
         sections += ["## Language and needles\n", language_table(language)]
         written.append(plots.plot_language(language, colours, output / "language.png"))

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from ham_hf import HAMConfig, HAMForCausalLM, configuration_ham
+from ham_hf.configuration_ham import LEARNED_ROUTERS, ROUTERS
 
 # A value other than the default for every field of our own.
 OTHER_VALUES = {
@@ -50,6 +51,7 @@ OTHER_VALUES = {
     "attention_post_norm": True,
     "router": "learned_error",
     "router_hidden_size": 7,
+    "router_aux_loss_coef": 0.25,
     "target_kv_usage": 0.25,
     "threshold_scope": "model",
     "threshold": [0.3, 1.0],
@@ -118,6 +120,8 @@ DERIVED = {
     "value_head_dim": 128,
     "router_hidden_size": 512,
     "layer_types": ["hybrid"] * 24,
+    "kv_output_norm": True,
+    "router_aux_loss_coef": 0.0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
@@ -128,6 +132,21 @@ def test_derived_fields(tiny_config):
     assert tiny_config(head_dim=6).value_head_dim == 6
     assert tiny_config(head_dim=6, value_head_dim=4).head_dim == 6
     assert tiny_config(hidden_size=32).router_hidden_size == 8
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_norm_cancels_a_learned_score_unless_a_checkpoint_has_one(router, tiny_config):
+    """Checkpoints of learned routers from before say that they have the norm: they compute and learn as before."""
+    config = tiny_config(router=router)
+    assert config.kv_output_norm == (router not in LEARNED_ROUTERS)
+    assert config.router_aux_loss_coef == float(router == "learned")
+    stored = config.to_dict() | {"kv_output_norm": True}
+    del stored["router_aux_loss_coef"]
+    before = HAMConfig.from_dict(stored)
+    assert before.kv_output_norm
+    assert before.router_aux_loss_coef == 0
+    assert "model.layers.0.mixer.kv_norm.weight" in HAMForCausalLM(before).state_dict()
+    assert not tiny_config(router=router, kv_output_norm=False).kv_output_norm
     assert tiny_config(hidden_size=3, num_attention_heads=1, num_key_value_heads=1, head_dim=2).router_hidden_size == 1
     # The default is not shared between configurations.
     one, other = HAMConfig(), HAMConfig()

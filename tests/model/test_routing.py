@@ -192,6 +192,22 @@ def test_a_learned_router_learns_through_the_values_that_attention_reads(router,
         assert mixer.threshold.grad is None
 
 
+@pytest.mark.parametrize("router", LEARNED_ROUTERS)
+def test_a_score_has_a_gradient_where_attention_is_sharp(router, tiny_config):
+    """A norm of what is read cancels the score of a token that is read alone, and with it the gradient."""
+    gradients = {}
+    for norm in (None, True):
+        torch.manual_seed(0)
+        # Values so large that the norm's epsilon does not count.
+        settings = {"kv_output_norm": norm, "num_hidden_layers": 1, "initializer_range": 0.5}
+        model = HAMModel(tiny_config(router=router, **settings)).train()
+        # Nothing is kept: every token reads itself.
+        out = model(torch.randint(1, 97, (2, 20)), threshold=1.1, use_cache=False).last_hidden_state
+        (out * torch.randn_like(out)).sum().backward()
+        gradients[norm] = model.layers[0].mixer.router.down_proj.bias.grad.abs().max()
+    assert gradients[None] > 100 * gradients[True]
+
+
 @pytest.mark.parametrize("layer_type", ["hybrid", "linear_attention"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_what_the_rnn_predicts_is_computed_where_it_is_read(router, layer_type, tiny_config, monkeypatch):

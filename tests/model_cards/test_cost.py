@@ -94,7 +94,7 @@ def test_operations_are_those_that_pytorch_counts(router, shape, usage):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_a_layer_saves_what_is_said(router, shape, dtype, width):
-    one, two = (make_config(shape, router=router, num_hidden_layers=layers) for layers in (1, 2))
+    one, two = (make_config(shape, router=router, num_hidden_layers=x, kv_output_norm=True) for x in (1, 2))
     expected = cost.saved_by_layer(one, 1, kernels=False, width=width)
     found = saved_by_model(two, 1024, dtype) - saved_by_model(one, 1024, dtype)
     assert found == pytest.approx(expected, rel=0.05)

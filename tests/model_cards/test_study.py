@@ -14,7 +14,7 @@ from model_cards.rows import append_row, current_commit, read_rows
 from model_cards.study import language, recall_study, report, study
 from model_cards.study.__main__ import main
 from model_cards.study.fitting import Training, block_means, build_model, config_of_size, fit
-from model_cards.study.gradients import GRADIENTS, attention_received, use_gradient
+from model_cards.study.gradients import GRADIENTS, use_gradient
 from model_cards.study.job import NAME
 from model_cards.study.recall import IGNORED, RecallTask
 
@@ -27,6 +27,7 @@ SMALL = {
     "rope_parameters": None,
     "target_kv_usage": 0.25,
 }
+LEARNED = {"router": "learned", "kv_output_norm": True}
 STUDY = """
 arms:
   gdn: {layer_types: linear_attention}
@@ -120,7 +121,7 @@ class TestGradients:
 
         def make(gradient):
             torch.manual_seed(0)
-            model = small_model(SMALL | {"router": "learned"}, 6000)
+            model = small_model(SMALL | LEARNED, 6000)
             use_gradient(model, gradient)
             mixer = model.model.layers[0].mixer
             q, k, v = (torch.randn(1, 7, 2, 8, dtype=torch.float64) for _ in range(3))
@@ -158,7 +159,7 @@ class TestGradients:
         out, q, k, v, scores, keep = mixed("behind_norm")
         values, _ = naive_sparse_attention(q, k, v, keep)
         mean_score, _ = naive_sparse_attention(q, k, scores[..., None], keep)
-        model = small_model(SMALL | {"router": "learned"}, 6000)
+        model = small_model(SMALL | LEARNED, 6000)
         use_gradient(model, "behind_norm")
         norm = model.model.layers[0].mixer.kv_norm
         wanted = torch.nn.functional.rms_norm(values, (8,), eps=norm.eps) * mean_score
@@ -166,7 +167,7 @@ class TestGradients:
 
     def test_noise_tries_dropped_tokens_in_training_alone(self):
         torch.manual_seed(0)
-        mixer = small_model(SMALL | {"router": "learned"}, 6000).model.layers[0].mixer
+        mixer = small_model(SMALL | LEARNED, 6000).model.layers[0].mixer
         mixer.__class__ = GRADIENTS["noise"]
         scores, k = torch.full((1, 4000, 2), 0.4), torch.zeros(1, 4000, 2, 8)
         threshold = torch.full((1, 2), 0.5)
@@ -178,41 +179,19 @@ class TestGradients:
         assert torch.equal(still, scores)
         assert not kept.any()
 
-    def test_a_score_is_drawn_to_the_attention_that_its_token_receives(self):
-        torch.manual_seed(0)
-        q, k = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8)
-        everything = torch.ones(2, 9, 2, dtype=torch.bool)
-        _, weights = naive_sparse_attention(q, k, torch.zeros(2, 9, 2, 8), everything)
-        later = weights.unflatten(1, (2, 2)).tril(-1)
-        received = attention_received(q, k)
-        torch.testing.assert_close(received, later.amax((2, 3)).transpose(1, 2), rtol=0, atol=1e-6)
-        assert (received[:, -1] == 0).all()
-
-        model = small_model(SMALL | {"router": "learned"}, 6000).train()
-        ids = torch.randint(24, (2, 20))
-        mixer, gradients = model.model.layers[1].mixer, []
-        for gradient in ("scaled_values", "received_attention"):
-            use_gradient(model, gradient)
-            outputs = model(input_ids=ids, labels=ids, use_cache=False, output_routing_scores=True)
-            gradients.append(torch.autograd.grad(outputs.loss, outputs.routing_scores[1])[0])
-        found = []
-        handle = mixer.k_norm.register_forward_hook(lambda _, __, out: found.append(out))
-        handle_q = mixer.q_norm.register_forward_hook(lambda _, __, out: found.append(out))
-        model(input_ids=ids, use_cache=False)
-        handle.remove()
-        handle_q.remove()
-        scores = outputs.routing_scores[1].detach().requires_grad_()
-        loss = torch.nn.functional.binary_cross_entropy(scores, attention_received(*found[:2]).detach())
-        (wanted,) = torch.autograd.grad(loss, scores)
-        torch.testing.assert_close(gradients[1] - gradients[0], wanted, rtol=1e-3, atol=1e-6)
+    def test_a_score_behind_the_norm_needs_the_norm(self):
+        model = small_model(SMALL | LEARNED | {"kv_output_norm": False}, 6000)
+        with pytest.raises(ValueError, match="`kv_output_norm` must be true with the gradient 'behind_norm'"):
+            use_gradient(model, "behind_norm")
 
     @pytest.mark.parametrize("gradient", GRADIENTS)
     def test_each_lets_a_router_learn(self, gradient):
-        model = small_model(SMALL | {"router": "learned"}, 6000).train()
+        model = small_model(SMALL | LEARNED, 6000).train()
         use_gradient(model, gradient)
         ids = torch.randint(24, (2, 20))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         assert model.model.layers[0].mixer.router.up_proj.weight.grad.abs().max() > 0
+        assert model.config.router_aux_loss_coef == (gradient == "received_attention")
 
 
 class TestFitting:
@@ -561,3 +540,21 @@ def test_differences_are_paired_by_seed_and_part():
         "| cosine - gdn | t | 1 | 10% - 0% | 0.500 (1) | 0.600 (1) | 0.400 (1) |",
         "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 (2) | 0.400 ± 0.141 (2) | 0.200 ± 0.141 (2) |",
     ]
+
+
+def test_repairs_are_told_with_standard_errors_and_paired_by_seed(tmp_path):
+    def result(arm, seed, accuracy):
+        figures = {"accuracy": {"learned": {"4": 0.0}, "0.25": {"4": accuracy + 0.1, "8": accuracy - 0.1}}}
+        figures |= {"usage": {"learned": {"4": 0.2}}, "losses": [2.0, 1.0], "settings": {"usages": [0.25]}}
+        return {"part": "repairs", "task": "t", "arm": arm, "seed": seed, **figures}
+
+    results = [result("cosine-free", seed, 0.1 * seed) for seed in (0, 1, 2)]
+    results += [result("learned-free", 0, 0.3), result("learned-free", 2, 0.7)]
+    written = report.write_report(results, ["learned-free", "cosine-free"], tmp_path)
+    assert [x.name for x in written] == ["study.md", "repairs.md"]
+    table = (tmp_path / "repairs.md").read_text()
+    assert table.splitlines()[2:] == [
+        "| learned-free | 2 | 0.500 ± 0.200 | 0.30, 0.70 | 0.400 ± 0.100 | 1.00 |",
+        "| cosine-free | 3 | 0.100 ± 0.058 | 0.00, 0.10, 0.20 |  | 1.00 |",
+    ]
+    assert table in (tmp_path / "study.md").read_text()

@@ -136,6 +136,7 @@ def test_a_resumed_training_is_the_unbroken_one(trainer_of, tmp_path):
         (UsageSchedule(((0, [0.5] * 2),)), {"threshold_scope": "model"}, "`target_kv_usage`.*scope"),
         (UsageSchedule(((0, 1.0), (13, 0.5))), {}, "`points` must end within the 12 steps of the training"),
         (UsageSchedule(((0, 1.0),), 13), {}, "`freeze_steps` must be at most the 12 steps of the training"),
+        (SCHEDULE, {"router": "recency"}, "`router` of the configuration must be another than 'recency'"),
         (SCHEDULE, {"layer_types": ["full_attention"] * 2}, "`model` has no hybrid layer"),
     ],
 )

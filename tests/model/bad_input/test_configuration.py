@@ -15,7 +15,7 @@ SIZES = (
     "value_head_dim max_position_embeddings conv_kernel_size router_hidden_size"
 )
 SWITCHES = (
-    "use_cache tie_word_embeddings attention_bias mlp_bias attention_conv qk_norm rnn_output_norm kv_output_norm "
+    "use_cache tie_word_embeddings attention_bias mlp_bias attention_conv qk_norm rnn_output_norm "
     "output_gate allow_neg_eigval attention_post_norm zero_centered_norms"
 )
 LINEAR_SHAPE = "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim"
@@ -29,8 +29,10 @@ def rope(**overrides):
 FIELDS = {
     **{name: [0, -1, 2.0, "4", True, NAN, [4]] for name in SIZES.split()},
     **{name: ["yes", None, 1, 0.0, NAN] for name in SWITCHES.split()},
+    "kv_output_norm": ["yes", 1, 0.0, NAN],
     **{name: [0, -1, 2.0, "4", True, NAN, [4], 4] for name in LINEAR_SHAPE.split()},
     "linear_output_gate": ["swish", 1, 0.0, NAN],
+    "router_aux_loss_coef": [-0.1, NAN, math.inf, "1", True],
     "output_norm_eps": [0.0, -1.0, NAN, math.inf, "1", True],
     "initializer_range": [0.0, -1.0, NAN, math.inf, "1", None, True],
     "rms_norm_eps": [0.0, -1.0, NAN, math.inf, "1", None, True],
