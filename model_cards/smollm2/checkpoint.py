@@ -1,0 +1,62 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Makes SmolLM2 a HAM, once: fetched, converted, calibrated, and kept in a folder of this checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ham_hf import HAMForCausalLM
+from ham_hf.cli.arguments import CommandError
+from ham_hf.evaluation import calibrate
+
+from .fetch import fetch_gguf
+from .texts import calibration_windows
+
+ROOT = Path(__file__).parents[2]
+CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
+CACHE = ROOT / "build" / "smollm2"
+NAME = "SmolLM2-135M-Instruct"
+
+
+def checkpoint(cache: Path = CACHE) -> Path:
+    """The folder of the calibrated HAM, made if it is not there.
+
+    Raises:
+        CommandError: if the source cannot be fetched or converted.
+    """
+    ham, converted = cache / "ham", cache / "converted"
+    if ham.is_dir():
+        return ham
+    gguf = fetch_gguf(cache)
+    if not converted.is_dir():
+        print(f"Converting {NAME} to a HAM (a minute or two, once)", flush=True)
+        convert(gguf, converted)
+    print("Calibrating kv_usage on the help texts of Python (once)", flush=True)
+    save_calibrated(converted, ham)
+    shutil.rmtree(converted)
+    return ham
+
+
+def convert(gguf: Path, output: Path) -> None:
+    """Runs the script that converts, whose progress shows; `output` is written whole or not at all."""
+    command = [sys.executable, str(CONVERT), str(gguf), str(output), "--name", NAME]
+    packages = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(packages)})
+    if result.returncode:
+        raise CommandError(f"{CONVERT.name} could not convert {gguf}: its message is above")
+
+
+def save_calibrated(converted: Path, output: Path) -> None:
+    """Writes a converted HAM with the score quantiles of the calibration text, whole or not at all."""
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(converted, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = HAMForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    calibrate(model, calibration_windows(AutoTokenizer.from_pretrained(converted)))
+    model.save_pretrained(partial)
+    os.replace(partial, output)
