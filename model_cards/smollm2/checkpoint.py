@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Makes SmolLM2 a HAM, once: fetched, converted, calibrated, and kept in a folder of this checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from transformers import AutoTokenizer
 
 from ham_hf import HAMForCausalLM
 from ham_hf.cli.arguments import CommandError
 from ham_hf.evaluation import calibrate
+from ham_hf.files import write_whole
+from ham_hf.hub.card import build_card
+from ham_hf.hub.checkpoint import read_checkpoint
+from ham_hf.hub.sources import read_sources
 
 from .fetch import fetch_gguf
 from .texts import calibration_windows
@@ -21,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
 CACHE = ROOT / "build" / "smollm2"
 NAME = "SmolLM2-135M-Instruct"
+# Before any training it loses least; see README.md in this folder.
+ROUTER = "l2"
 
 
 def checkpoint(cache: Path = CACHE) -> Path:
@@ -56,7 +64,10 @@ def save_calibrated(converted: Path, output: Path) -> None:
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(converted, partial, ignore=shutil.ignore_patterns("*.safetensors"))
-    model = HAMForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    model = HAMForCausalLM.from_pretrained(converted, dtype=torch.float32, router=ROUTER)
     calibrate(model, calibration_windows(AutoTokenizer.from_pretrained(converted)))
     model.save_pretrained(partial)
+    write_whole(partial / "card.json", json.dumps({"license": "apache-2.0"}) + "\n")
+    card = build_card(read_checkpoint(partial), read_sources(partial), NAME)
+    write_whole(partial / REPOCARD_NAME, str(card))
     os.replace(partial, output)

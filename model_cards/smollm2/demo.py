@@ -34,10 +34,11 @@ Write to me when you have arrived, and tell me whether the train over the mounta
 
 With love,
 Tomas"""
+# Pairs of a text, which is shown once, and a question about it.
 QUESTIONS = [
-    "What is the capital of France, and what is it known for?",
-    f"{LETTER}\n\nSummarise this letter in two sentences.",
-    f"{LETTER}\n\nWhat is the number of the locker?",
+    ("", "What is the capital of France, and what is it known for?"),
+    (LETTER, "Summarise this letter in two sentences."),
+    (LETTER, "What is the number of the locker?"),
 ]
 INTRODUCTION = """\
 SmolLM2-135M-Instruct as a HAM, converted and not trained any further: its RNN does not yet remember what the cache
@@ -58,7 +59,7 @@ def build_parser() -> Parser:
     parser.add_argument("--threshold", metavar="X", nargs="+", type=threshold, help=help_text)
     whole = number("a whole number from 1", 1, 2**31, int)
     help_text = "length of an answer (default: %(default)s)"
-    parser.add_argument("--max-new-tokens", metavar="N", type=whole, default=60, help=help_text)
+    parser.add_argument("--max-new-tokens", metavar="N", type=whole, default=40, help=help_text)
     return parser
 
 
@@ -80,12 +81,17 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.threshold:
         settings = [Setting("threshold", x) for x in arguments.threshold]
     print(f"\n{INTRODUCTION}")
-    for question in QUESTIONS if arguments.prompt is None else [arguments.prompt]:
-        answer(model, tokenizer, question, settings, arguments.max_new_tokens)
+    shown = ""
+    for text, question in QUESTIONS if arguments.prompt is None else [("", arguments.prompt)]:
+        if text != shown:
+            print(f"\n{text}")
+            shown = text
+        print(f"\n> {question}\n")
+        answer(model, tokenizer, f"{text}\n\n{question}".strip(), settings, arguments.max_new_tokens)
 
 
-def answer(model: Any, tokenizer: Any, question: str, settings: list[Any], max_new_tokens: int) -> None:
-    """Prints the answers to a question, one for each setting as it comes, and the table of what was held."""
+def answer(model: Any, tokenizer: Any, message: str, settings: list[Any], max_new_tokens: int) -> None:
+    """Prints the answers to a message, one for each setting as it comes, and the table of what was held."""
     from rich.text import Text
 
     from ham_hf.inspection.comparison import ProseStreamer, ProseWriter, make_console
@@ -93,10 +99,9 @@ def answer(model: Any, tokenizer: Any, question: str, settings: list[Any], max_n
     from ham_hf.inspection.runs import run
 
     console = make_console()
-    messages = [{"role": "user", "content": question}]
+    messages = [{"role": "user", "content": message}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    console.print(Text(f"\n{question}\n", style="dim"))
     runs = []
     for setting in settings:
         console.print(Text(f"{setting.title}: ", style="cyan"), end="")

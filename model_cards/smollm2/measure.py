@@ -30,7 +30,7 @@ from .texts import CALIBRATION_WINDOWS, CONTEXT, calibration_windows, judged_win
 RESULTS = Path(__file__).with_name("results.jsonl")
 ROUTERS = ("l2", "cosine", "random")
 WINDOWS_AND_SINKS = ((64, 4), (0, 0), (128, 4))
-ASKED = (0.25, 0.5, 0.1)
+ASKED = (0.25, 0.5)
 # The arms that are compared with each other closely are judged by all windows, the others by every second.
 JUDGED_WINDOWS = 8
 
@@ -63,7 +63,8 @@ def arms() -> list[Arm]:
         Arm(window, sinks, router, usage)
         for usage, (window, sinks), router in itertools.product(ASKED, WINDOWS_AND_SINKS, ROUTERS)
     ]
-    return list(dict.fromkeys([*MAIN, *nothing, *asked]))
+    tenth = [Arm(64, 4, router, 0.1) for router in ROUTERS]
+    return list(dict.fromkeys([*MAIN, *nothing, *asked, *tenth]))
 
 
 def load(path: Path, router: str | None, window: int = 0, sinks: int = 0) -> HAMForCausalLM:

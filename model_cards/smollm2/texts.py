@@ -11,20 +11,26 @@ CALIBRATION_WINDOWS = 4
 
 
 def halves() -> tuple[str, str]:
-    """The text to calibrate on, and the text to judge by: no paragraph is in both, or twice in one.
+    """The text to calibrate on, and the text to judge by: no paragraph is in both.
 
-    The topics overlap, so a paragraph of the first half is left out if the second half has it too.
+    The topics overlap, so a paragraph of the first half is left out if the second half has its words too.
     """
     names = sorted(topics)
     middle = len(names) // 2
     judged = paragraphs(names[middle:])
-    calibration = [x for x in paragraphs(names[:middle]) if x not in judged]
+    told = {words(x) for x in judged}
+    calibration = [x for x in paragraphs(names[:middle]) if words(x) not in told]
     return "\n\n".join(calibration), "\n\n".join(judged)
 
 
-def paragraphs(names: list[str]) -> dict[str, None]:
+def paragraphs(names: list[str]) -> list[str]:
     """The paragraphs of some topics, each once, in order."""
-    return dict.fromkeys(x for name in names for x in topics[name].split("\n\n") if x.strip())
+    return list(dict.fromkeys(x for name in names for x in topics[name].split("\n\n") if x.strip()))
+
+
+def words(paragraph: str) -> tuple[str, ...]:
+    """The words of a paragraph, however it is laid out."""
+    return tuple(paragraph.split())
 
 
 def windows(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[torch.Tensor]:
