@@ -19,6 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+GGUF := $(VENV)/.installed-gguf
 # The oldest Transformers that is supported; tests put this folder before the environment's own.
 OLDEST := $(VENV)/oldest
 OLDEST_TESTS := tests/model/transformers_contract tests/model/test_generation.py tests/model/common_suite \
@@ -29,13 +30,17 @@ HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; th
 PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest lint format bench gpu-check clean
+.PHONY: help demo demo-smollm2 test test-slow test-oldest lint format bench gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(BASE) ## install the package and run its demo
 	@$(BIN)/ham-hf demo $(ARGS)
+
+# PROMPT="..." asks that in place of the demo's questions; shells have a variable of this name, which is not meant.
+demo-smollm2: $(GGUF) ## fetch SmolLM2-135M-Instruct (93 MB), convert it once, and ask it at several cache sizes
+	@$(BIN)/python -m model_cards.smollm2.demo $(if $(filter command,$(origin PROMPT)),"$$PROMPT") $(ARGS)
 
 test: $(DEV) $(OLDEST)/.installed ## run the tests, without the slow ones
 	@$(PYTEST) -m "not slow" $(ARGS)
@@ -81,6 +86,12 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): $(BASE)
 	@echo "Installing the tools for tests and lint into $(VENV)"
 	@$(PIP) -c constraints.txt -e ".[dev,tools]"
+	@touch $@
+
+# Asks Python first: with the packages in place no network is needed.
+$(GGUF): $(BASE)
+	@$(BIN)/python -c "import accelerate, gguf" 2> /dev/null || \
+		{ echo "Installing what reads GGUF into $(VENV)"; $(PIP) -c constraints.txt -e ".[gguf]"; }
 	@touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt | $(BIN)/python

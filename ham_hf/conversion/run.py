@@ -127,7 +127,10 @@ class Run:
         card = build_card(read_checkpoint(self.partial), read_sources(self.partial), self.output.name)
         write_whole(self.partial / REPOCARD_NAME, str(card))
         self._finish()
-        print(f"{conversion.summary}\n{NEXT.format(output=self.output)}")
+        print(conversion.summary)
+        if conversion.takes_window:
+            print("model_cards/smollm2/README.md tells what a converted SmolLM2 loses, by the tokens it holds.")
+        print(NEXT.format(output=self.output))
         if conversion.prepare is no_preparation:  # a teacher is a model that Transformers has
             # It has plain weights.
             teacher = self.arguments.source if self.gguf_file is None else "(the output of this script with --back)"

@@ -95,6 +95,7 @@ def test_goes_on_without_a_tokenizer_that_cannot_be_read(spoil, source, convert,
     assert "Left the tokenizer out, as asked" in (said := capsys.readouterr().out)
     assert not list((tmp_path / "ham").glob("tokenizer*"))
     assert "ham-hf train" in said
+    assert "model_cards/smollm2" in said
     assert f"distillation: {{teacher: {folder}}}" in said
 
 
