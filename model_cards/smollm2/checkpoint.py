@@ -51,10 +51,12 @@ def checkpoint(cache: Path = CACHE) -> Path:
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """Runs the script that converts, whose progress shows; `output` is written whole or not at all."""
+    """Runs the script that converts, whose progress bars and errors show; it writes `output` whole or not at all."""
     command = [sys.executable, str(CONVERT), str(gguf), str(output), "--name", NAME]
     packages = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(packages)})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(packages)}
+    # On stdout it tells what to do with the folder, which will have another place.
+    result = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
     if result.returncode:
         raise CommandError(f"{CONVERT.name} could not convert {gguf}: its message is above")
 

@@ -92,6 +92,8 @@ def plot(rows: list[Row], path: Path) -> None:
             for router, colour in COLOURS.items() if (window, sinks) in shown else ():
                 # All routers meet where nothing more, and where everything is kept.
                 line = [x for x in of_size if x["arm"]["router"] in (router, None) and not is_everything(x)]
+                if all(x["arm"]["router"] is None for x in line):
+                    continue
                 line = sorted([*line, everything], key=lambda x: x["held"])
                 points = [100 * x["held"] for x in line], [above(x, everything)[0] for x in line]
                 axis.plot(
@@ -99,8 +101,8 @@ def plot(rows: list[Row], path: Path) -> None:
                 )
         axis.set(xlabel="tokens held at the end (%)", ylabel="loss above everything kept (%)")
         axis.grid(alpha=0.3)
-    axes[0].set(title="All", ylim=(-5, None))
-    axes[1].set(title="With a window")
+    axes[0].set(title="All")
+    axes[1].set(title="With a window; the black line: 4% above")
     axes[1].axhline(4, color="black", linewidth=0.8)
     axes[0].legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
