@@ -147,8 +147,11 @@ def attend_stream_by_stream(
         begin = (width - (held[members] - 1) * page - fill[members])[:, None, None].expand(-1, q.shape[1], 1)
         end = width + before[members]
         own = k[members].unsqueeze(2), v[members].unsqueeze(2)
-        windows = (None if x is None else x[members] for x in (window_start, real))
-        out.append(sparse_prefix_attention(q[members], *own, keys, values, begin, end, None, scale, *windows))
+        start, shown = (None if x is None else x[members] for x in (window_start, real))
+        new = sparse_prefix_attention(
+            q[members], *own, keys, values, begin, end, scale=scale, window_start=start, real=shown
+        )
+        out.append(new)
     order = torch.tensor([n for group in groups for n in group], device=q.device)
     return torch.cat(out)[order.argsort()]
 

@@ -224,10 +224,23 @@ def architecture_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("positions", positions(config)),
         ("convolution", f"{config.conv_kernel_size} tokens, of {convolution}"),
         ("norms and gates", norms_and_gates(config)),
+        *always_held(config),
         ("vocabulary", f"{config.vocab_size:,} tokens, embeddings {tied}"),
         ("longest sequence", f"{config.max_position_embeddings:,} tokens (`max_position_embeddings`)"),
         ("quantized weights, as stored" if is_quantized(config) else "parameters", ", ".join(dtypes)),
     ]
+
+
+def always_held(config: HAMConfig) -> list[tuple[str, str]]:
+    """The row of the tokens that hybrid layers hold whatever their scores; none without window and sinks."""
+    hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
+    parts = []
+    for which, sizes in (("last", map(config.window_of, hybrid)), ("first", map(config.sinks_of, hybrid))):
+        different = sorted(set(sizes))
+        if any(different):
+            by_layer = " tokens, by layer," if len(different) > 1 else " tokens"
+            parts.append(f"the {which} {' or '.join(f'{x:,}' for x in different)}{by_layer}")
+    return [("always held", " and ".join(parts))] if parts else []
 
 
 def dtype_name(kind: str) -> str:

@@ -37,7 +37,7 @@ def make(tiny_config):
         (2**24 + 1, "must be between 0 and 16777216"),
         ([1, 2], r"must be one int, or have one entry per layer: `num_hidden_layers` \(4\), got 2"),
         ([1, 2, -3, 4], r"must be between 0 and 16777216, got \[1, 2, -3, 4\]"),
-        (True, "must be a number"),
+        (True, "attention"),
         (1.5, "attention"),
         ("many", "attention"),
     ],

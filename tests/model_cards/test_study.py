@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf.inputs_ham import TokenLayout
 from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
 from model_cards.rows import append_row, current_commit, read_rows
@@ -129,10 +130,8 @@ class TestGradients:
             keep = torch.rand(1, 7, 2) > 0.5
             scaled = mixer._scale_values(v, scores)
 
-            class Layout:
-                seq_idx = None
-
-            out = mixer.attend_kept(q, k, scaled, keep, scores.detach(), Layout(), None, None)
+            tokens = TokenLayout(torch.arange(7)[None])
+            out = mixer.attend_kept(q, k, scaled, keep, scores.detach(), tokens, None, None)
             return out, q, k, v, scores, keep
 
         return make
@@ -171,11 +170,12 @@ class TestGradients:
         mixer.__class__ = GRADIENTS["noise"]
         scores, k = torch.full((1, 4000, 2), 0.4), torch.zeros(1, 4000, 2, 8)
         threshold = torch.full((1, 2), 0.5)
-        noisy, kept = mixer.train()._route(scores, k, threshold, None)
+        tokens = TokenLayout(torch.arange(4000)[None])
+        noisy, kept = mixer.train()._route(scores, k, threshold, tokens)
         # The threshold lies log(3 / 2) logits higher, which a unit normal exceeds in 34.3% of cases.
         assert abs(kept.float().mean() - 0.343) < 0.02
         assert abs(noisy.logit().mean() - scores.logit().mean()) < 0.05
-        still, kept = mixer.eval()._route(scores, k, threshold, None)
+        still, kept = mixer.eval()._route(scores, k, threshold, tokens)
         assert torch.equal(still, scores)
         assert not kept.any()
 

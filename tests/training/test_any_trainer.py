@@ -88,6 +88,8 @@ def test_weight_decay_falls_on_matrices_alone(trainer_of, tiny_config):
     for decay in (0.0, 0.5):
         torch.manual_seed(1)
         model = HAMForCausalLM(tiny_config(router="learned_error", attention_bias=True))
+        for layer in model.model.layers:  # zeros do not decay
+            torch.nn.init.normal_(layer.mixer.router.down_proj.weight)
         frozen = ThresholdCallback(UsageSchedule(((0, 0.25),), freeze_steps=1))
         trainer = trainer_of(text(4), model, [frozen], max_steps=1, learning_rate=1e-2, weight_decay=decay)
         groups = []

@@ -131,7 +131,7 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples, evicting):
         case = data.draw(cases(max_rows=2))
         config = case.model.config
         always = max((config.window_of(layer) for layer in case.hybrid), default=0) + config.attention_sinks
-        budget = data.draw(st.integers(1, 12)) + always
+        budget = data.draw(st.integers(1, 8)) + always
         plan = data.draw(calls([len(x) for x in case.rows]))
         masks = torch.cat([call.real for call in plan], 1)
         references = [case.alone(row, kv_budget=budget) for row in range(len(case.rows))]
@@ -160,7 +160,7 @@ def test_a_budget_keeps_the_same_tokens_however_they_arrive(examples, evicting):
 
     check()
     assert taken["evicted"] >= evicting, taken
-    assert taken["evicted beside a window"] >= examples // 30, taken
+    assert taken["evicted beside a window"] >= evicting // 20, taken
     assert all(taken[x] >= examples // 30 for x in ("steps", "chunks", "full attention")), taken
 
 
