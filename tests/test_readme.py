@@ -106,9 +106,10 @@ def test_the_study_is_what_its_results_say(tmp_path):
         "a result is missing, or is no longer asked for"
     )
     write_report(results, list(study["arms"]), tmp_path)
-    for name in ("study.md", "differences.md"):
+    for name in ("study.md", "differences.md", "repairs.md"):
         assert (stored / name).read_text() == (tmp_path / name).read_text()
-    assert between("model_cards/study/README.md", "study") == (stored / "differences.md").read_text().strip()
+    for name, file in (("study", "differences.md"), ("repairs", "repairs.md")):
+        assert between("model_cards/study/README.md", name) == (stored / file).read_text().strip()
 
 
 def test_loss_improves_as_more_is_kept():
