@@ -40,6 +40,7 @@ ERROR_ROUTERS = ("cosine", "l2", "residual")
 LEARNED_ROUTERS = ("learned", "learned_error")
 ROUTERS = (*ERROR_ROUTERS, *LEARNED_ROUTERS, "random", "recency")
 THRESHOLD_SCOPES = ("head", "layer", "model")
+USAGE_DIVISIONS = ("importance", "even")
 OUTPUT_GATES = ("silu", "sigmoid")
 # Shapes of "linear_attention" layers, under Transformers' names: given together or not at all.
 LINEAR_SHAPE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
@@ -82,6 +83,7 @@ INHERITED_TYPES = {
 OTHER_CONFIGURATIONS = {"decoder", "generator", "per_layer_config", "text_config", "text_encoder"}
 # Thresholds are computed in floating point, where larger integers are rounded, and the largest overflow.
 LARGEST_THRESHOLD = 2**53
+LARGEST_IMPORTANCE = 2**53
 # Known keys of old releases of Transformers, of its other parts and of tools; those of GenerationConfig are known too.
 OTHER_KEYS = (
     "add_cross_attention attn_implementation auto_map compression_config cross_attention_hidden_size custom_pipelines "
@@ -233,6 +235,10 @@ class HAMConfig(PreTrainedConfig):
         threshold (`float` or `list[float]`, *optional*): Threshold used when a call gives none: one value, or one per
             hybrid layer. `None` uses the learned thresholds; with the router `"recency"`, whose scores are the
             positions in units of `2**-24`, it is 0, which admits every token.
+        head_importance (`list[list[float]]`, *optional*): How much each key/value head matters, in any unit from 0:
+            one list per hybrid layer. `ham-hf calibrate` measures it, see `ham_hf.evaluation.importance`.
+        usage_division (`str`, *optional*, defaults to `"importance"`): How a call's `kv_usage` is divided over heads:
+            by `"importance"`, if there is a `head_importance` (see `routing_ham.usage_shares`), or `"even"`.
 
     Raises `ValueError` (or huggingface_hub's `StrictDataclassError` for a wrong type) for a combination that no model
     can be built from.
@@ -300,6 +306,8 @@ class HAMConfig(PreTrainedConfig):
     target_kv_usage: float | int | list[float | int] | None = 0.5
     threshold_scope: str = "head"
     threshold: float | int | list[float | int] | None = None
+    head_importance: list[list[float | int]] | None = None
+    usage_division: str = "importance"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -526,8 +534,11 @@ class HAMConfig(PreTrainedConfig):
             )
         if self.threshold_scope not in THRESHOLD_SCOPES:
             raise ValueError(f"`threshold_scope` must be one of {THRESHOLD_SCOPES}, got {self.threshold_scope!r}.")
+        if self.usage_division not in USAGE_DIVISIONS:
+            raise ValueError(f"`usage_division` must be one of {USAGE_DIVISIONS}, got {self.usage_division!r}.")
         check_target_kv_usage(self.target_kv_usage, self.threshold_scope, self.num_hybrid_layers)
         self._validate_windows()
+        self._validate_importance()
         if self.threshold is None:
             return
         values = self.threshold if isinstance(self.threshold, list) else [self.threshold]
@@ -551,6 +562,20 @@ class HAMConfig(PreTrainedConfig):
                 )
             if not all(0 <= value <= LARGEST_WINDOW for value in values):
                 raise ValueError(f"`{name}` must be between 0 and {LARGEST_WINDOW}, got {given}.")
+
+    def _validate_importance(self) -> None:
+        if self.head_importance is None:
+            return
+        layers, heads = self.num_hybrid_layers, self.num_key_value_heads
+        sizes = [len(layer) for layer in self.head_importance]
+        if sizes != [heads] * layers:
+            raise ValueError(
+                f"`head_importance` must have one list per hybrid layer ({layers}) of one number per key/value head "
+                f"({heads}), got {len(sizes)} lists of {sorted(set(sizes))} numbers."
+            )
+        for value in (x for layer in self.head_importance for x in layer):
+            if isinstance(value, bool) or not 0 <= value <= LARGEST_IMPORTANCE:
+                raise ValueError(f"`head_importance` must hold finite numbers from 0 to 2**53, got {value}.")
 
 
 # Transformers saves the code of a registered class.

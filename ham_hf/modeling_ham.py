@@ -263,7 +263,8 @@ class HAMModel(HAMPreTrainedModel):
                 to `config.threshold`, then to the learned thresholds. In training, a call with this argument or
                 `kv_usage` gives the learned thresholds no gradient: DDP then needs `find_unused_parameters=True`, or
                 thresholds with `requires_grad_(False)`, as they are while `config.threshold` is set.
-            kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles.
+            kv_usage: keep about this fraction instead, by the checkpoint's calibrated score quantiles; heads share it
+                by their importance, see `config.usage_division`.
             kv_budget: hold at most this many tokens per key/value head; the lowest scores are dropped.
             last_n: return only the last `last_n` positions (0: all), which saves the last layer most of its work on a
                 prompt.

@@ -26,11 +26,16 @@ def with_plain_numbers(config_class: type[ConfigClass]) -> type[ConfigClass]:
 
     def set_plain(self: ConfigClass, name: str, value: Any) -> None:
         if name in config_class.__annotations__:
-            value = [_plain(name, x) for x in value] if isinstance(value, list) else _plain(name, value)
+            value = _plain_list(name, value) if isinstance(value, list) else _plain(name, value)
         checked(self, name, value)
 
     config_class.__setattr__ = set_plain  # type: ignore[method-assign, assignment]
     return config_class
+
+
+def _plain_list(name: str, value: list[Any]) -> list[Any]:
+    # One more level, and no deeper: no field has it, and a damaged file may be nested without end.
+    return [[_plain(name, y) for y in x] if isinstance(x, list) else _plain(name, x) for x in value]
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -1,7 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Scores of tokens, HAMRouter, and Retention, the rule by which a layer keeps tokens."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -265,12 +264,38 @@ def _describe(x: object) -> str:
     return f"{x!r} of type {type(x).__name__}"
 
 
-def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
+def usage_shares(config: HAMConfig, kv_usage: float) -> torch.Tensor:
+    """How much each head keeps, so that their mean is `kv_usage`.
+
+    By `config.head_importance` the most important `kv_usage / (1 + kv_usage)` of the heads keep everything, and the
+    others the fraction `kv_usage ** 2`; the head in which the border falls keeps the mean of its two parts. So shares
+    grow steadily with `kv_usage`, from nothing to everything. Of equally important heads the first comes first. Few
+    heads retrieve from afar, and need everything for it (DuoAttention, arXiv 2410.10819); to the others a little of
+    all that lies behind the window is worth more than to have none.
+
+    Args:
+        config: the model's; without `head_importance`, or with `usage_division="even"`, every head keeps `kv_usage`.
+        kv_usage: mean fraction to keep, from 0 to 1.
+
+    Returns:
+        `[hybrid layers, Hk]` float64 on the CPU.
+    """
+    if config.head_importance is None or config.usage_division == "even":
+        shape = (config.num_hybrid_layers, config.num_key_value_heads)
+        return torch.full(shape, kv_usage, dtype=torch.float64, device="cpu")
+    importance = torch.tensor(config.head_importance, dtype=torch.float64, device="cpu")
+    ranks = importance.flatten().argsort(descending=True, stable=True).argsort().view_as(importance).double()
+    within = (importance.numel() * kv_usage / (1 + kv_usage) - ranks).clamp(0, 1)
+    others = kv_usage**2
+    return others + within * (1 - others)
+
+
+def usage_threshold(quantiles: torch.Tensor, kv_usage: float | torch.Tensor) -> torch.Tensor:
     """The threshold that keeps a fraction `kv_usage` of calibrated scores.
 
     Args:
         quantiles: `[..., Q]` score quantiles at `Q` equally spaced levels from 0 to 1, all zero if never calibrated.
-        kv_usage: fraction to keep.
+        kv_usage: fraction to keep, or one for each head, `[...]`.
 
     Returns:
         `[...]` float32 thresholds, interpolated between quantiles; above 1 for a usage of 0, 0 for a usage of 1.
@@ -281,16 +306,17 @@ def usage_threshold(quantiles: torch.Tensor, kv_usage: float) -> torch.Tensor:
     quantiles = quantiles.float()
     if not bool((quantiles.amax(-1) > 0).all()):
         raise ValueError(
-            "`kv_usage` needs score quantiles, and this checkpoint has none: run "
+            "`kv_usage` needs score quantiles, and this checkpoint has none: run `ham-hf calibrate`, or "
             "`ham_hf.evaluation.calibrate(model, batches)` and save it, or give `threshold` instead."
         )
-    if kv_usage <= 0:
-        return torch.full_like(quantiles[..., 0], 2.0)
-    if kv_usage >= 1:
-        return torch.zeros_like(quantiles[..., 0])
-    level = (1 - kv_usage) * (quantiles.shape[-1] - 1)
-    low = min(math.floor(level), quantiles.shape[-1] - 2)
-    return torch.lerp(quantiles[..., low], quantiles[..., low + 1], level - low)
+    # In float64 and on the CPU, as not every device has it: a tiny usage is still a usage.
+    share = torch.as_tensor(kv_usage, dtype=torch.float64, device="cpu").expand(quantiles.shape[:-1])
+    level = (1 - share) * (quantiles.shape[-1] - 1)
+    low = level.floor().clamp(0, quantiles.shape[-1] - 2)
+    below, above = (quantiles.gather(-1, (low + n).long().to(quantiles.device)[..., None])[..., 0] for n in (0, 1))
+    thresholds = torch.lerp(below, above, (level - low).float().to(quantiles.device))
+    thresholds = thresholds.masked_fill((share <= 0).to(quantiles.device), 2.0)
+    return thresholds.masked_fill((share >= 1).to(quantiles.device), 0.0)
 
 
 class Retention(NamedTuple):
@@ -341,7 +367,7 @@ class Retention(NamedTuple):
         if kv_usage is not None and quantiles:
             # All layers at once: the check that they were calibrated waits for a GPU.
             stacked = torch.stack([x.to(quantiles[0].device) for x in quantiles])
-            thresholds = usage_threshold(stacked, kv_usage)[:, None]
+            thresholds = usage_threshold(stacked, usage_shares(config, kv_usage))[:, None]
         rules = [cls()] * config.num_hidden_layers
         hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
         for n, i in enumerate(hybrid):
@@ -373,5 +399,6 @@ __all__ = [
     "random_score",
     "recency_score",
     "residual_score",
+    "usage_shares",
     "usage_threshold",
 ]

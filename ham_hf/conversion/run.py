@@ -43,8 +43,8 @@ FEWEST_VERIFIED = 4
 # Fields of a HAMConfig that change no logit of a checkpoint without its RNN, or without its cache; training sets some.
 FREE_FIELDS = {
     "_name_or_path", "architectures", "attention_sinks", "attention_window", "auto_map", "bos_token_id", "dtype",
-    "eos_token_id", "pad_token_id", "router", "router_hidden_size", "target_kv_usage", "threshold_scope",
-    "transformers_version", "use_cache",
+    "eos_token_id", "head_importance", "pad_token_id", "router", "router_hidden_size", "target_kv_usage",
+    "threshold_scope", "transformers_version", "usage_division", "use_cache",
 }  # fmt: skip
 
 # Printed once a HAM is written.

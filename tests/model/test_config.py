@@ -50,6 +50,8 @@ OTHER_VALUES = {
     "allow_neg_eigval": True,
     "attention_post_norm": True,
     "router": "learned_error",
+    "attention_window": 5,
+    "attention_sinks": [1, 0, 2],
     "router_hidden_size": 7,
     "router_aux_loss_coef": 0.25,
     "attention_window": [0, 5, 64],
@@ -57,6 +59,8 @@ OTHER_VALUES = {
     "target_kv_usage": 0.25,
     "threshold_scope": "model",
     "threshold": [0.3, 1.0],
+    "head_importance": [[0.5, 0.0, 2.0], [1.0, 3.5, 1e-9]],
+    "usage_division": "even",
     "pad_token_id": 5,
     "bos_token_id": 6,
     "eos_token_id": [7, 8],
@@ -74,6 +78,7 @@ ALTERNATIVES = [
     {"linear_output_gate": True},
     {"qk_norm": False},
     {"eos_token_id": 3},
+    {"head_importance": [[1, 0], [0.5, 2**53]]},
     {"target_kv_usage": 1},
     {"target_kv_usage": None},
     {"target_kv_usage": [0.25, 1]},
@@ -219,6 +224,9 @@ def test_scalars_of_others_are_numbers(tiny_config, tmp_path, number):
     found = config.threshold, config.target_kv_usage, config.hidden_size, config.rms_norm_eps
     assert found == (0.5, [0.25, 1], 48, 0.125)
     assert [type(x) for x in (found[0], found[1][0], *found[2:])] == [float, float, int, float]
+    config.head_importance = [[number(0.5), 0.0]] * 2
+    assert config.head_importance == [[0.5, 0.0]] * 2
+    assert type(config.head_importance[1][0]) is float
     config.save_pretrained(tmp_path)
     loaded = HAMConfig.from_pretrained(tmp_path, threshold=[number(0.5), number(2.0)])
     assert (loaded.threshold, loaded.target_kv_usage) == ([0.5, 2.0], [0.25, 1])
