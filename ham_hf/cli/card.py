@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a HAM checkpoint")
     help_text = "folder with measurements and texts about it (default: CHECKPOINT)"
     parser.add_argument("--results", metavar="DIR", type=Path, help=help_text)
-    help_text = "file for the card, with usage.png beside it (default: CHECKPOINT/README.md)"
+    help_text = "file for the card, with its pictures beside it (default: CHECKPOINT/README.md)"
     parser.add_argument("--output", metavar="FILE", type=Path, help=help_text)
     help_text = "the name on the Hub, for the examples in the card (default: a placeholder)"
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help=help_text)
@@ -70,9 +70,10 @@ def execute(arguments: argparse.Namespace) -> None:
             )
         name = sources.metadata.get("name", arguments.checkpoint.resolve().name)
         write_whole(output, str(build_card(checkpoint, sources, name, arguments.repo_id)))
-        if sources.plot is not None and sources.plot.parent.resolve() != output.parent.resolve():
-            copy_whole(sources.plot, output.parent / sources.plot.name)
-            print(f"Copied {sources.plot.name} beside it")
+        for plot in (sources.plot, checkpoint.heads_plot):
+            if plot is not None and plot.parent.resolve() != output.parent.resolve():
+                copy_whole(plot, output.parent / plot.name)
+                print(f"Copied {plot.name} beside it")
     print(f"Wrote {output}: {sum(checkpoint.parameters.values()):,} parameters")
     missing = missing_from(sources, arguments.repo_id)
     if missing:

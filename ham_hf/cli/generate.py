@@ -67,7 +67,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if settings[0].name == "kv_usage" and not calibrated(model):
         raise CommandError(
             f"argument --kv-usage: the checkpoint {arguments.model} has no score quantiles to choose thresholds by; "
-            "takes a checkpoint saved after ham_hf.evaluation.calibrate, or give --threshold instead"
+            "takes a checkpoint of ham-hf calibrate, or give --threshold instead"
         )
     compare(arguments, model, tokenizer, prompt, settings, arguments.loss)
 

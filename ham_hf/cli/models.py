@@ -9,6 +9,7 @@ from typing import Any
 from .arguments import CommandError, Parser, check_checkpoint_folder, failing_as, number
 from .libraries import import_transformers
 
+MODEL = "argument --model"
 EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ham-tiny"
 
 
@@ -26,6 +27,11 @@ def add_model_arguments(parser: Parser, max_new_tokens: int) -> None:
     parser.add_argument(
         "--seed", metavar="S", type=seed, default=0, help="seed of the sampling (default: %(default)s)"
     )
+    add_placement_arguments(parser)
+
+
+def add_placement_arguments(parser: Parser) -> None:
+    """Adds the device and the type of the weights."""
     help_text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)"
     parser.add_argument("--device", default="auto", help=help_text)
     dtypes = ("auto", "float32", "bfloat16", "float16")
@@ -33,27 +39,33 @@ def add_model_arguments(parser: Parser, max_new_tokens: int) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", choices=dtypes, default="auto", help=help_text)
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, ready on its device, and its tokenizer."""
+def load(arguments: argparse.Namespace, argument: str = MODEL, **choice: Any) -> tuple[Any, Any]:
+    """The model, ready on its device, and its tokenizer.
+
+    Args:
+        arguments: those of the command.
+        argument: how errors call the argument that names the model.
+        choice: fields of the configuration to change.
+    """
     name = arguments.model
-    check_model_name(name)
+    check_model_name(name, argument)
     import_transformers()
     from rich.console import Console
     from transformers import AutoTokenizer
 
     device = pick_device(arguments.device)
     with Console(stderr=True).status("Loading the model"):
-        with failing_as(f"argument --model: cannot load a model from {name}"):
-            model = load_model(name, arguments.dtype)
-        with failing_as(f"argument --model: cannot load a tokenizer from {name}"):
+        with failing_as(f"{argument}: cannot load a model from {name}"):
+            model = load_model(name, arguments.dtype, argument, **choice)
+        with failing_as(f"{argument}: cannot load a tokenizer from {name}"):
             tokenizer = AutoTokenizer.from_pretrained(name)
         if len(tokenizer) > model.config.vocab_size:
             sizes = f"{len(tokenizer)} tokens in its tokenizer and {model.config.vocab_size} embeddings"
-            raise CommandError(f"argument --model: {name} has {sizes}, takes a checkpoint where they agree")
+            raise CommandError(f"{argument}: {name} has {sizes}, takes a checkpoint where they agree")
         return model.to(device), tokenizer
 
 
-def load_model(name: str, dtype: str) -> Any:
+def load_model(name: str, dtype: str, argument: str, **choice: Any) -> Any:
     """The model of a checkpoint; refuses a checkpoint that is not a HAM or lacks weights."""
     import torch
     from transformers import PreTrainedConfig
@@ -62,35 +74,33 @@ def load_model(name: str, dtype: str) -> Any:
 
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if kind != "ham":
-        raise CommandError(f"argument --model: {name} holds a model of type {kind!r}, takes a HAM model ('ham')")
+        raise CommandError(f"{argument}: {name} holds a model of type {kind!r}, takes a HAM model ('ham')")
     # With this option `from_pretrained` reports which shapes differ; without it, it would print a table.
     loaded: Any = HAMForCausalLM.from_pretrained(
-        name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **choice
     )
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if wrong:
         raise CommandError(
-            f"argument --model: {name} lacks {len(wrong)} of the weights that its config.json asks for, "
+            f"{argument}: {name} lacks {len(wrong)} of the weights that its config.json asks for, "
             f"or has them in another shape, such as {wrong[0]}"
         )
     if not all(bool(torch.isfinite(x).all()) for x in model.parameters()):
-        raise CommandError(f"argument --model: {name} holds weights that are not finite numbers")
+        raise CommandError(f"{argument}: {name} holds weights that are not finite numbers")
     if model.config.num_hybrid_layers == 0:
-        raise CommandError(f"argument --model: {name} has no layer of type 'hybrid', takes a model with at least one")
+        raise CommandError(f"{argument}: {name} has no layer of type 'hybrid', takes a model with at least one")
     return model
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, argument: str = MODEL) -> None:
     """Refuses a name that is neither a folder nor possible on the Hub, before anything is imported or downloaded."""
     if Path(name).is_dir():
-        check_checkpoint_folder(Path(name), "argument --model")
+        check_checkpoint_folder(Path(name), argument)
     elif name == str(EMBEDDED_CHECKPOINT):
-        raise CommandError(f"argument --model: this installation lacks its checkpoint {name}; give --model PATH_OR_ID")
+        raise CommandError(f"{argument}: this installation lacks its checkpoint {name}; give --model PATH_OR_ID")
     elif Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise CommandError(
-            f"argument --model: {name!r} is not a folder, takes the folder of a HAM checkpoint or OWNER/NAME"
-        )
+        raise CommandError(f"{argument}: {name!r} is not a folder, takes the folder of a HAM checkpoint or OWNER/NAME")
 
 
 def pick_device(name: str) -> Any:

@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Calibration: score quantiles per head, stored with the checkpoint, that turn a wanted usage into thresholds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -58,3 +58,21 @@ def score_quantiles(scores: torch.Tensor, levels: int) -> torch.Tensor:
     low = position.floor().long()
     high = (low + 1).clamp(max=len(scores) - 1)
     return torch.lerp(ordered[low], ordered[high], (position - low)[:, None]).T
+
+
+def spread_windows(tokens: Sequence[int], length: int, count: int) -> list[torch.Tensor]:
+    """`[1, length]` windows at equal distances over a text, the first at its beginning and the last at its end.
+
+    Args:
+        tokens: token ids of the text.
+        length: tokens in a window.
+        count: number of windows; fewer come back where the text holds fewer that do not overlap.
+
+    Raises:
+        ValueError: if the text is shorter than one window.
+    """
+    count = min(count, len(tokens) // length)
+    if count < 1:
+        raise ValueError(f"`tokens` must hold a window of {length}, got {len(tokens)}.")
+    step = (len(tokens) - length) // max(1, count - 1)
+    return [torch.tensor([tokens[n * step : n * step + length]]) for n in range(count)]

@@ -43,7 +43,7 @@ def head_importance(model: HAMForCausalLM, examples: Sequence[Example], show_pro
     Args:
         model: the model, on one device; nothing in it changes.
         examples: prompts whose answers lie beyond the window.
-        show_progress: shows a progress bar.
+        show_progress: shows a progress bar on a terminal.
 
     Returns:
         `[hybrid layers, Hk]` float32 on the CPU, 0 or more.
@@ -58,7 +58,9 @@ def head_importance(model: HAMForCausalLM, examples: Sequence[Example], show_pro
     training = model.training
     model.eval()
     try:
-        rises = [loss_rises(model, x) for x in tqdm(examples, desc="importance", disable=not show_progress)]
+        rises = [
+            loss_rises(model, x) for x in tqdm(examples, desc="importance", disable=None if show_progress else True)
+        ]
     finally:
         model.train(training)
     return torch.stack(rises).mean(0).clamp(min=0)

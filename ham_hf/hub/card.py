@@ -70,6 +70,7 @@ def build_card(checkpoint: Checkpoint, sources: Sources, name: str, repo_id: str
         "evaluated_on": quotable(evaluation.get("dataset")),
         "licence": [quotable(sources.metadata[name]) for name in LICENCE_FIELDS if name in sources.metadata],
         "not_stated": not_stated(checkpoint),
+        "heads_plot": None if checkpoint.heads_plot is None else checkpoint.heads_plot.name,
         "plot": None if sources.plot is None else sources.plot.name,
     }
     card = ModelCard.from_template(card_data(checkpoint, sources, name), template_path=str(TEMPLATE), **content)
@@ -285,7 +286,7 @@ def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     config = checkpoint.config
     quantiles = "calibrated: `kv_usage` can be asked for"
     if not checkpoint.calibrated:
-        quantiles = "not calibrated: `kv_usage` is refused until `ham_hf.evaluation.calibrate` has run"
+        quantiles = "not calibrated: `kv_usage` is refused until `ham-hf calibrate` has run"
     default = "none: the learned thresholds hold"
     if config.fixed_threshold is not None:
         default = f"`{config.fixed_threshold}`, in the place of the learned ones"
@@ -295,7 +296,17 @@ def router_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("default threshold", default),
         ("target of training", target_of_training(config)),
         ("score quantiles", quantiles),
+        ("division of `kv_usage`", division_of_usage(config)),
     ]
+
+
+def division_of_usage(config: HAMConfig) -> str:
+    """How heads share a usage, see `usage_shares`."""
+    if config.head_importance is None:
+        return "even: the importance of the heads was not measured"
+    if config.usage_division == "even":
+        return "even, by choice: the importance of the heads is known"
+    return "by the importance of the heads: the most important keep everything, the others little"
 
 
 def target_of_training(config: HAMConfig) -> str:

@@ -23,6 +23,10 @@ AUTO_CLASSES: dict[str, tuple[str, str | None]] = {
 }
 
 
+# Picture of the importance of heads, which `ham-hf calibrate` draws.
+HEADS_PLOT = "heads.png"
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint folder.
 
@@ -38,6 +42,7 @@ class Checkpoint(NamedTuple):
         thresholds: `[hybrid layers, Hk]` float32 learned thresholds, or `None` without a hybrid layer.
         calibrated: True if every head has the score quantiles that `kv_usage` needs.
         conversion: conversion.json of the script that made it from another model, or `None`.
+        heads_plot: the picture of its heads' importance, or `None`.
     """
 
     folder: Path
@@ -51,6 +56,7 @@ class Checkpoint(NamedTuple):
     thresholds: torch.Tensor | None
     calibrated: bool
     conversion: dict[str, Any] | None
+    heads_plot: Path | None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -95,6 +101,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         thresholds=torch.stack(thresholds) if thresholds else None,
         calibrated=bool(quantiles) and all(bool((x.amax(-1) > 0).all()) for x in quantiles),
         conversion=read_conversion(folder),
+        heads_plot=folder / HEADS_PLOT if (folder / HEADS_PLOT).is_file() else None,
     )
 
 

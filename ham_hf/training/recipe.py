@@ -191,8 +191,10 @@ class UsageRecipe:
 
     Attributes:
         target: fraction of tokens to keep, or one per hybrid layer. Default: the configuration's `target_kv_usage`,
-            which may hold them.
-        schedule: pairs of a step and a target instead, with straight lines between.
+            which may hold them. With the `threshold_scope` "model" and an importance of the heads (`ham-hf
+            calibrate`) the thresholds of a converted model start where heads share the target by importance.
+        schedule: pairs of a step and a target instead, with straight lines between. Heads share its first target;
+            where that is 1.0, all start alike.
         freeze_steps: number of first steps during which thresholds are held.
         threshold_learning_rate: rate of the thresholds, which no warm-up and no decay changes.
         router_learning_rate: rate of learned routers. Default: as everything else.

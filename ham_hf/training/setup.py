@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_ham import HAMConfig, check_target_kv_usage
 from ..modeling_ham import HAMForCausalLM
+from ..routing_ham import usage_shares, usage_threshold
 from .control import UsageSchedule
 from .data import PackedRows
 from .distillation import open_gates
@@ -68,7 +69,34 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
             f"`model` must have an embedding for each of the {len(tokenizer)} tokens of the tokenizer "
             f"{recipe.model.tokenizer_path}, got `vocab_size` {config.vocab_size}."
         )
+    start_from_division(model, schedule_for(recipe, config))
     return model if recipe.lora is None else add_adapters(model, recipe.lora, recipe.thresholds_learn)
+
+
+@torch.no_grad()
+def start_from_division(model: HAMForCausalLM, schedule: UsageSchedule | None) -> None:
+    """Has the heads of a checkpoint that keeps everything share the first target by their importance.
+
+    With the scope `"model"` all thresholds move alike, so training leaves the division of usage over heads as it finds
+    it, and would find none. Nothing changes without an importance and score quantiles, with another scope, and where
+    thresholds were trained before.
+
+    Args:
+        model: the model; its learned thresholds change.
+        schedule: the usage that they are driven to; `None` if they are held.
+    """
+    config = model.config
+    if schedule is None or config.threshold_scope != "model" or config.head_importance is None:
+        return
+    mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
+    quantiles = torch.stack([mixer.score_quantiles for mixer in mixers])
+    trained = any(bool((mixer.threshold > 0).any()) for mixer in mixers)
+    if trained or config.usage_division == "even" or not bool((quantiles.amax(-1) > 0).all()):
+        return
+    target = schedule.points[0][1]
+    assert not isinstance(target, list)  # with this scope
+    for mixer, thresholds in zip(mixers, usage_threshold(quantiles, usage_shares(config, target)), strict=True):
+        mixer.threshold.copy_(thresholds)
 
 
 def new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> HAMForCausalLM:
