@@ -76,7 +76,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise CommandError("argument PROMPT: got an empty prompt, takes some text")
     path = str(checkpoint())
-    model, tokenizer = load_model(path, "float32"), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = load_model(path, "float32", "SmolLM2"), AutoTokenizer.from_pretrained(path)
     settings = [Setting("kv_usage", x) for x in arguments.kv_usage]
     if arguments.threshold:
         settings = [Setting("threshold", x) for x in arguments.threshold]

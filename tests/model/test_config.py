@@ -54,8 +54,6 @@ OTHER_VALUES = {
     "attention_sinks": [1, 0, 2],
     "router_hidden_size": 7,
     "router_aux_loss_coef": 0.25,
-    "attention_window": [0, 5, 64],
-    "attention_sinks": 4,
     "target_kv_usage": 0.25,
     "threshold_scope": "model",
     "threshold": [0.3, 1.0],
