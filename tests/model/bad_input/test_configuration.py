@@ -33,10 +33,6 @@ FIELDS = {
     **{name: [0, -1, 2.0, "4", True, NAN, [4], 4] for name in LINEAR_SHAPE.split()},
     "linear_output_gate": ["swish", 1, 0.0, NAN],
     "router_aux_loss_coef": [-0.1, NAN, math.inf, "1", True],
-    **{
-        name: [-1, 2.0, "4", True, NAN, 2**24 + 1, [4] * 9, [-1, 1]]
-        for name in ("attention_window", "attention_sinks")
-    },
     "output_norm_eps": [0.0, -1.0, NAN, math.inf, "1", True],
     "initializer_range": [0.0, -1.0, NAN, math.inf, "1", None, True],
     "rms_norm_eps": [0.0, -1.0, NAN, math.inf, "1", None, True],
