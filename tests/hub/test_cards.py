@@ -140,7 +140,7 @@ def test_tables_of_the_architecture_and_the_router(tmp_path, tiny_config):
         "norm of queries and keys, norm of the RNN's output, norm of the attention's output, "
         "biases of q, k, v and output"
     )
-    assert table["always held"] == "the last 9 or 64 tokens, by layer, and the first 4"
+    assert table["always held"] == "the last 9 or 64 tokens, by layer, and the first 4 tokens"
     assert table["vocabulary"] == "97 tokens, embeddings tied to the output layer"
     # Transformers' own `to` leaves some parameters in float32 in newer releases.
     dtypes = Counter({x.dtype: 0 for x in model.parameters()})
