@@ -192,7 +192,7 @@ def test_the_relative_error_of_nothing_is_finite():
 
 
 def test_what_was_added_to_a_gated_deltanet_is_attention(tiny_config):
-    mixer = hybrid_mixers(HAMForCausalLM(tiny_config(router="learned")))[0]
+    mixer = hybrid_mixers(HAMForCausalLM(tiny_config(router="learned", kv_output_norm=True)))[0]
     names = {name.partition(".")[0] for name in added_parameters(mixer)}
     joint = {"rnn_gate_proj", "kv_gate_proj", "router", "threshold"}
     assert names == joint | {"q_norm", "k_norm", "kv_norm"}
