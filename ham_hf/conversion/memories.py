@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from ..configuration_ham import HAMConfig
+from ..mixer_ham import HAMMixer
 from ..routing_ham import NUM_QUANTILES
 from .declaration import Requirement
 from .shards import TensorRule
@@ -20,6 +22,10 @@ KEEP_NOTHING = 1.01
 # Tensors that only a shut memory reads.
 INERT_RNN = r"\.mixer\.(conv\.weight|a_proj\.weight|b_proj\.weight|A_log|dt_bias|rnn_norm\.weight|score_quantiles)$"
 INERT_ATTENTION = r"\.mixer\.(q_norm\.weight|k_norm\.weight|kv_norm\.weight|threshold|score_quantiles)$"
+# Parts of a converted hybrid layer that its source does not have: those of the new memory, and what joins the two.
+ADDED_RNN = ("conv", "a_proj", "b_proj", "A_log", "dt_bias", "rnn_norm")
+ADDED_ATTENTION = ("q_norm", "k_norm", "kv_norm")
+ADDED_JOINT = ("rnn_gate_proj", "kv_gate_proj", "router", "threshold")
 
 
 def new_rnn(prefix: str, config: HAMConfig, keeps_all: bool = True) -> Iterator[TensorRule]:
@@ -84,6 +90,17 @@ def shut_rnn(prefix: str, keeps_all: bool = True) -> Iterator[Requirement]:
 def shut_attention(prefix: str) -> Iterator[Requirement]:
     """Requirements for a hybrid layer to be its RNN alone."""
     yield from _gates_unmoved(prefix, shut="kv")
+
+
+def added_parameters(mixer: HAMMixer) -> dict[str, nn.Parameter]:
+    """The parameters, by name, of a converted hybrid layer's mixer that its source does not have.
+
+    Attention that reads raw projections is a Transformer's, to which conversion added the RNN; attention that reads
+    convolved ones was added to a Gated DeltaNet.
+    """
+    memory = ADDED_ATTENTION if mixer.config.attention_conv else ADDED_RNN
+    parts = {*memory, *ADDED_JOINT}
+    return {name: x for name, x in mixer.named_parameters() if name.partition(".")[0] in parts}
 
 
 def is_zero(x: torch.Tensor) -> bool:

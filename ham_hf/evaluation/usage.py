@@ -38,10 +38,20 @@ def held_out_windows(
     return windows
 
 
+def repeated_size(length: int) -> int:
+    """Number of tokens at the end of a window of `length` that `with_repeated_end` replaces."""
+    return int(length * REPEATED)
+
+
+def with_repeated_end(tokens: torch.Tensor) -> torch.Tensor:
+    """`tokens` `[B, T]` with a copy of the first eighth in place of the last one."""
+    size = repeated_size(tokens.shape[1])
+    return torch.cat([tokens[:, :-size], tokens[:, :size]], dim=1)
+
+
 def recall_loss(model: HAMForCausalLM, tokens: torch.Tensor, kv_usage: float | None) -> float:
     """Loss (nats per token) at the end of `tokens` `[1, T]`, after replacing the end by a copy of the first eighth."""
-    size = int(tokens.shape[1] * REPEATED)
-    again = torch.cat([tokens[:, :-size], tokens[:, :size]], dim=1)
+    size, again = repeated_size(tokens.shape[1]), with_repeated_end(tokens)
     # The first token of the second copy cannot be predicted.
     logits = model(input_ids=again, use_cache=False, kv_usage=kv_usage, logits_to_keep=size).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits.float(), again[0, 1 - size :]).item()

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration_ham import HAMConfig, check_target_kv_usage
+from ..conversion.memories import added_parameters
 from ..mixer_ham import HAMMixer
 from ..modeling_ham import HAMModel
 from ..threshold_control_ham import threshold_gradients
@@ -125,6 +126,7 @@ def parameter_groups(
     weight_decay: float,
     threshold_learning_rate: float = 0.2,
     router_learning_rate: float | None = None,
+    added_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the parameters that learn, for AdamW and its kin (whose `eps` is a number) and for SGD.
 
@@ -133,11 +135,12 @@ def parameter_groups(
 
     Args:
         model: a HAM, also wrapped by DDP, FSDP (which must keep the parameters' names), peft or `torch.compile`.
-        learning_rate: rate of everything but thresholds and learned routers.
+        learning_rate: rate of everything but thresholds, learned routers and what conversion added.
         weight_decay: weight decay of matrices; norms, biases, decay rates and thresholds have none.
         threshold_learning_rate: rate of the thresholds. If it is too high, usage swings from batch to batch; if it is
             too low, usage follows late.
-        router_learning_rate: rate of learned routers; `learning_rate` by default.
+        router_learning_rate: rate of learned routers; by default that of what conversion added.
+        added_learning_rate: rate of what conversion added to the layers of a source; `learning_rate` by default.
 
     Returns:
         Dictionaries with `params`, `lr` and `weight_decay`; no group is empty, and the thresholds' is the last.
@@ -145,15 +148,19 @@ def parameter_groups(
     Raises:
         ValueError: for a rate that is not a number of at least 0, and if a wrapper has dropped the parameters' names.
     """
-    router_rate = learning_rate if router_learning_rate is None else router_learning_rate
+    added_rate = learning_rate if added_learning_rate is None else added_learning_rate
+    router_rate = added_rate if router_learning_rate is None else router_learning_rate
     rates = {
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "threshold_learning_rate": threshold_learning_rate,
         "router_learning_rate": router_rate,
+        "added_learning_rate": added_rate,
     }
     for name, rate in rates.items():
         _check_rate(name, rate)
+    mixers = () if added_learning_rate is None else hybrid_mixers(model)
+    added = {id(parameter) for mixer in mixers for parameter in added_parameters(mixer).values()}
     settings: dict[tuple[float, float], list[nn.Parameter]] = {}
     thresholds = []
     for name, parameter in model.named_parameters():
@@ -165,7 +172,7 @@ def parameter_groups(
             thresholds.append(parameter)
             continue
         decay = weight_decay if _decays(name) else 0.0
-        rate = router_rate if ".router." in f".{name}" else learning_rate
+        rate = router_rate if ".router." in f".{name}" else added_rate if id(parameter) in added else learning_rate
         settings.setdefault((rate, decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in settings.items()
@@ -186,6 +193,11 @@ def _ham(model: nn.Module) -> HAMModel:
     if len(found) != 1:
         raise ValueError(f"`model` must hold one HAM, got {type(model).__name__} with {len(found)}.")
     return found[0]
+
+
+def hybrid_mixers(model: nn.Module) -> list[HAMMixer]:
+    """The mixers of the hybrid layers of a HAM, which may be wrapped."""
+    return [layer.mixer for layer in _ham(model).layers if layer.mixer.layer_type == "hybrid"]
 
 
 class UsageMeter:
@@ -210,7 +222,7 @@ class UsageMeter:
         self.decoder = _ham(model)
         self.bins = bins
         self.with_gradients = with_gradients
-        self.mixers = [layer.mixer for layer in self.decoder.layers if layer.mixer.layer_type == "hybrid"]
+        self.mixers = hybrid_mixers(model)
         if not self.mixers:
             raise ValueError("`model` has no hybrid layer, so there is no usage to measure.")
         self._handles: list[RemovableHandle] = []

@@ -2,7 +2,7 @@
 """Heals a converted model: opens its shut gates, and distils its source into it while it keeps fewer tokens."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..conversion.memories import SHUT
+from ..mixer_ham import HAMMixer
 from ..modeling_ham import HAMForCausalLM
 
 IGNORED = -100
@@ -38,11 +39,16 @@ def open_gates(model: HAMForCausalLM, bias: float = -2.0) -> int:
         TypeError, ValueError: for another bias, and for a model without a shut gate.
     """
     check_bias(bias, "bias")
-    mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
-    gates = [gate.bias for mixer in mixers for gate in (mixer.rnn_gate_proj, mixer.kv_gate_proj)]
-    opened = sum(int((gate <= SHUT).sum()) for gate in gates)
+    opened = open_gates_of((x.mixer for x in model.model.layers if x.mixer.layer_type == "hybrid"), bias)
     if not opened:
         raise ValueError(f"`model` has no shut gate (a bias of {SHUT} or less), so there is none to open.")
+    return opened
+
+
+def open_gates_of(mixers: Iterable[HAMMixer], bias: float) -> int:
+    """Gives every shut gate of hybrid mixers a bias, and returns how many there were."""
+    gates = [gate.bias for mixer in mixers for gate in (mixer.rnn_gate_proj, mixer.kv_gate_proj)]
+    opened = sum(int((gate <= SHUT).sum()) for gate in gates)
     with torch.no_grad():
         for gate in gates:
             gate.masked_fill_(gate <= SHUT, bias)

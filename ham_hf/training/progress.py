@@ -12,6 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..files import write_whole
 
+LOG = "log.jsonl"
+# What an entry of the log has one of.
+LOGGED = {"loss", "eval_loss", "transfer_error"}
 # Names of an evaluation's settings in its table.
 NAMES = {"": "learned", "usage": "for usage", "threshold": "at", "teacher": "(the teacher)"}
 
@@ -23,17 +26,22 @@ class LogFile(TrainerCallback):
     would not accept.
 
     A resumed training rewrites its history, so that steps done twice appear once.
+
+    Args:
+        path: the file.
+        before: logs of an earlier stage, which come first.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, before: list[dict[str, Any]]):
         self.path = path
+        self.before = before
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes the history before the checkpoint."""
         if state.is_world_process_zero:
-            write_whole(self.path, "".join(map(_line, state.log_history)))
+            write_whole(self.path, "".join(map(_line, [*self.before, *state.log_history])))
 
     def on_log(
         self,
@@ -61,7 +69,7 @@ class LogFile(TrainerCallback):
 
 def _line(entry: dict[str, Any]) -> str:
     # Trainer's summary at the end covers this run only.
-    return json.dumps(entry) + "\n" if "loss" in entry or "eval_loss" in entry else ""
+    return json.dumps(entry) + "\n" if not LOGGED.isdisjoint(entry) else ""
 
 
 class Progress(TrainerCallback):
@@ -137,13 +145,58 @@ class Progress(TrainerCallback):
             speed = self._speed(state)
             self.seen = (state.global_step, time.monotonic())
             kept = f"  kept {logs['kv_usage']:6.1%}" if "kv_usage" in logs else ""
+            gate = f"  RNN gate {logs['rnn_gate']:.3f}" if "rnn_gate" in logs else ""
             _write(
-                f"step {state.global_step:6,}  {self.loss} {logs['loss']:.4f}{kept}  lr {logs['learning_rate']:.2e}  "
-                f"gradient {logs['grad_norm']:.2f}  {speed:,.0f} tokens/s"
+                f"step {state.global_step:6,}  {self.loss} {logs['loss']:.4f}{kept}{gate}  "
+                f"lr {logs['learning_rate']:.2e}  gradient {logs['grad_norm']:.2f}  {speed:,.0f} tokens/s"
             )
         elif "eval_loss" in logs:
             _write(table_of(state.global_step, logs))
             self.seen = (state.global_step, time.monotonic())
+
+
+class TransferProgress:
+    """Shows a bar on a terminal and a line for every log of a layer-wise transfer, and writes the logs to a file.
+
+    Args:
+        path: the log, as JSON Lines; it is rewritten when the transfer goes on.
+        steps: steps in all, of which `done` are done.
+        tokens: tokens that a step reads.
+        logs: those of the steps that are done; `log` adds to it.
+        bar: True to show a bar.
+    """
+
+    def __init__(self, path: Path, steps: int, done: int, tokens: int, logs: list[dict[str, Any]], bar: bool):
+        self.path, self.tokens, self.logs = path, tokens, logs
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=None if bar and done < steps else True)
+        self.step, self.seen = done, (done, time.monotonic())
+
+    def __enter__(self) -> "TransferProgress":
+        """Writes the logs of the steps that are done."""
+        write_whole(self.path, "".join(map(_line, self.logs)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the bar."""
+        self.bar.close()
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self.step += 1
+        self.bar.update()
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Adds figures to the logs, and shows them."""
+        self.logs.append(figures)
+        write_whole(self.path, "".join(map(_line, self.logs)))
+        (step, start), now = self.seen, time.monotonic()
+        self.seen = (self.step, now)
+        _write(
+            f"transfer step {self.step:6,}  error {figures['transfer_error']:.4f}, of the worst layer "
+            f"{figures['transfer_error_worst']:.4f}  kept {figures['kv_usage']:6.1%}  RNN gate "
+            f"{figures['rnn_gate']:.3f}  lr {figures['learning_rate']:.2e}  "
+            f"{(self.step - step) * self.tokens / (now - start):,.0f} tokens/s"
+        )
 
 
 def _write(text: str) -> None:
@@ -153,9 +206,13 @@ def _write(text: str) -> None:
 
 
 def table_of(step: int, metrics: dict[str, float]) -> str:
-    """An evaluation as a table: next-token losses at each setting of the thresholds, and of a teacher."""
+    """An evaluation as a table: next-token losses at each setting of the thresholds, and of a teacher.
+
+    Where they were measured, losses of passages read before have a column, `again`.
+    """
     lines = [f"evaluation after step {step:,}" if step else "evaluation before the first step"]
-    lines += [f"  {'thresholds':<18}{'loss':>8}{'kept':>9}"]
+    again = f"{'again':>9}" if "eval_second_time" in metrics else ""
+    lines += [f"  {'thresholds':<18}{'loss':>8}{'kept':>9}{again}"]
     for key, loss in metrics.items():
         if not key.startswith("eval_loss"):
             continue
@@ -164,5 +221,6 @@ def table_of(step: int, metrics: dict[str, float]) -> str:
         kept = metrics.get(key.replace("loss", "kept", 1))
         kept_text = f"{kept:9.1%}" if kept is not None else " " * 8 + "-"
         label = f"{name} {setting.partition('_')[2]}"
-        lines.append(f"  {label:<18}{loss:8.4f}{kept_text}")
+        second = metrics.get(key.replace("loss", "second_time", 1))
+        lines.append(f"  {label:<18}{loss:8.4f}{kept_text}" + (f"{second:9.4f}" if second is not None else ""))
     return "\n".join(lines)

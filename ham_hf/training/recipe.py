@@ -4,7 +4,6 @@
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable
@@ -16,9 +15,9 @@ import yaml
 from transformers import TrainingArguments
 
 from ..configuration_ham import HAMConfig
-from ..hub.sources import DEEPEST
 from .control import UsageSchedule
 from .distillation import check_bias, check_mixture
+from .recipe_yaml import RecipeLoader
 
 Section = TypeVar("Section")
 
@@ -26,6 +25,8 @@ EMBEDDED_TOKENIZER = str(Path(__file__).parents[1] / "checkpoints" / "ham-tiny")
 # Format of a folder's files, by suffix.
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DOCUMENTS = ("file", "paragraph", "line")
+# What layer-wise transfer trains.
+TRAINED = ("added", "mixer")
 # Options of Trainer that the recipe has a key of its own for.
 OWN_KEYS = {
     "output_dir": "output",
@@ -237,20 +238,54 @@ class DistillationRecipe:
         teacher: folder or name on the Hub of the source; may be left out if `weight` is 0.
         weight: share of the divergence from the teacher in the loss; the next-token loss has the rest.
         temperature: divisor of the logits of both.
-        open_gates: bias from which training opens the gates that conversion left shut; null leaves them.
+        open_gates: bias from which training opens the gates that conversion left shut; null leaves them. With a
+            section `transfer`, that opens them.
+        added_learning_rate: rate of what conversion added to the source: the new memory, the gates, the router.
+            Default: as everything else.
     """
 
     teacher: str | None = None
     weight: float = 1.0
     temperature: float = 1.0
     open_gates: float | None = -2.0
+    added_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        at_least("added_learning_rate", self.added_learning_rate, 0)
         check_mixture(self.weight, self.temperature)
         if self.open_gates is not None:
             check_bias(self.open_gates, "open_gates")
         if self.teacher is None and self.weight > 0:
             raise ValueError("must have a `teacher`, or a `weight` of 0.")
+
+
+@dataclass(frozen=True)
+class TransferRecipe:
+    """Layer-wise transfer before the training itself, see `ham_hf.training.transfer`.
+
+    Attributes:
+        steps: updates, of as many rows as those of the training.
+        usage: fraction of tokens that the layers keep.
+        learning_rate: rate at first, which falls to 0 along a half cosine; thresholds have that of `usage`.
+        open_gates: bias from which the gates that conversion left shut are opened.
+        train: `"added"` trains what conversion added to each layer's mixer, `"mixer"` all of the mixer.
+    """
+
+    steps: int
+    usage: float = 0.25
+    learning_rate: float = 1e-3
+    open_gates: float = -1.0
+    train: str = "added"
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        if not 0 <= self.usage <= 1:
+            raise ValueError(f"`usage` must be a fraction from 0 to 1, got {self.usage}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}.")
+        check_bias(self.open_gates, "open_gates")
+        if self.train not in TRAINED:
+            raise ValueError(f"`train` must be one of {TRAINED}, got {self.train!r}.")
 
 
 @dataclass(frozen=True)
@@ -320,10 +355,11 @@ class TrainRecipe:
         output: folder of the run: checkpoints, log.jsonl, and at the end `model`.
         model: the model to train.
         data: the text to train on.
-        steps: updates in all.
+        steps: updates of the whole model; may be 0 beside `transfer`.
         context: tokens in a row; documents are packed into rows.
         seed: seed of the new weights and of the order of rows.
         usage: target usage. Beside adapters, thresholds learn if a target or a schedule is given.
+        transfer: layer-wise transfer of a converted model's source, before everything else.
         distillation: distillation of a converted model's source.
         lora: adapters that are trained in place of all weights. Default: all weights are trained.
         evaluation: measurements during training.
@@ -337,13 +373,14 @@ class TrainRecipe:
     context: int = 1024
     seed: int = 0
     usage: UsageRecipe = field(default_factory=UsageRecipe)
+    transfer: TransferRecipe | None = None
     distillation: DistillationRecipe | None = None
     lora: LoraRecipe | None = None
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        at_least("steps", self.steps, 1)
+        at_least("steps", self.steps, 1 if self.transfer is None else 0)
         at_least("context", self.context, 2)
         at_least("seed", self.seed, 0)
         if self.usage.freeze_steps > self.steps:
@@ -353,6 +390,8 @@ class TrainRecipe:
         for step, _ in self.usage.schedule or []:
             if step > self.steps:
                 raise ValueError(f"`usage: schedule` must end within `steps` ({self.steps}), got a point at {step}.")
+        if self.transfer is not None:
+            self._check_transfer()
         if self.lora is not None:
             self._check_lora(self.lora)
         self._check_trainer()
@@ -361,6 +400,20 @@ class TrainRecipe:
     def thresholds_learn(self) -> bool:
         """True if thresholds are trained: always with all weights, beside adapters only with a target or schedule."""
         return self.lora is None or self.usage.target is not None or self.usage.schedule is not None
+
+    def _check_transfer(self) -> None:
+        if self.model.from_ is None:
+            raise ValueError("`transfer` must have `model: from`, a converted checkpoint, got `model: new`.")
+        if self.lora is not None:
+            raise ValueError(
+                "`lora` must be left out beside `transfer`, which trains weights: take the model of a recipe with "
+                "`transfer` and `steps: 0` as `model: from`."
+            )
+        if self.distillation is not None and self.distillation.open_gates not in (None, DistillationRecipe.open_gates):
+            raise ValueError(
+                "`distillation: open_gates` must be left out beside `transfer`, which has an `open_gates` of its own, "
+                f"got {self.distillation.open_gates}."
+            )
 
     def _check_lora(self, lora: LoraRecipe) -> None:
         if self.model.from_ is None:
@@ -417,8 +470,9 @@ class TrainRecipe:
         """The recipe as plain values under the YAML's keys; defaults are written out, absent sections are not."""
         plain = dataclasses.asdict(self)
         plain["model"]["from"] = plain["model"].pop("from_")
-        if self.lora is None:
-            del plain["lora"]
+        for section in ("transfer", "lora"):
+            if plain[section] is None:
+                del plain[section]
         return plain | {"trainer": TRAINER_DEFAULTS | self.trainer}
 
 
@@ -435,35 +489,6 @@ def read_recipe(path: str | Path) -> TrainRecipe:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return read_section(TrainRecipe, content, "")
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads 1e-3 as a number, as YAML 1.2 does."""
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; raises `yaml.YAMLError` if it is nested more deeply than Python could follow."""
-        self._depth += 1
-        if self._depth > DEEPEST:
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"it is nested more than {DEEPEST} deep", mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dictionary; raises `yaml.YAMLError` if a key comes twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 def unknown_key(section: str, key: Any, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from .data import PackedRows
 from .distillation import open_gates
 from .lora import add_adapters
 from .recipe import TrainRecipe, UsageRecipe
+from .transfer import layers_to_teach
 
 # Rows of training text that score quantiles are measured on.
 CALIBRATION_ROWS = 16
@@ -58,7 +59,13 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     model = (
         new_model(recipe, tokenizer) if source is None else HAMForCausalLM.from_pretrained(source, dtype=torch.float32)
     )
-    if recipe.distillation is not None and recipe.distillation.open_gates is not None:
+    if recipe.transfer is not None:
+        try:
+            layers_to_teach(model)
+        except ValueError as error:
+            raise ValueError(f"`transfer` must be left out for this checkpoint: {error}") from error
+        model.config.target_kv_usage = recipe.transfer.usage  # a default for the stage after it
+    elif recipe.distillation is not None and recipe.distillation.open_gates is not None:
         try:
             open_gates(model, recipe.distillation.open_gates)
         except ValueError as error:

@@ -18,12 +18,14 @@ from ..files import write_whole
 from ..files_ham import UNFINISHED
 from ..modeling_ham import HAMForCausalLM
 from .control import ThresholdCallback, UsageSchedule
+from .gates import GateCallback
 from .lora import load_checkpoint
-from .progress import LogFile, Progress
+from .progress import LOG, LogFile, Progress
 from .recipe import TRAINER_DEFAULTS, TrainRecipe
 from .setup import build_data, build_model, load_tokenizer, schedule_for
 from .stop_on_signal import StopOnSignal
 from .trainer import DATA_STATE, PARTIAL, HAMTrainer, rows_per_step
+from .transfer import STATE, transfer
 
 FINAL = "model"
 # Options that may change between two parts of a training without changing its losses.
@@ -44,11 +46,11 @@ def train(recipe: TrainRecipe) -> Path | None:
     output = Path(recipe.output)
     arguments = training_arguments(recipe)
     last = get_last_checkpoint(output) if output.is_dir() else None
-    check_output(recipe, output, begun=last is not None or (output / FINAL).exists())
+    check_output(recipe, output, begun=last is not None or any((output / x).exists() for x in (STATE, FINAL)))
     if (output / FINAL).is_dir():
         return output / FINAL
-    if recipe.distillation is not None and last is None:
-        arguments.eval_on_start = True  # measures a converted model, and its teacher, before healing
+    if (recipe.distillation is not None or recipe.transfer is not None) and last is None:
+        arguments.eval_on_start = True  # measures a converted model, and its teacher, before it is trained as a whole
     set_seed(recipe.seed)
     with arguments.main_process_first():
         tokenizer = load_tokenizer(recipe)
@@ -66,13 +68,16 @@ def train(recipe: TrainRecipe) -> Path | None:
         processing_class=tokenizer,
         callbacks=[stop],
     )
-    install_callbacks(trainer, schedule)
     if recipe.lora is not None and trainer.is_fsdp_enabled:
         raise ValueError("`lora` must be left out under FSDP: it is for one process and for DDP.")
     if arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "recipe.json", json.dumps(recipe.to_dict(), indent=2) + "\n")
         shutil.rmtree(output / PARTIAL, ignore_errors=True)
+    logs = [] if recipe.transfer is None else transfer(recipe, trainer.ham, rows, arguments, stop)
+    if logs is None:
+        return None
+    install_callbacks(trainer, schedule, logs)
     if last is not None:
         rows.load_state_dict(json.loads((Path(last) / DATA_STATE).read_text()))
         trainer.first_step = int(last.rpartition("-")[2])
@@ -81,7 +86,9 @@ def train(recipe: TrainRecipe) -> Path | None:
             load_checkpoint(trainer.model, Path(last))
     if trainer.first_step == recipe.steps:
         # Only the model is still to be written; Trainer would take one more step.
-        if recipe.lora is None:
+        if last is None:
+            trainer.evaluate()
+        elif recipe.lora is None:
             trainer.model.load_state_dict(HAMForCausalLM.from_pretrained(last, dtype=torch.float32).state_dict())
     else:
         with stop:
@@ -103,7 +110,7 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
     """
     settled = {
         "output_dir": recipe.output,
-        "max_steps": recipe.steps,
+        "max_steps": max(1, recipe.steps),  # Trainer is not called for a transfer alone
         "seed": recipe.seed,
         "eval_strategy": "steps",
         "eval_steps": recipe.evaluation.every,
@@ -123,6 +130,11 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise ValueError(
             f"`trainer: use_cpu` must be true for several processes on a CPU, got {arguments.use_cpu}: of {started} "
             f"processes that were started each sees {found}."
+        )
+    if found > 1 and recipe.transfer is not None:
+        raise ValueError(
+            f"`transfer` must be left out with several processes, got {found}: carry it out in one, with `steps: 0`, "
+            "and train its model in several."
         )
     if arguments.n_gpu > 1:
         raise ValueError(
@@ -180,15 +192,20 @@ def _flat(section: dict[str, Any], where: str = "") -> dict[str, Any]:
     return result
 
 
-def install_callbacks(trainer: HAMTrainer, schedule: UsageSchedule | None) -> None:
-    """Steers the thresholds, and replaces Trainer's callbacks for showing and writing figures by ours."""
+def install_callbacks(trainer: HAMTrainer, schedule: UsageSchedule | None, logs: list[dict[str, Any]]) -> None:
+    """Steers the thresholds, and replaces Trainer's callbacks for showing and writing figures by ours.
+
+    `logs` are those of a transfer, with which the log begins.
+    """
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if schedule is not None:
         # At the front, so that callbacks that report to other tools see its figures.
         trainer.callback_handler.callbacks.insert(0, ThresholdCallback(schedule))
     recipe = trainer.recipe
-    trainer.add_callback(LogFile(Path(recipe.output) / "log.jsonl"))
+    if recipe.distillation is not None and trainer.ham.config.num_hybrid_layers:
+        trainer.callback_handler.callbacks.insert(0, GateCallback())
+    trainer.add_callback(LogFile(Path(recipe.output) / LOG, logs))
     tokens, bar = rows_per_step(trainer.args) * recipe.context, not recipe.trainer.get("disable_tqdm")
     trainer.add_callback(Progress(tokens, bar, loss_name(recipe)))
 
@@ -197,6 +214,16 @@ def loss_name(recipe: TrainRecipe) -> str:
     """The name of the figure that training logs as `loss`: with a teacher it is not the next-token loss."""
     weight = 0.0 if recipe.distillation is None else recipe.distillation.weight
     return {0.0: "loss", 1.0: "divergence"}.get(weight, "loss mixed with divergence")
+
+
+def work_of(trainer: HAMTrainer) -> str:
+    """The steps of every stage, in words."""
+    recipe, tokens = trainer.recipe, rows_per_step(trainer.args) * trainer.recipe.context
+    whole = f"{recipe.steps:,} steps of {tokens:,} tokens"
+    if recipe.transfer is None:
+        return whole
+    first = f"{recipe.transfer.steps:,} steps of {tokens:,} tokens of layer-wise transfer"
+    return f"{first}, and {whole}" if recipe.steps else first
 
 
 def write_model(trainer: HAMTrainer, output: Path) -> None:
@@ -212,12 +239,11 @@ def write_model(trainer: HAMTrainer, output: Path) -> None:
         return
     (partial / "training_args.bin").unlink(missing_ok=True)
     shutil.copyfile(output / "recipe.json", partial / "recipe.json")
-    shutil.copyfile(output / "log.jsonl", partial / "log.jsonl")
-    steps, tokens = trainer.recipe.steps, rows_per_step(trainer.args) * trainer.recipe.context
+    shutil.copyfile(output / LOG, partial / LOG)
     told = yaml.safe_dump({**trainer.recipe.to_dict(), "output": None}, sort_keys=False)
     write_whole(
         partial / "recipe.md",
-        f"{steps:,} steps of {tokens:,} tokens with `ham-hf train` and this recipe:\n\n```yaml\n{told}```\n",
+        f"{work_of(trainer)} with `ham-hf train` and this recipe:\n\n```yaml\n{told}```\n",
     )
     os.replace(partial, output / FINAL)
     shutil.rmtree(output / PARTIAL)

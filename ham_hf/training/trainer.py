@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..evaluation import calibrate
+from ..evaluation.usage import repeated_size, with_repeated_end
 from ..files import write_whole
 from ..modeling_ham import HAMForCausalLM
 from .control import UsageMeter, clipped_parameters, parameter_groups
@@ -61,7 +62,7 @@ class HAMTrainer(Trainer):
         self.calibration = calibration
         self.first_step = 0  # first step of this part of the training
         self.teacher: Teacher | None = None
-        self.teacher_loss: float | None = None  # on the held-out rows, once measured
+        self.teacher_losses: dict[str, float] = {}  # on the held-out rows, once measured
         settings = recipe.distillation
         if settings is not None and settings.teacher is not None and settings.weight:
             self.teacher = Teacher(settings.teacher, self.model, settings.weight, settings.temperature)
@@ -100,6 +101,7 @@ class HAMTrainer(Trainer):
                 self.args.weight_decay,
                 self.recipe.usage.threshold_learning_rate,
                 self.recipe.usage.router_learning_rate,
+                None if self.recipe.distillation is None else self.recipe.distillation.added_learning_rate,
             )
             others = {id(parameter) for parameter in clipped_parameters(model)}
             self._thresholds = [i for i, group in enumerate(groups) if id(group["params"][0]) not in others]
@@ -170,9 +172,9 @@ class HAMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss (nats per token) and fraction kept of the held-out rows at every setting of the recipe, as one log.
 
-        With a teacher, the log also holds the teacher's loss (`eval_loss/teacher`), which the student aims at. To
-        `log_history` it adds, by layer, the number of scores of all heads in each fiftieth of `[0, 1]` at the learned
-        thresholds (`eval_scores/layer_0`).
+        Where a model heals, the log also holds losses of passages read before (`eval_second_time`), and with a teacher
+        its losses (`eval_loss/teacher`), which the student aims at. To `log_history` it adds, by layer, the number of
+        scores of all heads in each fiftieth of `[0, 1]` at the learned thresholds (`eval_scores/layer_0`).
         """
         settings: dict[str, dict[str, float]] = {"": {}}
         hybrid = self.ham.config.num_hybrid_layers > 0
@@ -193,17 +195,28 @@ class HAMTrainer(Trainer):
                         figures = meter.read()
                         metrics[f"eval_kept{name}"] = figures["usage"].mean().item()
                         scores = scores or score_counts(figures, meter)
+                if self._second_time:
+                    metrics[f"eval_second_time{name}"] = self._loss_at(map(read_again, loader), setting)
         finally:
             self.model.train(training)
         if self.teacher is not None:
-            if self.teacher_loss is None:
+            if not self.teacher_losses:
                 with self.accelerator.autocast():
-                    self.teacher_loss = self._loss_at(loader, {}, self.teacher.logits)
-            metrics["eval_loss/teacher"] = self.teacher_loss
+                    self.teacher_losses["eval_loss/teacher"] = self._loss_at(loader, {}, self.teacher.logits)
+                    if self._second_time:
+                        again = self._loss_at(map(read_again, loader), {}, self.teacher.logits)
+                        self.teacher_losses["eval_second_time/teacher"] = again
+            metrics |= self.teacher_losses
         self.log(metrics)
         self.state.log_history[-1].update(scores)  # type: ignore[arg-type]  # Trainer says that all is numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def _second_time(self) -> bool:
+        """True if evaluations also read passages a second time: the plain loss of a model hardly sees its memory."""
+        heals = self.recipe.distillation is not None or self.recipe.transfer is not None
+        return heals and repeated_size(self.recipe.context) > 1
 
     @torch.no_grad()
     def _loss_at(
@@ -296,6 +309,19 @@ def score_counts(figures: dict[str, Any], meter: UsageMeter) -> dict[str, list[i
 def rows_per_step(arguments: TrainingArguments) -> int:
     """Rows that all ranks together read for one update."""
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def read_again(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of rows whose end repeats their beginning, which alone counts in the loss.
+
+    Args:
+        inputs: `input_ids` and more, int64 `[B, T]`; the result has `input_ids` and `labels`, each row one document.
+    """
+    tokens = with_repeated_end(inputs["input_ids"])
+    # The first token of the second copy cannot be predicted.
+    labels = tokens.clone()
+    labels[:, : 1 - repeated_size(tokens.shape[1])] = -100
+    return {"input_ids": tokens, "labels": labels}
 
 
 def replace_folder(source: Path, target: Path) -> None:

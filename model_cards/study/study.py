@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from ham_hf.training.recipe import RecipeLoader, check_config_keys, read_section
+from ham_hf.training.recipe import check_config_keys, read_section
+from ham_hf.training.recipe_yaml import RecipeLoader
 
 from ..rows import append_row, current_commit
 from .fitting import Training

@@ -1,6 +1,8 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Fixtures for the tests of training: programs that run in two processes."""
+"""Fixtures for the tests of training: programs that run in two processes, and a converted Llama to heal."""
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,9 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ham_hf
+from ham_hf.conversion.command import main
+from model_cards.ham_tiny.tokenizer import train_tokenizer
+
+CONVERT = Path(__file__).parents[2] / "conversion_scripts" / "convert_transformer_to_ham.py"
+WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +65,34 @@ def launch() -> Callable[..., str]:
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def convert_llama() -> Callable[..., None]:
+    """A function that fills a folder with a random Llama with its tokenizer (`source`), its HAM, and text."""
+
+    def convert(folder: Path, *options: str) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / "source")
+        train_tokenizer([" ".join(WORDS)] * 20, 300).save_pretrained(folder / "source")
+        spec = importlib.util.spec_from_file_location("convert", CONVERT)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        paths = [str(folder / x) for x in ("source", "converted")]
+        assert main(script.CONVERSION, script.__doc__, [*paths, *options]) == 0
+        picks = torch.randint(len(WORDS), (40, 60)).tolist()
+        (folder / "text.jsonl").write_text(
+            "".join(json.dumps({"text": " ".join(WORDS[j] for j in x)}) + "\n" for x in picks)
+        )
+
+    return convert

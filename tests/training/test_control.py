@@ -114,7 +114,10 @@ def test_what_does_not_learn_is_in_no_group(tiny_config):
     assert not frozen & {id(p) for group in groups for p in group["params"]}
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "threshold_learning_rate", "router_learning_rate"])
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "weight_decay", "threshold_learning_rate", "router_learning_rate", "added_learning_rate"],
+)
 @pytest.mark.parametrize("rate", [-0.1, NAN, float("inf"), "0.1", True])
 def test_a_rate_that_is_none_is_refused(name, rate, tiny_config):
     arguments = {"learning_rate": 1e-3, "weight_decay": 0.1} | {name: rate}

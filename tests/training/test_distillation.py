@@ -1,7 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """A converted model opens its gates and learns from its source; nothing else of either is touched."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,51 +10,26 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ham_hf import HAMForCausalLM
-from ham_hf.conversion.command import main
 from ham_hf.conversion.memories import SHUT
 from ham_hf.training import distillation
 from ham_hf.training.data import PackedRows
 from ham_hf.training.distillation import Teacher, distillation_loss, open_gates
 from ham_hf.training.recipe import DataRecipe, read_recipe
 from ham_hf.training.train import train
-from model_cards.ham_tiny.tokenizer import train_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "conversion_scripts" / "convert_transformer_to_ham.py"
 VOCABULARY = 300
-WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, convert_llama):
     """A random Llama with a tokenizer, the HAM that was made of it, and text."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("healing")
-    source = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.2,
-        )
-    )
-    source.save_pretrained(folder / "source")
-    train_tokenizer([" ".join(WORDS)] * 20, VOCABULARY).save_pretrained(folder / "source")
-    spec = importlib.util.spec_from_file_location("convert", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert main(script.CONVERSION, script.__doc__, [str(folder / x) for x in ("source", "converted")]) == 0
-    picks = torch.randint(len(WORDS), (40, 60)).tolist()
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps({"text": " ".join(WORDS[j] for j in x)}) + "\n" for x in picks)
-    )
+    convert_llama(folder)
     return folder
 
 
@@ -356,4 +330,5 @@ def test_the_recipe_of_the_readme_is_one(tmp_path, monkeypatch):
     (tmp_path / "texts" / "a.txt").touch()
     (tmp_path / "healing.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert read_recipe("healing.yaml").distillation.open_gates == -2.0
+    recipe = read_recipe("healing.yaml")
+    assert (recipe.transfer.steps, recipe.distillation.added_learning_rate) == (200, 1e-3)
