@@ -65,6 +65,7 @@ LARGEST_WINDOW = 2**24
 MOST_LABELS = 2**17
 # Types of fields that Transformers reads without a check, and fails on if they are of another type.
 INHERITED_TYPES = {
+    "auto_map": dict,
     "_attn_implementation": str,
     "attn_implementation": str,
     "_experts_implementation": str,

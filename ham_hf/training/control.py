@@ -154,8 +154,8 @@ def parameter_groups(
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "threshold_learning_rate": threshold_learning_rate,
-        "router_learning_rate": router_rate,
         "added_learning_rate": added_rate,
+        "router_learning_rate": router_rate,
     }
     for name, rate in rates.items():
         _check_rate(name, rate)

@@ -196,6 +196,7 @@ def test_the_largest_models_pass():
         ({"transformers_weights": "x.bin"}, "`transformers_weights` must name safetensors or their index"),
         ({"dtype": "load"}, "`dtype` must be a floating-point type"),
         ({"dtype": None, "torch_dtype": 1}, "`torch_dtype` must be a floating-point type"),
+        ({"auto_map": 5}, "auto_map"),
         ({"id2label": [1]}, "id2label"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
