@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ham_hf.files import read_rows
 from model_cards.healing.report import to_markdown
 from model_cards.healing.results import read_results as read_healing
 from model_cards.healing.settings import Settings
-from model_cards.rows import read_rows
 from model_cards.study.report import write_report
 from model_cards.study.results import check_results, read_results
 from model_cards.study.study import jobs_of, read_study

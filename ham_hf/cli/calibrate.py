@@ -7,15 +7,17 @@ from typing import Any
 
 from .arguments import CommandError, add_command, check_checkpoint_folder, failing_as, number
 from .models import add_placement_arguments, load
+from .text import add_text_arguments, check_text_paths, read_text_arguments
 
 EXAMPLES = """\
 examples:
   ham-hf calibrate my-ham --text book.txt notes.txt --output my-ham-calibrated
   ham-hf calibrate my-ham --text book.txt --prompts questions.jsonl --in-place
 
-Text decides the thresholds that kv_usage chooses: take some of the kind that the model is used on. Prompts with
-answers tell which heads read from afar; by default they ask for a number told once, far back in the text. In
-questions.jsonl each line is an object such as {"prompt": "... Question: Who wrote it? Answer:", "answer": " Ahab"}.
+Text decides the thresholds that kv_usage chooses: take some of the kind that the model is used on. Its last fifth is
+not calibrated on, and shows what is kept. Prompts with answers tell which heads read from afar; by default they ask
+for a number told once, far back in the text. In questions.jsonl each line is an object such as
+{"prompt": "... Question: Who wrote it? Answer:", "answer": " Ahab"}.
 """
 HELD_WINDOWS = 2
 # Of models without training, by loss and by needles: see model_cards/smollm2.
@@ -32,8 +34,7 @@ def add_to(commands: Any) -> None:
         EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a HAM checkpoint with its tokenizer")
-    help_text = "UTF-8 files; their last fifth is not calibrated on, and shows what is kept"
-    parser.add_argument("--text", metavar="FILE", nargs="+", type=Path, required=True, help=help_text)
+    add_text_arguments(parser)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", metavar="DIR", type=Path, help="folder to write; must not exist")
     target.add_argument("--in-place", action="store_true", help="write into MODEL")
@@ -63,7 +64,7 @@ def execute(arguments: argparse.Namespace) -> None:
     check_checkpoint_folder(folder, "argument MODEL")
     if arguments.output is not None and arguments.output.exists():
         raise CommandError(f"argument --output: {arguments.output} exists, takes a new folder, or give --in-place")
-    text = read_text(arguments.text)
+    check_text_paths(arguments)
     choice = {} if arguments.router is None else {"router": arguments.router}
     model, tokenizer = load(arguments, "argument MODEL", **choice)
     model.eval()
@@ -72,12 +73,13 @@ def execute(arguments: argparse.Namespace) -> None:
 
     from ..evaluation.calibration import calibrate, spread_windows
     from ..evaluation.heads import usage_table
+    from ..evaluation.texts import token_stream
     from ..hub.calibrated import save_calibrated
 
     stored = PreTrainedConfig.get_config_dict(folder)[0].get("router", "cosine")
     if arguments.router is not None and stored.startswith("learned"):
         raise CommandError(f"argument --router: {folder} has learned to route by {stored!r}, takes no other router")
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = token_stream(tokenizer, read_text_arguments(arguments))
     held_out = max(arguments.length, len(tokens) // 5)
     if len(tokens) < arguments.length + held_out:
         raise CommandError(
@@ -114,15 +116,3 @@ def importance_of(
             examples = needle_examples(tokenizer, tokens, arguments.needles, arguments.length, arguments.seed)
     # Four digits tell heads apart, and are read more easily in config.json.
     return [[float(f"{x:.4g}") for x in layer] for layer in head_importance(model, examples, True).tolist()]
-
-
-def read_text(paths: list[Path]) -> str:
-    """The text of all files."""
-    texts = []
-    for path in paths:
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise CommandError(f"argument --text: cannot read {path}: {reason}; takes UTF-8 files") from error
-    return "\n\n".join(texts)

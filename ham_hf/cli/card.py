@@ -15,7 +15,7 @@ examples:
   ham-hf card my-ham --output card.md --force
 
 The card takes its contents from these files in --results, each of which may be missing:
-  usage.json, usage.png   loss and memory, from python -m ham_hf.evaluation.usage
+  usage.json, usage.png   loss and memory, from ham-hf evaluate
   summary.md, data.md, recipe.md, results.md, limits.md   prose
   card.json   any of "name", "license", "language": ["en"], "datasets": [...], "tags": [...] and
               "evaluation": {"dataset": what the loss was measured on, "type": its name on the Hub, "split": ...}

@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from .. import __version__
-from . import calibrate, card, demo, generate, push, run, train
+from . import calibrate, card, demo, evaluate, generate, push, run, sweep, train
 from .arguments import CommandError, Parser, exit_status
 
 DESCRIPTION = """\
@@ -17,12 +17,14 @@ examples:
   ham-hf demo
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
   ham-hf calibrate my-ham --text book.txt --output my-ham-calibrated
+  ham-hf evaluate my-ham --text books/ --output my-results
+  ham-hf sweep my-ham --text books/ --allow 1% --output my-sweep
   ham-hf card my-ham --results my-results
   ham-hf push my-ham OWNER/my-ham
   ham-hf train recipe.yaml
   ham-hf run transformers serve path/to/checkpoint
 """
-COMMANDS = (generate, demo, train, calibrate, card, push, run)
+COMMANDS = (generate, demo, train, calibrate, evaluate, sweep, card, push, run)
 
 
 def build_parser() -> Parser:
@@ -36,7 +38,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     parser.set_defaults(execute=lambda arguments: parser.print_help())
-    commands = parser.add_subparsers(metavar="generate|demo|train|calibrate|card|push|run", title="commands")
+    commands = parser.add_subparsers(
+        metavar="generate|demo|train|calibrate|evaluate|sweep|card|push|run", title="commands"
+    )
     for command in COMMANDS:
         command.add_to(commands)
     return parser

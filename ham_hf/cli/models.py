@@ -39,24 +39,30 @@ def add_placement_arguments(parser: Parser) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", choices=dtypes, default="auto", help=help_text)
 
 
-def load(arguments: argparse.Namespace, argument: str = MODEL, **choice: Any) -> tuple[Any, Any]:
+def load(
+    arguments: argparse.Namespace, argument: str = MODEL, any_model: bool = False, **choice: Any
+) -> tuple[Any, Any]:
     """The model, ready on its device, and its tokenizer.
 
     Args:
         arguments: those of the command.
         argument: how errors call the argument that names the model.
+        any_model: also take a causal language model of Transformers that is not a HAM.
         choice: fields of the configuration to change.
     """
     name = arguments.model
     check_model_name(name, argument)
     import_transformers()
     from rich.console import Console
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = pick_device(arguments.device)
     with Console(stderr=True).status("Loading the model"):
         with failing_as(f"{argument}: cannot load a model from {name}"):
-            model = load_model(name, arguments.dtype, argument, **choice)
+            if any_model and model_type(name) != "ham":
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
+            else:
+                model = load_model(name, arguments.dtype, argument, **choice)
         with failing_as(f"{argument}: cannot load a tokenizer from {name}"):
             tokenizer = AutoTokenizer.from_pretrained(name)
         if len(tokenizer) > model.config.vocab_size:
@@ -68,11 +74,10 @@ def load(arguments: argparse.Namespace, argument: str = MODEL, **choice: Any) ->
 def load_model(name: str, dtype: str, argument: str, **choice: Any) -> Any:
     """The model of a checkpoint; refuses a checkpoint that is not a HAM or lacks weights."""
     import torch
-    from transformers import PreTrainedConfig
 
     from .. import HAMForCausalLM
 
-    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    kind = model_type(name)
     if kind != "ham":
         raise CommandError(f"{argument}: {name} holds a model of type {kind!r}, takes a HAM model ('ham')")
     # With this option `from_pretrained` reports which shapes differ; without it, it would print a table.
@@ -91,6 +96,13 @@ def load_model(name: str, dtype: str, argument: str, **choice: Any) -> Any:
     if model.config.num_hybrid_layers == 0:
         raise CommandError(f"{argument}: {name} has no layer of type 'hybrid', takes a model with at least one")
     return model
+
+
+def model_type(name: str) -> Any:
+    """The type of model in a checkpoint."""
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
 
 
 def check_model_name(name: str, argument: str = MODEL) -> None:

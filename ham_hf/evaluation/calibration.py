@@ -61,7 +61,7 @@ def score_quantiles(scores: torch.Tensor, levels: int) -> torch.Tensor:
 
 
 def spread_windows(tokens: Sequence[int], length: int, count: int) -> list[torch.Tensor]:
-    """`[1, length]` windows at equal distances over a text, the first at its beginning and the last at its end.
+    """`[1, length]` windows at equal distances over a text, from its beginning to its end.
 
     Args:
         tokens: token ids of the text.

@@ -127,11 +127,11 @@ def missing_from(sources: Sources, repo_id: str | None) -> list[str]:
     missing = [f"{name}.md" for name in ("summary", "data", "recipe", "limits") if not sources.sections[name]]
     missing += [f"`{name}` in card.json" for name in ("license", "language") if name not in sources.metadata]
     if sources.usage is None:
-        missing.append("usage.json of ham_hf.evaluation.usage")
+        missing.append("usage.json of ham-hf evaluate")
     elif not {"dataset", "type"} <= set(sources.metadata.get("evaluation", {})):
         missing.append("`evaluation` in card.json, so the losses are not in the metadata")
     if sources.usage is not None and sources.plot is None:
-        missing.append("usage.png of ham_hf.evaluation.usage")
+        missing.append("usage.png of ham-hf evaluate")
     return missing if repo_id else [*missing, "the name on the Hub (--repo-id)"]
 
 
@@ -177,9 +177,13 @@ def eval_results(sources: Sources, task: str | None) -> list[EvalResult]:
     evaluation = sources.metadata.get("evaluation", {})
     if sources.usage is None or task is None or not {"dataset", "type"} <= set(evaluation):
         return []
+    # Imported here to avoid a circle: importing ham_hf imports this file, and ham_hf.evaluation imports ham_hf.
+    from ..evaluation.report import setting_name
+
     results = []
     for x in sources.usage["results"]:
-        wanted = "learned thresholds" if x["kv_usage"] is None else f"asked to keep {x['kv_usage']:.0%}"
+        name = setting_name(x)
+        wanted = "learned thresholds" if name == "learned" else f"asked to keep {name}"
         results.append(
             EvalResult(
                 task_type=task,
@@ -196,11 +200,10 @@ def eval_results(sources: Sources, task: str | None) -> list[EvalResult]:
 
 
 def usage_table(usage: dict[str, Any] | None) -> str | None:
-    """Loss and bytes at each usage, as `ham_hf.evaluation.usage` tabulates them."""
+    """Loss and bytes at each usage, as `ham-hf evaluate` tabulates them."""
     if usage is None:
         return None
-    # Imported here to avoid a circle: importing ham_hf imports this file, and ham_hf.evaluation.usage imports ham_hf.
-    from ..evaluation.usage import to_markdown
+    from ..evaluation.report import to_markdown  # as above
 
     return to_markdown(usage["results"], usage["context"]).strip()
 

@@ -22,21 +22,27 @@ METADATA_FIELDS = {
     "tags": [str],
     "evaluation": {"dataset": str, "type": str, "split": str},
 }
-USAGE_FIELDS = {
-    "context": int,
-    "results": [
-        {
-            "kv_usage": NUMBER | None,
-            "usage": NUMBER,
-            "loss": NUMBER,
-            "losses": [NUMBER],
-            "recall_loss": NUMBER,
-            "kv_bytes": int,
-            "full_kv_bytes": int,
-            "state_bytes": int,
-        }
-    ],
+RESULT_FIELDS = {
+    "kv_usage": NUMBER | None,
+    "usage": NUMBER,
+    "loss": NUMBER,
+    "losses": [NUMBER],
+    "recall_loss": NUMBER,
+    "kv_bytes": int,
+    "full_kv_bytes": int,
+    "state_bytes": int,
 }
+USAGE_FIELDS = {"context": int, "results": [RESULT_FIELDS]}
+# Files written before there was `ham-hf evaluate` lack these.
+NEWER_RESULT_FIELDS = {
+    "threshold": NUMBER | None,
+    "kv_budget": int | None,
+    "held": NUMBER,
+    "first_loss": NUMBER | None,
+    "repeated_loss": NUMBER | None,
+    "losses_by_part": [NUMBER],
+}
+ALL_USAGE_FIELDS = {"context": int, "results": [RESULT_FIELDS | NEWER_RESULT_FIELDS]}
 CONVERSION_FIELDS = {
     "source": {"name": str, "commit": str | None, "model_type": str, "architecture": str},
     "script": str,
@@ -66,7 +72,7 @@ class Sources(NamedTuple):
     Attributes:
         metadata: the fields of card.json, any of which may be missing.
         sections: the Markdown of every section in `SECTIONS`, empty if there is no file.
-        usage: usage.json, as `ham_hf.evaluation.usage` writes it, or `None`.
+        usage: usage.json, as `ham-hf evaluate` writes it, or `None`.
         plot: the path of usage.png, or `None`.
     """
 
@@ -147,9 +153,10 @@ def read_sources(folder: Path) -> Sources:
 
 
 def read_usage(path: Path) -> dict[str, Any]:
-    """Reads a file of `ham_hf.evaluation.usage`; raises `ValueError` if it is something else."""
+    """Reads a file of `ham-hf evaluate`; raises `ValueError` if it is something else."""
     usage = read_json(path)
-    check_content(str(path), usage, USAGE_FIELDS)
+    check_content(str(path), usage, USAGE_FIELDS, no_others=False)
+    check_content(str(path), usage, ALL_USAGE_FIELDS, all_fields=False)
     if not any(x["kv_usage"] == 1 for x in usage["results"]):
         raise ValueError(f"{path} must hold a result with `kv_usage` 1.0, which the others are compared with.")
     windows = {len(x["losses"]) for x in usage["results"]}

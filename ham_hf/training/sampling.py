@@ -10,6 +10,20 @@ from transformers import PreTrainedTokenizerBase
 from .documents import SPLIT_FILES, read_documents
 
 
+def held_out_windows(
+    corpus: Path, tokenizer: PreTrainedTokenizerBase, context: int, per_document: int
+) -> list[torch.Tensor]:
+    """`[1, context]` windows of held-out text: the first `per_document` of each document that do not overlap."""
+    windows = []
+    for document in read_documents(corpus / SPLIT_FILES["held_out"]):
+        tokens = [tokenizer.eos_token_id, *tokenizer.backend_tokenizer.encode(document.text).ids]
+        starts = range(0, len(tokens) - context + 1, context)
+        windows += [torch.tensor([tokens[start : start + context]]) for start in starts[:per_document]]
+    if not windows:
+        raise ValueError(f"`context` {context} is longer than every held-out document in {corpus}.")
+    return windows
+
+
 class TokenSampler:
     """Windows of training text: a pure function of the step, so that a resumed run sees the same ones."""
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..evaluation import calibrate
-from ..evaluation.usage import repeated_size, with_repeated_end
+from ..evaluation.losses import repeated_size, with_repeated_end
 from ..files import write_whole
 from ..modeling_ham import HAMForCausalLM
 from .control import UsageMeter, clipped_parameters, parameter_groups

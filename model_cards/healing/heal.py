@@ -36,13 +36,12 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import calibrate
-from ham_hf.evaluation.usage import held_out_windows
 from ham_hf.files import write_whole
 from ham_hf.training.data import PackedRows
 from ham_hf.training.distillation import open_gates
 from ham_hf.training.documents import SPLIT_FILES
 from ham_hf.training.recipe import DataRecipe, read_recipe
-from ham_hf.training.sampling import TokenSampler
+from ham_hf.training.sampling import TokenSampler, held_out_windows
 from ham_hf.training.train import train
 
 from .report import before_healing, plot, to_markdown

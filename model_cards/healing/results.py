@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ham_hf.files import write_whole
-
-from ..rows import read_rows
+from ham_hf.files import read_rows, write_whole
 
 # Fields that all stages share.
 SHARED = ("settings", "windows")

@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 
 from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import calibrate
+from ham_hf.files import append_row, read_rows
 
-from ..rows import append_row, current_commit, read_rows
+from ..rows import current_commit
 from .checkpoint import CACHE, checkpoint
 from .texts import CALIBRATION_WINDOWS, CONTEXT, calibration_windows, judged_windows
 

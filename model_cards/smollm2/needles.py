@@ -28,9 +28,9 @@ from ham_hf import HAMForCausalLM
 from ham_hf.evaluation.calibration import spread_windows
 from ham_hf.evaluation.importance import Example, needle_examples
 from ham_hf.evaluation.markdown import table
-from ham_hf.files import write_whole
+from ham_hf.files import append_row, read_rows, write_whole
 
-from ..rows import Row, append_row, current_commit, read_rows
+from ..rows import Row, current_commit
 
 ROOM = Path(__file__).parent
 RESULTS = ROOM / "needles.jsonl"

@@ -9,9 +9,9 @@ import statistics
 from pathlib import Path
 
 from ham_hf.evaluation.markdown import table
-from ham_hf.files import write_whole
+from ham_hf.files import read_rows, write_whole
 
-from ..rows import Row, read_rows
+from ..rows import Row
 
 ROOM = Path(__file__).parent
 COLUMNS = [

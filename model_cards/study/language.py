@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from ham_hf.evaluation import calibrate
-from ham_hf.evaluation.usage import held_out_windows
 from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.recipe import at_least
-from ham_hf.training.sampling import TokenSampler
+from ham_hf.training.sampling import TokenSampler, held_out_windows
 
 from .fitting import block_means, fit, routing_arguments
 from .gradients import use_gradient

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..rows import Row, read_rows
+from ham_hf.files import read_rows
+
+from ..rows import Row
 from .job import NAME, Job
 
 Result = Row

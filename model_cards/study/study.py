@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from ham_hf.files import append_row
 from ham_hf.training.recipe import check_config_keys, read_section
 from ham_hf.training.recipe_yaml import RecipeLoader
 
-from ..rows import append_row, current_commit
+from ..rows import current_commit
 from .fitting import Training
 from .gradients import GRADIENTS
 from .job import Job

@@ -157,7 +157,7 @@ def test_refused_calls(capsys, folder, text, tmp_path, tokenizer):
     assert "not allowed with" in message(folder, "--text", text, "--in-place", *output)
     assert "exists, takes a new folder" in message(folder, "--text", text, "--output", tmp_path)
     assert "argument MODEL" in message(tmp_path / "missing", "--text", text, *output)
-    assert "cannot read" in message(folder, "--text", tmp_path / "missing.txt", *output)
+    assert "there is no" in message(folder, "--text", tmp_path / "missing.txt", *output)
     assert "takes at least 8192" in message(folder, "--text", text, *output, "--length", "4096")
     assert "line 1, must be" in message(folder, "--text", text, *output, "--prompts", wrong, *LENGTH)
     assert "must leave room" in message(folder, "--text", text, *output, "--length", "40")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from ham_hf.files import read_rows
 from ham_hf.training.documents import SPLIT_FILES, Document, write_documents
 from model_cards.ham_tiny.tokenizer import train_tokenizer
 from model_cards.healing import heal, report
 from model_cards.healing.results import read_results, write_results
 from model_cards.healing.settings import Settings
-from model_cards.rows import read_rows
 
 WORDS = "the sea was calm and the captain spoke of home while his men slept below in the dark".split()
 

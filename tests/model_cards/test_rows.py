@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
+from ham_hf.files import append_row, read_rows
 from model_cards import rows
-from model_cards.rows import append_row, read_rows
 
 
 def test_rows_come_back_in_order_and_to_the_last_digit(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from ham_hf import HAMForCausalLM
 from ham_hf.cli.arguments import CommandError
 from ham_hf.cli.models import calibrated
-from model_cards.rows import read_rows
+from ham_hf.files import read_rows
 from model_cards.smollm2 import checkpoint, demo, fetch, measure, report, texts
 from tests.cli.calls import byte_tokenizer, save, tiny_model
 

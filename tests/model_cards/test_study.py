@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ham_hf import HAMConfig, HAMForCausalLM
+from ham_hf.files import append_row, read_rows
 from ham_hf.inputs_ham import TokenLayout
 from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
-from model_cards.rows import append_row, current_commit, read_rows
+from model_cards.rows import current_commit
 from model_cards.study import language, recall_study, report, study
 from model_cards.study.__main__ import main
 from model_cards.study.fitting import Training, block_means, build_model, config_of_size, fit

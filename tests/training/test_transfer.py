@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from ham_hf import HAMForCausalLM
 from ham_hf.conversion.memories import SHUT, added_parameters
 from ham_hf.evaluation import calibrate
-from ham_hf.evaluation.usage import recall_loss
+from ham_hf.evaluation.losses import window_figures
 from ham_hf.training import transfer as transfer_module
 from ham_hf.training.control import hybrid_mixers, parameter_groups
 from ham_hf.training.distillation import open_gates
@@ -365,7 +365,8 @@ def test_an_evaluation_reads_passages_a_second_time(unbroken, folders):
     calibrate(model, calibration)
     for key, usage in (("", None), ("/usage_0.25", 0.25)):
         with torch.no_grad():
-            losses = [recall_loss(model, row["input_ids"][None], usage) for row in held_out]
+            windows = [row["input_ids"][None] for row in held_out]
+            losses = [window_figures(model, x, kv_usage=usage)[0].second_time for x in windows]
         assert last[f"eval_second_time{key}"] == pytest.approx(sum(losses) / 2, abs=1e-5)
     assert last["eval_second_time/teacher"] != last["eval_second_time"]
 

@@ -1,13 +1,11 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Calibration makes `kv_usage` mean what it says, and the tables say what was measured."""
 
-import statistics
-
 import pytest
 import torch
 
 from ham_hf import HAMForCausalLM
-from ham_hf.evaluation import calibrate, usage
+from ham_hf.evaluation import calibrate
 from ham_hf.evaluation.calibration import score_quantiles
 from ham_hf.evaluation.markdown import row, table
 from ham_hf.files import write_whole
@@ -74,44 +72,6 @@ def test_calibration_refuses_what_it_cannot_use(model, tiny_config):
     without = HAMForCausalLM(tiny_config(layer_types=["linear_attention"] * 2))
     with pytest.raises(ValueError, match="hybrid"):
         calibrate(without, batches(1))
-
-
-def test_usage_is_measured_on_the_cache_itself(model):
-    calibrate(model, batches(2))
-    windows = [x[:1] for x in batches(3, seed=3)]
-    result = usage.measure_usage(model, windows, 0.5)
-    outputs = [model(x, labels=x, kv_usage=0.5, use_cache=True) for x in windows]
-    assert result["loss"] == pytest.approx(statistics.mean(x.loss.item() for x in outputs))
-    assert result["usage"] == pytest.approx(statistics.mean(x.cache.kv_usage().mean().item() for x in outputs))
-    cache = outputs[0].cache
-    assert result["full_kv_bytes"] == cache.full_kv_bytes()
-    assert result["state_bytes"] == cache.state_bytes()
-
-
-def test_recall_is_the_loss_on_a_second_copy(model):
-    tokens = batches(1, rows=1, length=80)[0]
-    again = tokens.clone()
-    again[:, 70:] = tokens[:, :10]
-    labels = again.masked_fill(torch.arange(80) < 71, -100)
-    expected = model(again, labels=labels, threshold=0.0).loss.item()
-    calibrate(model, batches(1))
-    assert usage.recall_loss(model, tokens, 1.0) == pytest.approx(expected, rel=1e-5)
-
-
-def test_usage_table_pairs_windows_and_plot_is_written(model, tmp_path):
-    calibrate(model, batches(2))
-    windows = [x[:1] for x in batches(3, seed=3)]
-    results = [usage.measure_usage(model, windows, x) for x in (0.0, 1.0, None)]
-    table = usage.to_markdown(results, 96)
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 3
-    assert f"| {results[0]['loss']:.4f} |" in rows[0]
-    assert f"| {results[0]['recall_loss']:.3f} |" in rows[0]
-    assert "+0.0000 ± 0.0000" in rows[1], "everything kept is compared with itself"
-    assert rows[2].startswith("| learned |")
-    pytest.importorskip("matplotlib")
-    usage.plot(results, tmp_path / "usage.png")
-    assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_table_has_its_columns_a_rule_and_its_rows():
