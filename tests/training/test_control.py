@@ -201,10 +201,11 @@ def test_the_meter_leaves_nothing_on_the_model(tiny_config):
 
 
 def optimizers(kind, model):
-    # The auxiliary loss of `learned` draws scores together, and a fast threshold steps past them.
-    threshold_rate = 0.05 if model.config.router == "learned" else 0.2
-    groups = parameter_groups(model, 3e-3, 0.01, threshold_learning_rate=threshold_rate)
+    groups = parameter_groups(model, 3e-3, 0.01)
     if kind == "sgd":
+        if model.config.router == "learned":
+            # The auxiliary loss draws scores together, and a fast threshold steps past them.
+            groups = parameter_groups(model, 3e-3, 0.01, threshold_learning_rate=0.05)
         return [torch.optim.SGD(groups, lr=3e-3, momentum=0.9)]
     if kind == "adamw":
         return [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
