@@ -8,12 +8,14 @@ import sys
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from ..configuration_ham import LARGEST_WINDOW
+from ..configuration_ham import ERROR_ROUTERS, LARGEST_WINDOW
 from .declaration import Conversion
 from .run import FEWEST_VERIFIED, Run
 
 # Of a converted model that keeps a quarter of its tokens, before any training, they mend nearly all of the loss.
 WINDOW, SINKS = 64, 4
+# It chooses a quarter of SmolLM2's tokens better than `cosine` and chance do, before any training.
+ROUTER = "l2"
 
 
 def shard_size(text: str) -> str:
@@ -59,12 +61,15 @@ def build_parser(conversion: Conversion, description: str) -> argparse.ArgumentP
     parser.set_defaults(gguf_file=None)
     if conversion.reads_gguf:
         parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file to read in the folder or repository")
-    parser.set_defaults(window=None, sinks=None)
+    parser.set_defaults(window=None, sinks=None, router=None)
     if conversion.takes_window:
         help_text = "last tokens that attention sees whether they are kept or not; 0: none (default %(default)s)"
         parser.add_argument("--window", metavar="N", type=number_of_tokens, default=WINDOW, help=help_text)
         help_text = "first tokens that are always kept; 0: none (default %(default)s)"
         parser.add_argument("--sinks", metavar="N", type=number_of_tokens, default=SINKS, help=help_text)
+        help_text = "how tokens are scored: %(choices)s (default %(default)s)"
+        routers = (*ERROR_ROUTERS, "random")
+        parser.add_argument("--router", metavar="ROUTER", choices=routers, default=ROUTER, help=help_text)
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     help_text = "the source's name in the card, such as OWNER/NAME (default: from SOURCE)"
     parser.add_argument("--name", type=plain_name, help=help_text)

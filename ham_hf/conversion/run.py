@@ -111,6 +111,7 @@ class Run:
         ham_config = conversion.ham_config(config)
         if conversion.takes_window:
             hold_recent_tokens(ham_config, self.arguments.window, self.arguments.sinks)
+            ham_config.router = self.arguments.router
         old = self._source_tensors()
         ham_config.dtype = old.main_dtype()
         rules = {rule.name: rule for rule in conversion.to_ham(config, ham_config)}

@@ -50,6 +50,8 @@ from .settings import RUNS, Settings
 
 ROOT = Path(__file__).parents[2]
 CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
+# As in the paper: neither a window nor sinks, and the error in direction alone.
+CONVERSION = ("--window", "0", "--sinks", "0", "--router", "cosine")
 HAM_TINY = ROOT / "ham_hf" / "checkpoints" / "ham-tiny"
 # First numbers of windows: of the source's training, times the seed, and of calibration.
 SEEDS_APART, CALIBRATION = 1_000_003, 10**9
@@ -258,7 +260,9 @@ class Study:
         if not self.source.exists():
             self.train_source()
         if not self.converted.exists():
-            subprocess.run([sys.executable, str(CONVERT), str(self.source), str(self.converted)], check=True)
+            subprocess.run(
+                [sys.executable, str(CONVERT), str(self.source), str(self.converted), *CONVERSION], check=True
+            )
         results = {"settings": settings, "windows": len(self.windows)}
         unhealed = results["unhealed"] = self.stored("unhealed", self.unhealed)
         print(before_healing(unhealed), flush=True)

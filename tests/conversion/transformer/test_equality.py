@@ -215,6 +215,16 @@ def test_holds_recent_and_first_tokens(options, window, sinks, source, convert, 
     assert convert(source(SOURCES["llama"]), tmp_path / "ham", "--no-verify", *options) == 0
     config = AutoConfig.from_pretrained(tmp_path / "ham")
     assert (config.attention_window, config.attention_sinks) == (window, sinks)
+    assert config.router == "l2"
+
+
+def test_routes_as_it_is_asked_to(source, convert, tmp_path, capsys):
+    folder = source(SOURCES["llama"])
+    assert convert(folder, tmp_path / "ham", "--no-verify", "--router", "random") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "ham").router == "random"
+    with pytest.raises(SystemExit):
+        convert(folder, tmp_path / "other", "--router", "learned")
+    assert "invalid choice: 'learned'" in capsys.readouterr().err
 
 
 def test_a_layer_that_slides_keeps_its_window_and_nothing_else(source, convert, tmp_path):
