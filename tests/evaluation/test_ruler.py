@@ -214,7 +214,8 @@ def test_depths_of_needles_vary(task, tokenizer):
 
 def test_an_essay_is_repeated_and_needles_lie_between_sentences(tokenizer):
     text = 'One two three. "Four five?" Six\n\nseven  eight! Nine.'
-    for sample in make_samples("niah_multivalue", tokenizer, 1024, 8, haystack=text):
+    first, last = [], []
+    for sample in make_samples("niah_multivalue", tokenizer, 1024, 32, haystack=text):
         context = "\n".join(sample.prompt.split("\n")[1:-1])
         parts = re.split(r"One of the special magic numbers for \S+ is: \d+\.", context)
         assert len(parts) == 5
@@ -223,6 +224,10 @@ def test_an_essay_is_repeated_and_needles_lie_between_sentences(tokenizer):
         flat = [*itertools.chain.from_iterable(words)]
         assert flat == [*itertools.islice(itertools.cycle(text.split()), len(flat))]
         assert len(flat) > 100
+        first.append(not words[0])
+        last.append(not words[-1])
+    assert 0 < sum(first) < 16, "a needle may come first"
+    assert 0 < sum(last) < 16, "and last"
 
 
 def test_the_haystack_is_pythons_help_without_another(tokenizer):
@@ -264,7 +269,9 @@ def test_the_example_takes_500_tokens_of_a_long_prompt(tokenizer):
 def test_common_words_are_the_most_common(length, of_example, of_list, tokenizer):
     for sample in make_samples("cwe", tokenizer, length, 3):
         _, example, prompt = sample.prompt.split("Below is a numbered list")
-        listed = Counter(entries(prompt.split("\nQuestion:")[0]))
+        numbered = entries(prompt.split("\nQuestion:")[0])
+        assert sum(a == b for a, b in itertools.pairwise(numbered)) < len(numbered) / 5, "in a random order"
+        listed = Counter(numbered)
         assert {word for word, _ in listed.most_common(10)} == set(sample.answers)
         assert len(set(sample.answers)) == 10
         assert set(listed.values()) == set(of_list)
@@ -289,6 +296,7 @@ def test_long_lists_are_of_pairs(tokenizer, monkeypatch):
 def test_frequent_words_are_the_most_frequent(length, tokenizer):
     for sample in make_samples("fwe", tokenizer, length, 3):
         text = sample.prompt.split("coded words. ")[1].split("\nQuestion:")[0]
+        assert 5 < sum(word != "..." for word in text.split()[:40]) < 30, "in a random order"
         (dots, noise), *counts = Counter(text.split()).most_common()
         assert dots == "..."
         assert [word for word, _ in counts[:3]] == [*sample.answers]
@@ -296,6 +304,17 @@ def test_frequent_words_are_the_most_frequent(length, tokenizer):
         assert counts[2][1] > counts[3][1]
         # Zeta distribution of 2: the words of rank k are 1 / k^2 times as many as the dots.
         assert all(abs(count - noise / rank**2) <= 1 for rank, (_, count) in enumerate(counts, 2))
+
+
+def test_short_coded_texts_have_no_tie_for_the_third_word(tokenizer):
+    with pytest.raises(ValueError, match="must be at least") as error:
+        make_samples("fwe", tokenizer, 1, 1)
+    least = int(re.search(r"at least (\d+)", str(error.value))[1])
+    for length in range(least, least + 200, 8):
+        prompt, answers, _ = make_samples("fwe", tokenizer, length, 1)[0]
+        counts = Counter(prompt.split("coded words. ")[1].split("\nQuestion:")[0].split())
+        fewest = min(counts[word] for word in answers)
+        assert all(count < fewest for word, count in counts.items() if word not in (*answers, "..."))
 
 
 def test_samples_follow_from_the_seed_alone(tokenizer):
