@@ -40,6 +40,13 @@ def add_to(commands: Any) -> None:
     add_window_arguments(parser)
     help_text = "folder for usage.json, usage.md and usage.png, and windows.jsonl with a row for each window"
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help=help_text)
+    add_memory_arguments(parser)
+    add_placement_arguments(parser)
+    parser.set_defaults(execute=execute)
+
+
+def add_memory_arguments(parser: Parser) -> None:
+    """Adds the settings of the memory, see `memories`."""
     help_text = "keep tokens that score at least this"
     threshold = number("a number", -1e9, 1e9)
     parser.add_argument("--threshold", metavar="TAU", nargs="+", type=threshold, default=[], help=help_text)
@@ -49,8 +56,6 @@ def add_to(commands: Any) -> None:
     help_text = "hold at most this many tokens per head, of all scores"
     whole = number("a whole number from 1", 1, 2**31, int)
     parser.add_argument("--kv-budget", metavar="N", nargs="+", type=whole, default=[], help=help_text)
-    add_placement_arguments(parser)
-    parser.set_defaults(execute=execute)
 
 
 def add_window_arguments(parser: Parser) -> None:

@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from .. import __version__
-from . import calibrate, card, demo, evaluate, generate, push, run, sweep, train
+from . import calibrate, card, demo, evaluate, generate, push, ruler, run, sweep, train
 from .arguments import CommandError, Parser, exit_status
 
 DESCRIPTION = """\
@@ -24,7 +24,7 @@ examples:
   ham-hf train recipe.yaml
   ham-hf run transformers serve path/to/checkpoint
 """
-COMMANDS = (generate, demo, train, calibrate, evaluate, sweep, card, push, run)
+COMMANDS = (generate, demo, train, calibrate, evaluate, sweep, ruler, card, push, run)
 
 
 def build_parser() -> Parser:

@@ -65,7 +65,6 @@ def execute(arguments: argparse.Namespace) -> None:
         raise CommandError(f"argument MODEL: got {kind}, takes a HAM with scores")
     from tqdm import tqdm
 
-    from ..evaluation.evaluate import result
     from ..evaluation.report import plot, to_markdown
     from ..evaluation.sweep import rise, search
     from ..files import write_whole
@@ -74,7 +73,7 @@ def execute(arguments: argparse.Namespace) -> None:
     with tqdm(desc="sweep", unit="window", disable=None) as progress:
 
         def measure(memory: dict[str, float]) -> dict[str, Any]:
-            return result(memory, evaluation.measure(memory, progress))
+            return evaluation.measure(memory, progress)
 
         everything = measure({"threshold": 0.0})
         for knob in ("kv_usage", "threshold") if calibrated(model) else ("threshold",):

@@ -1,42 +1,28 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Measures a model at several settings of its memory, window by window, and goes on where it was interrupted."""
+"""Measures the loss and the memory of a model at several settings of its memory, window by window."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files import append_row, read_rows
 from .losses import WindowFigures, summary, window_figures
+from .record import Record
 
 Memory = dict[str, Any]
-# Values of each tensor that `fingerprint` reads.
-FINGERPRINT_VALUES = 4096
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of the configuration and of the beginning of each tensor, which tells one checkpoint from another."""
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
-    for name, x in model.state_dict().items():
-        beginning = x.flatten()[:FINGERPRINT_VALUES].detach().cpu().contiguous()
-        digest.update(name.encode() + beginning.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Evaluation:
-    """Figures of a model on windows of text, kept in a file of JSON Lines, one row for each window and setting.
+    """Figures of a model on windows of text, see `window_figures`, which a file remembers.
 
     Args:
         model: a causal language model, in evaluation mode and on its device.
         windows: `[N, T]` int64 token ids.
-        record: the file. If it exists it must come from the same model and windows, and what is in it is not measured
-            again.
+        record: the file, see `Record`; what is in it is not measured again.
         batch_size: windows in one call.
 
     Raises:
@@ -44,32 +30,16 @@ class Evaluation:
     """
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, record: Path, batch_size: int = 1):
-        self.model, self.windows, self.record, self.batch_size = model, windows, record, batch_size
-        identity = {
-            "model": fingerprint(model),
-            "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            "windows": list(windows.shape),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        }
-        rows = read_rows(record)
-        if not rows:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            append_row(record, identity)
-        elif rows[0] != identity:
-            changed = [name for name, value in identity.items() if rows[0].get(name) != value]
-            raise ValueError(f"{record} holds an evaluation of another {', '.join(changed)}: give a new folder.")
-        self._figures = {
-            (json.dumps(row["memory"]), row["window"]): WindowFigures(**row["figures"]) for row in rows[1:]
-        }
+        self.model, self.windows, self.batch_size = model, windows, batch_size
+        text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        self.record = Record(record, model, {"text": text, "windows": list(windows.shape)})
 
     def missing(self, memory: Memory) -> list[int]:
         """The windows that are not yet measured at a setting."""
-        return [i for i in range(len(self.windows)) if (json.dumps(memory), i) not in self._figures]
+        return [i for i in range(len(self.windows)) if {"memory": memory, "window": i} not in self.record]
 
     def measure(self, memory: Memory, progress: Any = None) -> dict[str, Any]:
-        """The means of all windows at a setting, see `summary`; measures what is missing.
+        """The means of all windows at a setting, see `summary`, with the arguments of the setting.
 
         Args:
             memory: arguments of the model's calls: `threshold`, `kv_usage` and `kv_budget` of a HAM.
@@ -80,20 +50,20 @@ class Evaluation:
             indices = missing[start : start + self.batch_size]
             figures = window_figures(self.model, self.windows[indices], **memory)
             for i, x in zip(indices, figures, strict=True):
-                append_row(self.record, {"memory": memory, "window": i, "figures": x._asdict()})
-                self._figures[json.dumps(memory), i] = x
+                self.record[{"memory": memory, "window": i}] = x._asdict()
             if progress is not None:
                 progress.update(len(indices))
-        return summary([self._figures[json.dumps(memory), i] for i in range(len(self.windows))])
+        rows = [self.record[{"memory": memory, "window": i}] for i in range(len(self.windows))]
+        return setting(memory) | summary([WindowFigures(**x) for x in rows])
 
     def results(self, memories: Iterable[Memory]) -> list[dict[str, Any]]:
         """What `usage.json` holds of each setting, with a progress bar on a terminal that tells the time left."""
         memories = list(memories)
         total = sum(len(self.missing(memory)) for memory in memories)
         with tqdm(total=total, desc="evaluate", unit="window", disable=None) as progress:
-            return [result(memory, self.measure(memory, progress)) for memory in memories]
+            return [self.measure(memory, progress) for memory in memories]
 
 
-def result(memory: Memory, figures: dict[str, Any]) -> dict[str, Any]:
-    """A setting with its figures; arguments that are not given are `None`."""
-    return {name: memory.get(name) for name in ("kv_usage", "threshold", "kv_budget")} | figures
+def setting(memory: Memory) -> Memory:
+    """All arguments of a setting; those that are not given are `None`."""
+    return {name: memory.get(name) for name in ("kv_usage", "threshold", "kv_budget")}

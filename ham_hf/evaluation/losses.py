@@ -119,7 +119,7 @@ def window_figures(model: PreTrainedModel, tokens: torch.Tensor, **memory: Any) 
     second_time, _ = token_losses(model, with_repeated_end(tokens), size - 1, use_cache=False, **memory)
     losses, outputs = token_losses(model, tokens, use_cache=True, **memory)
     repeated = repeated_tokens(tokens.cpu())[:, 1:]
-    usage = usage_of(cache_of(outputs), len(tokens), tokens.shape[1])
+    usage = usage_of(cache_of(outputs), len(tokens))
     return [
         WindowFigures(
             loss=x.mean().item(),
@@ -146,16 +146,18 @@ def cache_of(outputs: Any) -> Any:
     return None
 
 
-def usage_of(cache: Any, rows: int, length: int) -> list[dict[str, Any]]:
-    """The fields of `WindowFigures` from `kept` on, for each row of a batch after `length` tokens."""
+def usage_of(cache: Any, rows: int) -> list[dict[str, Any]]:
+    """The fields of `WindowFigures` from `kept` on, for each row of a batch; bytes are shared evenly."""
     if not isinstance(cache, HAMCache):
         of_keys, of_states = cache_bytes(cache)
         nothing = {"kept": None, "held": None, "full_kv_bytes": None}
         share = {"kv_bytes": of_keys and of_keys // rows, "state_bytes": of_states and of_states // rows}
         return [nothing | share for _ in range(rows)]
     attends = [i for i, kind in enumerate(cache.config.layer_types) if kind != "linear_attention"]
+    assert cache.real_tokens is not None, "a model has filled the cache"
+    seen = cache.real_tokens.cpu()
     kept, held = (
-        (x[attends].float().mean((0, 2)) / length).tolist() for x in (cache.kept_tokens(), cache.held_tokens())
+        (x[attends].float().mean((0, 2)) / seen).tolist() for x in (cache.kept_tokens(), cache.held_tokens())
     )
     sizes = {
         "kv_bytes": (cache.memory_bytes() - cache.state_bytes()) // rows,

@@ -82,7 +82,9 @@ def test_another_model_is_measured_as_it_is(capsys, text, tmp_path, tokenizer):
     (found,) = results_of(tmp_path / "out")
     assert found["kv_bytes"] == 2 * 2 * 64 * 32 * 4
     assert not (tmp_path / "out" / "usage.png").exists()
-    message = refusal(capsys, "evaluate", folder, "--text", text, "--output", tmp_path / "x", "--threshold", "0", *SIZE)
+    message = refusal(
+        capsys, "evaluate", folder, "--text", text, "--output", tmp_path / "x", "--threshold", "0", *SIZE
+    )
     assert "a model of type 'llama' takes none" in message
 
 
@@ -112,6 +114,18 @@ def test_a_sweep_names_the_smallest_memory(capsys, calibrated_checkpoint, text, 
     rows = read_rows(tmp_path / "windows.jsonl")
     assert run(capsys, *call, "--allow", "0.1%") == said
     assert read_rows(tmp_path / "windows.jsonl") == rows, "nothing is measured twice"
+
+
+def test_retrieval_at_thresholds(capsys, checkpoint, text, tmp_path):
+    options = ("--tasks", "niah_single_1", "--length", "1000", "--samples", "1", "--threshold", "1.01")
+    said = run(capsys, "ruler", checkpoint, "--text", text, "--output", tmp_path, *options)
+    assert {x.name for x in tmp_path.iterdir()} == {"ruler.json", "ruler.md", "ruler.png", "samples.jsonl"}
+    assert (tmp_path / "ruler.md").read_text() in said
+    assert [(x["threshold"], x["held"]) for x in results_of(tmp_path, "ruler.json")] == [(0.0, 1.0), (1.01, 0.0)]
+    assert len(read_rows(tmp_path / "samples.jsonl")) == 1 + 2
+    message = refusal(capsys, "ruler", checkpoint, "--output", tmp_path / "x", "--length", "200", "--samples", "1")
+    assert "`length` must be at least" in message
+    assert "invalid choice" in refusal(capsys, "ruler", checkpoint, "--output", tmp_path, "--tasks", "qa")
 
 
 def test_refused_calls(capsys, checkpoint, text, tmp_path):

@@ -6,7 +6,8 @@ import torch
 
 from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import calibrate, evaluate
-from ham_hf.evaluation.evaluate import Evaluation, fingerprint
+from ham_hf.evaluation.evaluate import Evaluation, setting
+from ham_hf.evaluation.record import fingerprint
 from ham_hf.evaluation.report import parts_to_markdown, plot, setting_name, to_markdown
 from ham_hf.files import read_rows
 
@@ -117,9 +118,9 @@ def test_a_window_is_held_beyond_what_is_kept(tiny_config, windows, tmp_path):
 def test_a_model_without_routers_has_fewer_columns():
     figures = {"usage": None, "held": None, "loss": 1.0, "losses": [1.0], "recall_loss": 2.0, "first_loss": 1.0}
     figures |= {"repeated_loss": None, "losses_by_part": [1.0] * 8, "kv_bytes": 2048, "full_kv_bytes": None}
-    text = to_markdown([evaluate.result({}, figures | {"state_bytes": 0})], 64)
+    text = to_markdown([setting({}) | figures | {"state_bytes": 0}], 64)
     assert "| asked for | loss (nats/token) | perplexity | second time | cache KiB |" in text
     assert "| the model | 1.0000 | 2.72 | 2.000 | 2 |" in text
-    without = to_markdown([evaluate.result({}, figures | {"kv_bytes": None, "state_bytes": None})], 64)
+    without = to_markdown([setting({}) | figures | {"kv_bytes": None, "state_bytes": None}], 64)
     assert "| 2.000 |  |" in without
     assert "states" not in without
