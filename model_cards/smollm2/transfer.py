@@ -1,0 +1,143 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Layer-wise transfer of SmolLM2, and what it gives at a quarter of the tokens: loss, passages read before, needles.
+
+Usage:
+
+    python -m model_cards.smollm2.transfer run --steps 150
+    python -m model_cards.smollm2.transfer report
+
+`run` goes on where it was interrupted, and appends a row to transfer.jsonl for each window of text and each prompt.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from ham_hf import HAMForCausalLM
+from ham_hf.evaluation import calibrate
+from ham_hf.evaluation.importance import needle_examples
+from ham_hf.evaluation.losses import window_figures
+from ham_hf.evaluation.markdown import table
+from ham_hf.files import append_row, read_rows, write_whole
+from ham_hf.training.recipe import read_recipe
+from ham_hf.training.train import train
+
+from ..rows import Row, current_commit
+from .checkpoint import CACHE, checkpoint
+from .needles import SEED, THINGS, needle_figures
+from .texts import CONTEXT, calibration_windows, halves, judged_windows
+
+ROOM = Path(__file__).parent
+RESULTS = ROOM / "transfer.jsonl"
+ROUTERS = ("l2", "random")
+USAGE = 0.25
+WINDOWS, PROMPTS = 6, 20
+STAGES = ("before", "after")
+
+
+def transferred(router: str, steps: int, cache: Path) -> tuple[Path, Path]:
+    """The folders of the converted model with a router, and of that after a transfer of so many steps."""
+    room = cache / f"transfer-{router}"
+    before = room / "before"
+    if not before.exists():
+        source = checkpoint(cache)
+        model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32, router=router)
+        model.save_pretrained(before.with_suffix(".partial"))
+        AutoTokenizer.from_pretrained(source).save_pretrained(before.with_suffix(".partial"))
+        before.with_suffix(".partial").rename(before)
+    write_whole(room / "text.txt", halves()[0])
+    recipe = {
+        "output": str(room / f"steps-{steps}"),
+        "model": {"from": str(before)},
+        "data": {"files": str(room / "text.txt")},
+        "steps": 0,
+        "context": 512,
+        "transfer": {"steps": steps, "usage": USAGE, "learning_rate": 3e-3},
+        "evaluation": {"rows": 4, "usages": []},
+        "trainer": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 10},
+    }
+    write_whole(room / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    train(read_recipe(room / "recipe.yaml"))
+    return before, room / f"steps-{steps}" / "model"
+
+
+@torch.no_grad()
+def measure(folder: Path, labels: Row, done: list[Row]) -> None:
+    """Appends the rows of a model that are not there yet."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = HAMForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    calibrate(model, calibration_windows(tokenizer))
+    filler = tokenizer(halves()[1], add_special_tokens=False)["input_ids"]
+    inputs: dict[str, Any] = {
+        "text": judged_windows(tokenizer, WINDOWS),
+        "needle": needle_examples(tokenizer, filler, PROMPTS, CONTEXT, SEED, THINGS),
+    }
+    for kind, x, index in tqdm([(kind, x, i) for kind, xs in inputs.items() for i, x in enumerate(xs)]):
+        key = labels | {"kind": kind, "index": index}
+        if any(row.items() >= key.items() for row in done):
+            continue
+        if kind == "needle":
+            figures = needle_figures(model, x, USAGE)
+        else:
+            of_window = window_figures(model, x, kv_usage=USAGE)[0]
+            figures = {"loss": of_window.loss, "second_time": of_window.second_time, "held": of_window.held}
+        append_row(RESULTS, key | figures | {"commit": current_commit()})
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """A row for each router, before and after."""
+    lines = []
+    for router in ROUTERS:
+        for stage in STAGES:
+            own = [row for row in rows if (row["router"], row["stage"]) == (router, stage)]
+            texts, needles = ([row for row in own if row["kind"] == kind] for kind in ("text", "needle"))
+            if not texts or not needles:
+                continue
+            lines.append(
+                [
+                    router,
+                    stage,
+                    own[0]["steps"] if stage == "after" else "",
+                    f"{statistics.mean(x['held'] for x in texts):.1%}",
+                    f"{statistics.mean(x['loss'] for x in texts):.4f}",
+                    f"{statistics.mean(x['second_time'] for x in texts):.3f}",
+                    f"{sum(x['found'] for x in needles)} of {len(needles)}",
+                    f"{statistics.mean(x['loss'] for x in needles):.3f}",
+                ]
+            )
+    columns = ["router", "transfer", "steps", "held", "loss of text", "second time", "needles", "loss of the answer"]
+    tail = (
+        f"Asked for {USAGE:.0%}; {WINDOWS} windows of text and {PROMPTS} prompts of {CONTEXT} tokens; losses in "
+        "nats/token. A step reads 512 tokens."
+    )
+    return f"{table(columns, lines)}\n\n{tail}\n"
+
+
+def main() -> None:
+    """Transfers and measures, or writes transfer.md from the rows."""
+    parser = argparse.ArgumentParser(description="Layer-wise transfer of SmolLM2, and what it gives.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="transfer, and measure what has no row yet")
+    command.add_argument("--steps", type=int, default=150, help="steps of 512 tokens (default %(default)s)")
+    command.add_argument("--cache", type=Path, default=CACHE, help="folder of the HAM (default: %(default)s)")
+    commands.add_parser("report", help="write transfer.md")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        for router in ROUTERS:
+            folders = transferred(router, arguments.steps, arguments.cache)
+            for stage, folder in zip(STAGES, folders, strict=True):
+                labels = {"router": router, "stage": stage, "steps": arguments.steps}
+                measure(folder, labels, read_rows(RESULTS))
+    report = to_markdown(read_rows(RESULTS))
+    print(report)
+    write_whole(ROOM / "transfer.md", report)
+
+
+if __name__ == "__main__":
+    main()
