@@ -87,6 +87,11 @@ class CapturedStep:
         """
         _check_cache(self.cache, rows=len(self._tokens))
         self._check_tokens(tokens)
+        with torch.cuda.device_of(self._tokens):
+            return self._next(tokens)
+
+    def _next(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Replays the recording, or makes it."""
         self._tokens.copy_(tokens[:, None])
         self.cache.reserve()
         layers = self.cache.layers

@@ -64,6 +64,7 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
         "arch": arch,
         "shared": compiled.metadata.shared,
         "transposed_product": transposes_product(compiled.asm["ttir"]),
+        "race": unguarded_stores(compiled.asm["ttir"]),
         "never_written": reads_before_writes(run_tool(compiled.asm["cubin"], "nvdisasm", "-c")),
         **resource_usage(compiled.asm["cubin"]),
     }
@@ -78,6 +79,26 @@ def run_tool(cubin: bytes, tool: str, *options: str) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([program, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def unguarded_stores(ttir: str) -> list[str]:
+    """Finds stores to a number that was loaded before, without a barrier between load and store.
+
+    Every thread of a block loads a single number; one that is late would load what another has stored already.
+    """
+    base: dict[str, str] = {}  # of a pointer: the argument that it was computed from
+    loaded: set[str] = set()
+    found = []
+    for line in ttir.splitlines():
+        if "barrier" in line:
+            loaded.clear()
+        elif match := re.search(r"(%\w+) = tt\.addptr (%\w+),", line):
+            base[match[1]] = base.get(match[2], match[2])
+        elif match := re.search(r"= tt\.load (%\w+).*: !tt\.ptr<", line):
+            loaded.add(base.get(match[1], match[1]))
+        elif (match := re.search(r"tt\.store (%\w+),.*: !tt\.ptr<", line)) and base.get(match[1], match[1]) in loaded:
+            found.append(line.strip())
+    return found
 
 
 def reads_before_writes(sass: str) -> list[str]:

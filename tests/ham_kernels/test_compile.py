@@ -61,6 +61,8 @@ def problems(results):
             lines.append(
                 f"{where}: reads registers that nothing wrote, which ptxas gets wrong: {r['never_written'][0]}"
             )
+        if r["race"]:
+            lines.append(f"{where}: stores what other threads may not have loaded yet: {r['race'][0]}")
         if r["transposed_product"]:
             lines.append(f"{where}: multiplies a transposed product, which Triton 3.4 to 3.7.0 miscompile on Hopper")
     return "\n".join(lines)
@@ -193,3 +195,30 @@ def test_too_much_shared_memory_is_a_problem():
     results = [fitting | {"arch": arch, "shared": 170_000} for arch in (80, 90)]
     assert "sm_80: 170000 bytes of shared memory" in problems(results)
     assert "sm_90" not in problems(results)
+
+
+TTIR = """
+    %place = tt.addptr %counts, %stream : !tt.ptr<i64>, i64 loc(#loc1)
+    %count = tt.load %place : !tt.ptr<i64> loc(#loc2)
+    {between}
+    %next = arith.addi %count, %one : i64 loc(#loc3)
+    %again = tt.addptr %counts, %stream : !tt.ptr<i64>, i64 loc(#loc4)
+    tt.store {target}, %next : !tt.ptr<i64> loc(#loc5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "target", "found"),
+    [
+        ("", "%again", 1),
+        ("", "%counts", 1),
+        ("gpu.barrier loc(#loc9)", "%again", 0),
+        ("", "%other", 0),
+        ("%x = tt.load %block : tensor<8x!tt.ptr<i64>> loc(#loc9)", "%other", 0),
+    ],
+)
+def test_a_race_between_threads_is_found(between, target, found):
+    spec = importlib.util.spec_from_file_location("aot_compile", FOLDER / "aot_compile.py")
+    aot_compile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(aot_compile)
+    assert len(aot_compile.unguarded_stores(TTIR.format(between=between, target=target))) == found

@@ -275,3 +275,39 @@ def test_a_gpu_without_kernels_warns_once_and_takes_pytorch(installed, platform,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ops_ham.kernel_for("compact_kept", on_gpu()) is None
+
+
+@pytest.mark.parametrize("on_kernels", ["all"], indirect=True)
+def test_every_launch_is_on_the_device_of_its_tensors(on_kernels, tiny_config, monkeypatch):
+    """A model whose layers are on several devices; in a backward pass autograd sees to the device."""
+    executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
+    if torch.cuda.is_available():
+        pytest.skip("nothing is interpreted")
+    guards, launched, launch = [], set(), executor.__call__
+
+    class Guard:
+        def __init__(self, tensor):
+            self.device = tensor.device
+
+        def __enter__(self):
+            guards.append(self.device)
+
+        def __exit__(self, *_):
+            guards.pop()
+
+    def checked(self, *args, **kwargs):
+        assert guards, f"{self.fn.__name__} is launched wherever the caller happens to be"
+        launched.add(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(executor, "__call__", checked)
+    model = tiny_model(tiny_config, num_hidden_layers=1).eval()
+    on_kernels()
+    ids = inputs()["input_ids"][:, :34]
+    with torch.no_grad():
+        cache = model(ids[:, :32], use_cache=True, threshold=0.4).cache
+        model(ids[:, 32:33], cache=cache, use_cache=True, threshold=0.4)
+    names = ("wy_inverse_fwd", "compact_kept_fwd", "sparse_prefix_attention_fwd", "ragged_decode_attention_fwd")
+    for name in (*names, "decode_update_fwd", "decode_mix_append_fwd"):
+        assert f"{name}_kernel" in launched, name

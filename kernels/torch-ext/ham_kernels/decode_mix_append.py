@@ -82,6 +82,8 @@ def decode_mix_append_fwd_kernel(
                 key, value, score = _token(k, v, scores, stream, K, V, BLOCK_K, BLOCK_V)
                 score = _stored_score(score, position, SINKS)
                 count = tl.load(counts + stream)
+                # Every thread loads the count; all must have read it before one writes.
+                tl.debug_barrier()
                 _append(
                     key, value, score, position, count, tail_k, tail_v, tail_scores, tail_positions, counts,
                     full_pages, slabs, num_slabs, stream, K, V, PAGE, FIELDS, BLOCK_K, BLOCK_V, BLOCK_S,
@@ -315,10 +317,11 @@ def decode_mix_append(
     )
     check_sinks("sinks", sinks)
     check_platform(update.o.device)
-    return decode_mix_append_fwd(
-        update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation,
-        window, sinks,
-    )  # fmt: skip
+    with torch.cuda.device_of(update.o):
+        return decode_mix_append_fwd(
+            update, positions, real_tokens, real, norm_weights, output_gate, o_kv, gates, pages, eps, gate_activation,
+            window, sinks,
+        )  # fmt: skip
 
 
 def _check_arguments(

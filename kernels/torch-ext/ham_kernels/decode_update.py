@@ -411,7 +411,8 @@ def decode_update(
     _check_sizes(qkv, state)
     _check_groups(qkv, convolution, gates, state, routing, view, real)
     check_platform(qkv.device)
-    return decode_update_fwd(qkv, convolution, gates, state, routing, view, real, allow_neg_eigval)
+    with torch.cuda.device_of(qkv):
+        return decode_update_fwd(qkv, convolution, gates, state, routing, view, real, allow_neg_eigval)
 
 
 def _check_sizes(qkv: torch.Tensor, state: torch.Tensor) -> None:

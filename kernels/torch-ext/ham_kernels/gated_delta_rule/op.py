@@ -169,10 +169,13 @@ def gated_delta_rule_with_prediction(
     g, beta = g.float().contiguous(), beta.float().contiguous()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     if v.shape[1] == 1 and not _needs_gradient(q, k, v, g, beta, initial_state):
-        return step_fwd(q, k, v, g, beta, initial_state, scale, score, predict)
+        with torch.cuda.device_of(v):
+            return step_fwd(q, k, v, g, beta, initial_state, scale, score, predict)
     if v.dtype == torch.float32 and k.shape[3] > 128:
         chunk_size = min(chunk_size, 32)  # a block of threads could not hold a longer chunk
     chunks = (
         split_rows(v.shape[0], v.shape[1], chunk_size) if seq_idx is None else split_documents(seq_idx, chunk_size)
     )
-    return GatedDeltaRuleWithPredictionFunction.apply(q, k, v, g, beta, initial_state, scale, chunks, score, predict)
+    arguments = q, k, v, g, beta, initial_state, scale, chunks, score, predict
+    with torch.cuda.device_of(v):  # autograd sees to the device of the backward pass
+        return GatedDeltaRuleWithPredictionFunction.apply(*arguments)
