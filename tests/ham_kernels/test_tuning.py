@@ -181,6 +181,7 @@ def test_buckets_are_powers_of_two_that_hold_the_length():
         ((10, 0), (3, 7, 1), "Triton 3.8"),
         ((12, 0), (3, 7, 9), "Triton 3.8"),
         ((10, 0), (3, 8, 0), None),
+        ((13, 0), (3, 8, 0), "no GPU of this kind"),
     ],
 )
 def test_bad_pairs_of_gpu_and_triton(capability, version, problem):
@@ -206,6 +207,13 @@ def gpu(monkeypatch):
 def test_a_bad_pair_is_refused_by_name(gpu):
     gpu((10, 0), "3.7.1+git123")
     with pytest.raises(RuntimeError, match=r"Blackwell.*Triton 3\.8.*Pretended with Triton 3\.7\.1\+git123"):
+        ham_kernels.check_platform(torch.device("cuda", 0))
+
+
+def test_an_amd_gpu_is_refused(gpu, monkeypatch):
+    gpu((9, 4), "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(RuntimeError, match="do not run on AMD GPUs yet.*Pretended"):
         ham_kernels.check_platform(torch.device("cuda", 0))
 
 

@@ -83,6 +83,7 @@ BAD_PAIRS = (
     # Products in a recurrence race at 8 warps: flash-linear-attention, issue 1228 and `BLACKWELL_8_WARP_RACE` in its
     # ops/common/chunk_o.py; Triton, issue 10590.
     BadPair((10, 0), (12, 9), ANY_VERSION, (3, 8, 0), "Blackwell GPUs need Triton 3.8 or newer, older versions race"),
+    BadPair((13, 0), (99, 9), ANY_VERSION, NO_VERSION, "the kernels know no GPU of this kind"),
 )
 
 
@@ -109,7 +110,8 @@ def platform_problem(device: torch.device, interface: int = 1) -> str | None:
             "ham_hf` before the model is loaded, which then runs the package's code"
         )
     if torch.version.hip is not None:
-        return None  # AMD GPUs have no compute capability
+        # Products that ask for a precision do not compile there, and tiles do not fit 64 KiB of shared memory.
+        return f"the kernels do not run on AMD GPUs yet (this is {torch.cuda.get_device_name(device)})"
     problem = known_problem(torch.cuda.get_device_capability(device), triton_version())
     return problem and f"{problem} (this is {torch.cuda.get_device_name(device)} with Triton {triton.__version__})"
 
