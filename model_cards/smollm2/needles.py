@@ -16,7 +16,6 @@ import itertools
 import math
 import statistics
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from ham_hf.evaluation.markdown import table
 from ham_hf.files import append_row, read_rows, write_whole
 
 from ..rows import Row, current_commit
+from .texts import halves
 
 ROOM = Path(__file__).parent
 RESULTS = ROOM / "needles.jsonl"
@@ -70,20 +70,6 @@ ARMS = {
     "random heads, second draw": Arm(heads="random", seed=1),
     "by importance, random router": Arm("random"),
 }
-
-
-def paragraphs(names: list[str]) -> list[str]:
-    """The paragraphs of some topics of Python's help, each once."""
-    return list(dict.fromkeys(x for name in names for x in topics[name].split("\n\n") if x.strip()))
-
-
-def halves() -> tuple[str, str]:
-    """Text to calibrate on, and text to judge by; the topics overlap, so a paragraph of both is judged only."""
-    names = sorted(topics)
-    judged = paragraphs(names[len(names) // 2 :])
-    told = {tuple(x.split()) for x in judged}
-    calibration = [x for x in paragraphs(names[: len(names) // 2]) if tuple(x.split()) not in told]
-    return "\n\n".join(calibration), "\n\n".join(judged)
 
 
 class Models:

@@ -213,7 +213,7 @@ def test_a_bad_pair_is_refused_by_name(gpu):
 def test_an_amd_gpu_is_refused(gpu, monkeypatch):
     gpu((9, 4), "3.6.0")
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    with pytest.raises(RuntimeError, match="do not run on AMD GPUs yet.*Pretended"):
+    with pytest.raises(RuntimeError, match=r"do not run on AMD GPUs yet.*Pretended"):
         ham_kernels.check_platform(torch.device("cuda", 0))
 
 
