@@ -37,6 +37,9 @@ SOURCES = {
     "mistral, a window that is never left": MistralConfig(**SHAPE, sliding_window=512),
     "mistral, sliding": MistralConfig(**SHAPE, sliding_window=20),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3, sliding in one layer": Qwen3Config(
+        **SHAPE, head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
     "qwen2, sliding in one layer": Qwen2Config(
         **SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
