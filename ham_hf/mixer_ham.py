@@ -498,7 +498,7 @@ class HAMMixer(nn.Module):
         threshold = self.threshold.float()
         rows = [torch.stack([threshold - threshold.detach(), threshold.detach()]), attended.keep.sum(1).float()]
         if scores is not None and self.config.router in LEARNED_ROUTERS and self.config.router_aux_loss_coef:
-            received = attention_received(attended.queries, attended.keys, tokens.real, tokens.seq_idx)
+            received = attention_received(attended.queries, attended.keys, tokens.real, tokens.seq_idx, self.window)
             rows.append(prediction_loss(scores, received, tokens.real))
         return torch.cat(rows)
 

@@ -11,9 +11,13 @@ SMALLEST_SCORE = 1e-6
 
 @torch.no_grad()
 def attention_received(
-    q: torch.Tensor, k: torch.Tensor, real: torch.Tensor | None = None, seq_idx: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    real: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
-    """The most attention that each token would get from a later one, were all kept.
+    """The most attention that each token would get from a later one that does not see it anyway, were all kept.
 
     Dropped tokens count as kept ones do: a router otherwise never learns what it misses.
 
@@ -21,6 +25,7 @@ def attention_received(
         q: `[B, T, H, K]` queries as attention sees them; k: `[B, T, Hk, K]` keys.
         real: `[B, T]` bool, False for padding; `None` if all tokens are real.
         seq_idx: `[B, T]` int, the document of each token; `None` if each row is one document.
+        window: number of last tokens, itself included, that a token sees in any case.
 
     Returns:
         `[B, T, Hk]` float32 in `[0, 1]`; 0 for padding.
@@ -38,7 +43,7 @@ def attention_received(
     logits = (q @ k.transpose(1, 2).unsqueeze(2).mT).float() * k.shape[3] ** -0.5
     weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
     # A query does not count as asking for itself, and padding asks for nothing: its weights are no numbers.
-    asked_for = visible & (asking[:, None] > time)
+    asked_for = visible & (asking[:, None] - time >= max(1, window))
     return weights.masked_fill(~asked_for, 0).amax((2, 3)).transpose(1, 2)
 
 

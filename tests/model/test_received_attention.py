@@ -12,7 +12,7 @@ from ham_hf.configuration_ham import LEARNED_ROUTERS, ROUTERS
 from ham_hf.received_attention_ham import attention_received, prediction_loss
 
 
-def received_by_loops(q, k, real, seq_idx):
+def received_by_loops(q, k, real, seq_idx, window):
     """The definition, token by token."""
     rows, length, heads, groups = *k.shape[:3], q.shape[2] // k.shape[2]
     most = torch.zeros(rows, length, heads)
@@ -22,22 +22,24 @@ def received_by_loops(q, k, real, seq_idx):
             continue
         logits = torch.stack([q[row, t, head] @ k[row, j, head // groups] for j in seen]) * k.shape[3] ** -0.5
         for j, weight in zip(seen, logits.softmax(0), strict=True):
-            if j < t:
+            if j < t and t - j >= window:
                 most[row, j, head // groups] = max(most[row, j, head // groups], weight)
     return most
 
 
+@pytest.mark.parametrize("window", [0, 1, 4])
 @pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
-def test_it_is_the_most_attention_that_a_later_token_of_the_document_pays(rows):
+def test_it_is_the_most_attention_that_a_later_token_of_the_document_pays(rows, window):
     q, k = 2 * torch.randn(2, 11, 4, 8), 2 * torch.randn(2, 11, 2, 8)
     real, seq_idx = torch.ones(2, 11, dtype=torch.bool), torch.zeros(2, 11, dtype=torch.long)
     if rows == "padded":
         real[0, :3], real[1, 9:] = False, False
     if rows == "packed":
         seq_idx[:, 4:], seq_idx[:, 5:] = 1, 2
-    received = attention_received(q, k, None if rows == "plain" else real, seq_idx if rows == "packed" else None)
-    torch.testing.assert_close(received, received_by_loops(q, k, real, seq_idx), rtol=0, atol=1e-6)
-    assert received.amax() > 0.5
+    masks = None if rows == "plain" else real, seq_idx if rows == "packed" else None
+    received = attention_received(q, k, *masks, window)
+    torch.testing.assert_close(received, received_by_loops(q, k, real, seq_idx, window), rtol=0, atol=1e-6)
+    assert received.amax() > (0.2 if window > 1 else 0.5)
     assert (received[0, -1] == 0).all()
 
 
@@ -105,6 +107,17 @@ def test_its_gradient_joins_that_of_the_loss(way, tiny_config, monkeypatch):
         assert (z is not None) or "router" not in name
         torch.testing.assert_close(x, y if z is None else y + z, rtol=1e-4, atol=1e-7, msg=name)
         assert "router" not in name or z.abs().max() > 1e-3, name
+
+
+def test_a_window_takes_no_part_in_what_routers_learn(tiny_config, monkeypatch):
+    """Within the window every token is seen, so nobody asks a router for it."""
+    model, found = HAMForCausalLM(tiny_config(router="learned", attention_window=5)).train(), []
+    monkeypatch.setattr(mixer_ham, "prediction_loss", lambda *x: found.append(x[1]) or prediction_loss(*x))
+    ids = torch.randint(1, 97, (2, 24))
+    model(ids, labels=ids, use_cache=False)
+    for received in found:
+        assert (received[:, -5:] == 0).all()
+        assert (received[:, :-5] > 0).all()
 
 
 def test_pieces_of_a_batch_add_up_to_the_whole(tiny_config):
