@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import CommandError, Parser, add_command, failing_as, number
-from .models import add_placement_arguments, calibrated, load
+from .models import add_placement_arguments, calibrated, check_budgets, load
 from .text import add_text_arguments, check_text_paths, read_text_arguments
 
 EXAMPLES = """\
@@ -118,6 +118,7 @@ def memories(arguments: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
             kind = model.config.model_type
             raise CommandError(f"argument --threshold, --kv-usage or --kv-budget: a model of type {kind!r} takes none")
         return [{}]
+    check_budgets(model, arguments.kv_budget)
     asked: list[dict[str, Any]] = [{"kv_usage": x} for x in arguments.kv_usage]
     asked += [{"threshold": x} for x in arguments.threshold]
     if model.config.router == "recency":

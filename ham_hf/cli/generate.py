@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import CommandError, add_command, number
-from .models import add_model_arguments, calibrated, load
+from .models import add_model_arguments, calibrated, check_budgets, load
 
 if TYPE_CHECKING:
     from ..inspection.runs import Setting
@@ -63,6 +63,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.threshold and arguments.kv_usage:
         raise CommandError("argument --kv-usage: got it beside --threshold, takes its place: give one of the two")
     model, tokenizer = load(arguments)
+    check_budgets(model, [arguments.kv_budget])
     settings = settings_of(arguments)
     if settings[0].name == "kv_usage" and not calibrated(model):
         raise CommandError(

@@ -128,6 +128,18 @@ def pick_device(name: str) -> Any:
     return torch.device(name)
 
 
+def check_budgets(model: Any, budgets: list[int | None]) -> None:
+    """Refuses budgets that window and sinks alone would fill."""
+    config = model.config
+    hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
+    always = max(config.window_of(i) + config.sinks_of(i) for i in hybrid)
+    for budget in budgets:
+        if budget is not None and budget <= always:
+            raise CommandError(
+                f"argument --kv-budget: got {budget}, takes more than the {always} tokens of window and sinks"
+            )
+
+
 def calibrated(model: Any) -> bool:
     """True if the checkpoint holds the score quantiles that `kv_usage` needs."""
     mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]

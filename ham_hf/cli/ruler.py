@@ -69,6 +69,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from ..evaluation.retrieval import Retrieval, plot, to_markdown
     from ..files import write_whole
 
+    settings = memories(arguments, model)
     haystack = "\n\n".join(read_text_arguments(arguments)) if arguments.text else None
     tasks, length, count = list(dict.fromkeys(arguments.tasks)), arguments.length, arguments.samples
     with failing_as("argument --length or --output", width=400):
@@ -76,7 +77,7 @@ def execute(arguments: argparse.Namespace) -> None:
             model.eval(), tokenizer, tasks, length, count, output / "samples.jsonl",
             arguments.seed, haystack, arguments.batch,
         )  # fmt: skip
-    results = retrieval.results(memories(arguments, model))
+    results = retrieval.results(settings)
     report = to_markdown(results, length, count)
     content = {"length": length, "samples": count, "seed": arguments.seed, "results": results}
     write_whole(output / "ruler.json", json.dumps(content, indent=1) + "\n")

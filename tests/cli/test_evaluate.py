@@ -128,6 +128,19 @@ def test_retrieval_at_thresholds(capsys, checkpoint, text, tmp_path):
     assert "invalid choice" in refusal(capsys, "ruler", checkpoint, "--output", tmp_path, "--tasks", "qa")
 
 
+def test_a_budget_that_the_window_fills_is_refused(capsys, text, tmp_path, tokenizer):
+    folder = save(tmp_path / "windows", tokenizer, tiny_model(len(tokenizer), attention_window=6, attention_sinks=2))
+    calls = (
+        ("generate", "Hello there", "--model", folder),
+        ("evaluate", folder, "--text", text, "--output", tmp_path / "x", *SIZE),
+        ("ruler", folder, "--output", tmp_path / "x", "--tasks", "niah_single_1"),
+    )
+    for call in calls:
+        capsys.readouterr()  # what saving and loading said
+        message = refusal(capsys, *call, "--kv-budget", "8")
+        assert "argument --kv-budget: got 8, takes more than the 8 tokens of window and sinks" in message
+
+
 def test_refused_calls(capsys, checkpoint, text, tmp_path):
     def message(*arguments, command="evaluate"):
         return refusal(capsys, command, *arguments)

@@ -1,0 +1,75 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""The page of SmolLM2 shows what its rows say, and its tables count right."""
+
+from pathlib import Path
+
+import pytest
+
+from ham_hf.files import read_rows
+from model_cards.smollm2 import needles, report, texts, transfer
+
+ROOM = Path(report.__file__).parent
+PAGE = (ROOM / "README.md").read_text()
+TABLES = {
+    "loss": (report.to_markdown, "results"),
+    "needles": (needles.to_markdown, "needles"),
+    "transfer": (transfer.to_markdown, "transfer"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_shows_what_the_rows_say(name):
+    to_markdown, file = TABLES[name]
+    table = PAGE.partition(f"<!-- {name}:begin -->\n")[2].partition(f"<!-- {name}:end -->")[0].strip()
+    assert table == (ROOM / f"{file}.md").read_text().strip()
+    assert table == to_markdown(read_rows(ROOM / f"{file}.jsonl")).strip()
+
+
+def test_an_interval_is_wilson_s():
+    low, high = needles.interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert needles.interval(0, 20)[0] == pytest.approx(0, abs=1e-9)
+    assert needles.interval(20, 20)[1] == pytest.approx(1, abs=1e-9)
+
+
+def needle(index, arm, found, held=0.3, loss=1.0):
+    return {"kind": "needle", "index": index, "arm": arm, "found": found, "held": held, "loss": loss}
+
+
+def text(index, arm, loss, held=0.3):
+    return {"kind": "text", "index": index, "arm": arm, "loss": loss, "held": held}
+
+
+def test_needles_count_where_the_source_finds_them():
+    rows = [needle(i, "everything", i > 0, held=1.0) for i in range(5)]
+    rows += [needle(i, "by importance", i > 2, held=0.3 + i / 100, loss=float(i)) for i in range(5)]
+    rows += [text(i, "everything", 2.0, held=1.0) for i in range(2)]
+    rows += [text(i, "by importance", 2.1 + 0.2 * i) for i in range(2)]
+    lines = [line for line in needles.to_markdown(rows).splitlines() if line.startswith("| by importance")]
+    (line,) = lines
+    assert "| 2 of 4 (15% to 85%) |" in line, "the first prompt is one that the source does not answer"
+    assert "| 32.5% (34.0%) |" in line
+    assert "| 2.500 | 2.2000 | +10.0% ± 5.0% |" in line
+    assert "in which the source finds the number, as it does in 4 of 5" in needles.to_markdown(rows)
+
+
+def test_a_transfer_is_told_before_and_after():
+    rows = [
+        {"router": "l2", "stage": stage, "steps": 7, **figures}
+        for stage in ("before", "after")
+        for figures in (
+            {"kind": "text", "index": 0, "loss": 2.0, "second_time": 1.0, "held": 0.25},
+            {"kind": "text", "index": 1, "loss": 3.0, "second_time": 2.0, "held": 0.27},
+            {"kind": "needle", "index": 0, "found": stage == "after", "loss": 0.5, "held": 0.3},
+        )
+    ]
+    table = transfer.to_markdown(rows)
+    assert "| l2 | before |  | 26.0% | 2.5000 | 1.500 | 0 of 1 | 0.500 |" in table
+    assert "| l2 | after | 7 | 26.0% | 2.5000 | 1.500 | 1 of 1 | 0.500 |" in table
+    assert "random" not in table
+
+
+def test_nothing_that_is_judged_was_calibrated_on():
+    calibration, judged = texts.halves()
+    told = {texts.words(x) for x in judged.split("\n\n")}
+    assert not told & {texts.words(x) for x in calibration.split("\n\n")}
