@@ -392,6 +392,7 @@ def test_replays_equal_the_model_s_own_steps(window, tiny_config, on_kernels, gr
     assert len(captures) == before + 1
 
 
+@pytest.mark.slow
 def test_a_step_made_in_inference_mode_goes_on_outside(tiny_config, on_kernels, graphs, device):
     make, captures = graphs
     model = make_model(tiny_config, device)

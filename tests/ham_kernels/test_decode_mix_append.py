@@ -170,7 +170,7 @@ def assert_free_pages_are_not_read(store, update):
     torch.testing.assert_close(found, ragged_decode_attention(*arguments, used, tail), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("prompt", [0, 14, 100])
+@pytest.mark.parametrize("prompt", [14, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 100))])
 def test_appends_what_the_host_would(prompt, device, monkeypatch):
     """Streams that keep all, none and some, over full pages and new slabs; then the host continues with the store."""
     monkeypatch.setattr(module, "SLAB_BLOCK", 2)  # the kernel then searches the slabs in several rounds
@@ -300,7 +300,12 @@ def make_window(store, slots):
 
 @pytest.mark.parametrize(
     ("slots", "sinks", "dtype"),
-    [(1, 0, torch.float32), (4, 3, torch.bfloat16), (5, 9, torch.float16), (63, 2, torch.float32)],
+    [
+        pytest.param(1, 0, torch.float32, marks=pytest.mark.slow),
+        pytest.param(4, 3, torch.bfloat16, marks=pytest.mark.slow),
+        (5, 9, torch.float16),
+        (63, 2, torch.float32),
+    ],
 )
 def test_tokens_come_of_age_in_a_window(slots, sinks, dtype, device):
     """Heads that keep all, nothing and some; one row begins with some tokens seen, and pauses with padding."""

@@ -188,8 +188,15 @@ def make_many(device, **options):
     return [make(device, **options) for _ in range(-(-32 // streams))]
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "score"),
+    [
+        pytest.param(dtype, score, marks=pytest.mark.slow if score in slow else [])
+        for dtype, slow in ((torch.float32, ()), (torch.bfloat16, ("l2", "residual")), (torch.float16, SCORES))
+        for score in SCORES
+    ],
+    ids=str,
+)
 def test_equals_the_composed_step(dtype, score, device, assert_error_within):
     # The fewest streams with enough scores.
     arguments = make(device, batch=16, groups=2, dtype=dtype, score=score)

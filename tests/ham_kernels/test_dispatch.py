@@ -121,7 +121,7 @@ WINDOWS = pytest.mark.parametrize("window", [{}, WINDOW], ids=["no window", "win
 
 
 @EACH
-@WINDOWS
+@pytest.mark.parametrize("window", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["no window", "window"])
 def test_cached_turns_are_those_of_pytorch(window, tiny_config, on_kernels, device):
     model = tiny_model(tiny_config, device, num_hidden_layers=1, **window)
     expected = {turn: several_turns(model, *turn) for turn in TURNS}

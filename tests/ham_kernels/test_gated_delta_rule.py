@@ -169,7 +169,7 @@ def test_without_an_initial_state(device, assert_error_within):
     compare(inputs, assert_error_within, chunk_size=16)
 
 
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_packed_documents(state, device, assert_error_within):
     # Borders inside chunks and at their edges, a document of one token, rows that differ, a row that is one document.
     lengths = [[5, 16, 1, 22, 26], [32, 38], [70]]
@@ -333,7 +333,7 @@ def without_and_with_prediction(inputs, **options):
     return results
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prediction_that_is_left_out_changes_nothing_else(packed, device):
     inputs = random_inputs(2, 24, 1, 2, 32, 48, device=device)
     seq_idx = (torch.arange(24, device=device) >= 21).long().expand(2, -1) if packed else None

@@ -173,6 +173,7 @@ def test_a_row_says_whether_the_target_is_met(timing):
     assert timing.markdown([missed]).endswith("| a | b | 0.5 | 1.01 | 2 | 0.505 | **no** |")
 
 
+@pytest.mark.slow
 def test_the_comparison_of_models_finds_a_wrong_kernel(benchmarks, monkeypatch):
     import parity
 

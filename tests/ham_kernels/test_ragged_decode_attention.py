@@ -23,7 +23,7 @@ from ham_kernels.ragged_decode_attention import (
 
 # The package gives the function this name.
 module = importlib.import_module("ham_kernels.ragged_decode_attention")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 def inside_nan(x):

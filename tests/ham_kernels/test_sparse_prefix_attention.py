@@ -229,7 +229,7 @@ def test_columns_that_stay_need_no_mask(steps, device):
     assert branches(steps, "_attend") == {True}
 
 
-@pytest.mark.parametrize(("size", "but"), [(2, ()), (3, ("k",))])
+@pytest.mark.parametrize(("size", "but"), [pytest.param(2, (), marks=pytest.mark.slow), (3, ("k",))])
 def test_large_logits_and_a_scale(size, but, device, assert_error_within):
     """Most weights are nearly 0 or 1, so few rows have an error at all, and the test needs many.
 

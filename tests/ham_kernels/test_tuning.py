@@ -114,10 +114,11 @@ RUNS = {
 }
 
 
-# The interpreter takes ten seconds for the delta rule.
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=pytest.mark.slow) if op == "gated_delta_rule_with_prediction" else op for op in RUNS]
-)
+# The interpreter takes ten seconds for each of these.
+LONG_RUNS = ("gated_delta_rule_with_prediction", "ragged_decode_attention")
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow) if op in LONG_RUNS else op for op in RUNS])
 def test_a_new_length_in_a_bucket_neither_tunes_nor_compiles(op, recorded, device):
     if not hasattr(ham_kernels, op):
         pytest.skip(f"ham_kernels has no {op}")

@@ -99,7 +99,7 @@ def test_windows(window, length, groups, batch, device, amid_nan, assert_error_w
     check([amid_nan(x) for x in inputs], kept_at_random(device, length, batch=batch), window, assert_error_within)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("window", "groups", "K", "V"), [(7, 1, 48, 80), (40, 4, 20, 64)])
 def test_low_precision(dtype, window, groups, K, V, device, amid_nan, assert_error_within):
     inputs = make_inputs(device, 61, dtype, groups=groups, K=K, V=V)
@@ -120,7 +120,7 @@ def padded(device, length):
     return real
 
 
-@pytest.mark.parametrize("window", [1, 8, 40])
+@pytest.mark.parametrize("window", [1, pytest.param(8, marks=pytest.mark.slow), 40])
 def test_padding_is_neither_shown_nor_counted(window, device, assert_error_within):
     real = padded(device, 75)
     keep = kept_at_random(device, 75, batch=2) & real[..., None]
@@ -134,7 +134,7 @@ def test_packed_documents(window, device, assert_error_within):
     check(make_inputs(device, 100), kept_at_random(device, 100), window, assert_error_within, seq_idx=seq_idx)
 
 
-@pytest.mark.parametrize(("queries", "window"), [(1, 6), (33, 6), (33, 60)])
+@pytest.mark.parametrize(("queries", "window"), [(1, 6), (33, 6), pytest.param(33, 60, marks=pytest.mark.slow)])
 def test_tokens_before_the_queries(queries, window, device, amid_nan, assert_error_within):
     """Of two rows one is padded; windows reach back before the first query."""
     real = padded(device, 75)

@@ -514,8 +514,18 @@ def test_both_ways_to_a_loss_have_the_same_target(tiny_config):
     assert torch.allclose(*gradients, atol=1e-7)
 
 
-@pytest.mark.parametrize("scope", ["head", "layer", "model"])
-@pytest.mark.parametrize("router", ["cosine", "learned"])
+@pytest.mark.parametrize(
+    ("router", "scope"),
+    [
+        ("cosine", "head"),
+        ("cosine", "layer"),
+        ("learned", "model"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("cosine", "model"), ("learned", "head"), ("learned", "layer"))
+        ),
+    ],
+)
 def test_descent_drives_usage_to_the_target(router, scope, tiny_config):
     config = tiny_config(router=router, target_kv_usage=0.3, threshold_scope=scope)
     model = HAMForCausalLM(config).train()

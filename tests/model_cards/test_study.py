@@ -383,6 +383,7 @@ class TestRunning:
         assert len(result["losses"]) == 1
         assert len(result["flicker"]) == 1
 
+    @pytest.mark.slow
     def test_the_report_is_of_this_study_alone(self, study_file, tmp_path):
         output = tmp_path / "out"
         assert run(study_file, output, "gradients") == 0
@@ -408,6 +409,7 @@ class TestRunning:
         assert [x.name for x in output.iterdir()] == ["recall.jsonl"]
         assert read_rows(output / "recall.jsonl") == [row]
 
+    @pytest.mark.slow
     def test_a_row_whose_writing_was_interrupted_is_made_again(self, study_file, tmp_path):
         output = tmp_path / "out"
         assert run(study_file, output, "gradients") == 0

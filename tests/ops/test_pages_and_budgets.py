@@ -188,8 +188,16 @@ def test_eviction_times_follow_the_survivors(levels):
     assert all(outcomes[name] for name in ("none", "cached", "fresh")), outcomes
 
 
-@pytest.mark.parametrize("levels", [2, 1000], ids=["many ties", "few ties"])
-@pytest.mark.parametrize("cuts", [[60], [1] * 60, [20, 1, 1, 17, 1, 20]], ids=["prefill", "steps", "mixed"])
+@pytest.mark.parametrize(
+    ("cuts", "levels"),
+    [
+        pytest.param(
+            cuts, levels, id=f"{name}-{ties}", marks=pytest.mark.slow if (name, levels) == ("steps", 1000) else []
+        )
+        for name, cuts in (("prefill", [60]), ("steps", [1] * 60), ("mixed", [20, 1, 1, 17, 1, 20]))
+        for ties, levels in (("many ties", 2), ("few ties", 1000))
+    ],
+)
 def test_a_budgeted_cache_layer_holds_the_survivors(cuts, levels, monkeypatch):
     batch, heads, length = 2, 2, 60
     replaced = []

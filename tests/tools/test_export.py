@@ -67,6 +67,7 @@ def test_long_texts_are_as_exact(tiny_config):
     assert (found - exact).abs().max() < 2 * (eager - exact).abs().max()
 
 
+@pytest.mark.slow
 def test_packed_rows(tiny_config):
     model = HAMForCausalLM(tiny_config(num_hidden_layers=1)).eval()
 

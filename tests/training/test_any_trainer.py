@@ -69,7 +69,9 @@ def usage_logged(trainer):
     [
         pytest.param({"weight_decay": 0.1}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "optim": "adafactor"},
-        {"optim": "sgd", "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"optim": "sgd", "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
+        ),
     ],
     ids=["adamw", "adafactor, accumulated and clipped", "sgd, accumulated, loss of logits"],
 )

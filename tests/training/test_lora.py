@@ -162,7 +162,7 @@ def test_the_merged_model_is_the_trained_one(unbroken, folder):
     assert model.generate(ids, max_new_tokens=2, kv_usage=0.5).shape == (1, 42)  # calibrated
 
 
-@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_interrupted_training_goes_on_to_the_same_weights(unbroken, recipe_of, monkeypatch, stop):
     recipe, _ = unbroken
     broken = recipe_of(f"broken{stop}")

@@ -147,6 +147,7 @@ def test_what_cannot_be_followed_is_refused_before_the_first_step(trainer_of, sc
     assert not trainer.targets
 
 
+@pytest.mark.slow
 def test_a_training_that_broke_off_within_a_step_leaves_no_meter_to_the_next(trainer_of):
     def meters_on(module):
         return [hook for hook in module._forward_hooks.values() if "UsageMeter" in hook.__qualname__]

@@ -240,7 +240,7 @@ def test_old_checkpoints_are_removed_down_to_a_limit(recipe_of, limit, kept):
 
 
 @pytest.mark.parametrize(
-    "file", ["optimizer.pt", pytest.param("data_state.json", marks=pytest.mark.slow), "recipe.md"]
+    "file", ["optimizer.pt", *(pytest.param(x, marks=pytest.mark.slow) for x in ("data_state.json", "recipe.md"))]
 )
 def test_a_save_that_is_interrupted_leaves_whole_checkpoints(unbroken, recipe_of, monkeypatch, file):
     broken = recipe_of("broken")
@@ -309,7 +309,7 @@ def poison_gradient(model):
 @pytest.mark.parametrize(
     ("step", "event", "action", "message"),
     [
-        (5, "on_step_begin", poison_weight, "the loss of step 6 is not finite"),
+        pytest.param(5, "on_step_begin", poison_weight, "the loss of step 6 is not finite", marks=pytest.mark.slow),
         (6, "on_step_end", poison_weight, "a weight after step 6 is not finite"),
     ],
 )

@@ -48,7 +48,7 @@ def test_caches_are_not_collected(tiny_config, tmp_path, head):
     assert predicted.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [HEADS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in HEADS[1:3]), HEADS[3]])
 def test_accumulated_steps_are_those_of_whole_batches(tiny_config, tmp_path, head):
     """Of SGD, whose steps are as long as the gradient; all rows have equally many labels."""
     trained = []

@@ -304,6 +304,7 @@ def test_an_interrupted_transfer_goes_on_to_the_same_weights(unbroken, folders, 
     assert "going on after step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_save_that_is_interrupted_leaves_the_one_before(unbroken, folders, tmp_path, monkeypatch):
     recipe, saved = recipe_in(tmp_path, folders, "broken"), []
     original = transfer_module.save_file
