@@ -21,9 +21,11 @@ from transformers import AutoConfig
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
 from ham_hf.cache_file_ham import checksum
 
-# Of each seed; the slow tests have the second one.
+# Of each seed; the others have the first third of seed 0.
 CONFIGURATIONS, CHECKPOINTS, CACHES = 3700, 300, 1000
-both_seeds = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+seeds_and_parts = pytest.mark.parametrize(
+    ("seed", "part"), [(0, 3), *(pytest.param(seed, 1, marks=pytest.mark.slow) for seed in (0, 1))]
+)
 # OSError is what Transformers makes of broken JSON. RuntimeError is clean only if it tells of shapes that differ.
 CLEAN = (ValueError, TypeError, OSError, StrictDataclassError, SafetensorError)
 SLOWEST = 10  # seconds for one case, of which the slowest took 0.7 on two busy cores
@@ -235,8 +237,8 @@ def use_configuration(config, folder, build):
         run(HAMForCausalLM(config))
 
 
-@both_seeds
-def test_configurations(tmp_path, seed):
+@seeds_and_parts
+def test_configurations(tmp_path, seed, part):
     rng = random.Random(seed)
     documents = [json.loads(HAMConfig(**(SHAPE | variant)).to_json_string()) for variant in VARIANTS]
     documents.append({**SHAPE, **OTHER_KEYS, "model_type": "ham"})
@@ -246,7 +248,7 @@ def test_configurations(tmp_path, seed):
     names = sorted((keys | OTHER_KEYS.keys() | set(dir(HAMConfig))) - {"dtype"})
     loaded = 0
     with limits():
-        for i in range(CONFIGURATIONS):
+        for i in range(CONFIGURATIONS // part):
             document = rng.choice(documents)
             if i % 3:
                 data = json.dumps(mutated(document, names, rng)).encode()
@@ -260,7 +262,7 @@ def test_configurations(tmp_path, seed):
                 use_configuration(config, tmp_path / "again", build)
 
             loaded += attempt(lambda: HAMConfig.from_pretrained(tmp_path), use, data)
-    assert loaded > CONFIGURATIONS / 10, "hardly anything passed: the mutations test nothing"
+    assert loaded > CONFIGURATIONS / part / 10, "hardly anything passed: the mutations test nothing"
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +273,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@both_seeds
-def test_checkpoints(checkpoint, seed):
+@seeds_and_parts
+def test_checkpoints(checkpoint, seed, part):
     """Three of four have damaged weights, the others a changed configuration beside good weights."""
     rng = random.Random(2 + seed)
     weights, configuration = checkpoint / "model.safetensors", checkpoint / "config.json"
@@ -280,7 +282,7 @@ def test_checkpoints(checkpoint, seed):
     names = sorted((document.keys() | OTHER_KEYS.keys()) - {"dtype"})
     loaded = 0
     with limits():
-        for i in range(CHECKPOINTS):
+        for i in range(CHECKPOINTS // part):
             if i % 4:
                 case = damaged_safetensors(whole, rng)
                 put(weights, case)
@@ -290,7 +292,7 @@ def test_checkpoints(checkpoint, seed):
             loaded += attempt(lambda: HAMForCausalLM.from_pretrained(checkpoint), run, case)
             put(weights, whole)
             put(configuration, json.dumps(document).encode())
-    assert loaded > CHECKPOINTS / 10, "hardly anything passed: the mutations test nothing"
+    assert loaded > CHECKPOINTS / part / 10, "hardly anything passed: the mutations test nothing"
 
 
 def signed(data):
@@ -307,8 +309,8 @@ def signed(data):
 
 
 @pytest.mark.parametrize("layer_types", [["hybrid", "linear_attention"], ["full_attention", "hybrid"]], ids=str)
-@both_seeds
-def test_saved_caches(tmp_path, layer_types, seed):
+@seeds_and_parts
+def test_saved_caches(tmp_path, layer_types, seed, part):
     rng = random.Random(4 + seed)
     torch.manual_seed(0)
     model = HAMForCausalLM(HAMConfig(**SHAPE, layer_types=layer_types)).eval()
@@ -339,13 +341,13 @@ def test_saved_caches(tmp_path, layer_types, seed):
 
     loaded = 0
     with limits():
-        for _ in range(CACHES // 2):
+        for _ in range(CACHES // 2 // part):
             data = damaged_safetensors(whole, rng)
             put(path, data)
             attempt(lambda: HAMCache.load(path, model.config), assert_undamaged, data)
             put(path, data := signed(data))
             loaded += attempt(lambda: HAMCache.load(path, model.config), use, data)
-    assert loaded > CACHES / 100
+    assert loaded > CACHES / part / 100
 
 
 def test_auto_config_differs_only_in_nesting(tmp_path):
