@@ -1,12 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Fixtures for every room: a small configuration, deterministic random numbers, and other people's processes."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden())
 """
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spares the collector of garbage the modules and the tests, which are millions of objects.
+
+    Otherwise it looks at them again and again while they are made, and a second long whenever Trainer calls it.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
