@@ -50,8 +50,31 @@ PUBLISH = (
     COMMON
     + """
 import ham_hf
+from ham_hf import HAMConfig, HAMForCausalLM
 
 api = HfApi()
+sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+small = HAMForCausalLM(HAMConfig(vocab_size=9, **sizes))
+refusals = {}
+
+def refused(name, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except Exception as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        refusals[name] = [type(error).__name__, status, str(error)]
+
+load = HAMForCausalLM.from_pretrained
+refused("wrong token", small.push_to_hub, "small", token="hf_wrong")
+refused("nothing created", api.model_info, "someone/small")
+refused("of another", small.push_to_hub, "else/small")
+small.push_to_hub("small", private=True)
+load("someone/small")
+refused("private", load, "someone/small", token=False, cache_dir="empty")
+refused("exists", api.create_repo, "someone/small")
+refused("revision", load, "someone/small", revision="v2")
+refused("repository", load, "someone/none")
+
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
@@ -70,7 +93,7 @@ second = api.upload_file(path_or_fileobj=code.encode(), path_in_repo="modeling_h
 model.push_to_hub("ham", max_shard_size=sys.argv[2], revision="draft")
 assert api.whoami()["name"] == "someone"
 files = api.list_repo_files("someone/ham", revision="v1")
-print(json.dumps({"first": first, "second": second, "seen": seen, "files": files}))
+print(json.dumps({"first": first, "second": second, "seen": seen, "files": files, "refusals": refusals}))
 """
 )
 
@@ -101,13 +124,14 @@ def client(hub, **more):
 
 @dataclass
 class Published:
-    """The model on the Hub: two commits, and what a user of either sees."""
+    """The model on the Hub: two commits, what a user of either sees, and what was refused before there was any."""
 
     hub: LoopbackHub
     first: str
     second: str
     seen: dict
     files: list
+    refusals: dict
 
 
 @pytest.fixture(scope="module")
@@ -251,40 +275,9 @@ print(json.dumps([outcomes, heads]))
     assert [len(hub.repositories[f"someone/{name}"].commits) for name in ("retried", "broken", "halved")] == [2, 3, 2]
 
 
-def test_what_the_hub_refuses(run_python, tmp_path):
+def test_what_the_hub_refuses(published):
     """A wrong token creates nothing; a private model is its owner's; what is missing is named."""
-    program = (
-        COMMON
-        + """
-from ham_hf import HAMConfig, HAMForCausalLM
-
-sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-model = HAMForCausalLM(HAMConfig(vocab_size=9, **sizes))
-api = HfApi()
-refusals = {}
-
-def refused(name, function, *arguments, **options):
-    try:
-        function(*arguments, **options)
-    except Exception as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        refusals[name] = [type(error).__name__, status, str(error)]
-
-load = HAMForCausalLM.from_pretrained
-refused("wrong token", model.push_to_hub, "ham", token="hf_wrong")
-refused("nothing created", api.model_info, "someone/ham")
-refused("of another", model.push_to_hub, "else/ham")
-model.push_to_hub("ham", private=True)
-load("someone/ham")
-refused("private", load, "someone/ham", token=False, cache_dir="empty")
-refused("exists", api.create_repo, "someone/ham")
-refused("revision", load, "someone/ham", revision="v2")
-refused("repository", load, "someone/none")
-print(json.dumps(refusals))
-"""
-    )
-    with LoopbackHub().serving() as hub:
-        refusals = run_python(tmp_path, program, package=True, **client(hub))
+    refusals = published.refusals
     assert {name: refusal[:2] for name, refusal in refusals.items()} == {
         "wrong token": ["HfHubHTTPError", 401],
         "nothing created": ["RepositoryNotFoundError", 404],
@@ -294,6 +287,6 @@ print(json.dumps(refusals))
         "revision": ["OSError", None],
         "repository": ["OSError", None],
     }
-    for name, said in (("revision", "v2"), ("repository", "someone/none"), ("private", "someone/ham")):
+    for name, said in (("revision", "v2"), ("repository", "someone/none"), ("private", "someone/small")):
         assert said in refusals[name][2]
-    assert list(hub.repositories) == ["someone/ham"]
+    assert list(published.hub.repositories) == ["someone/small", "someone/ham"]

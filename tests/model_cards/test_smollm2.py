@@ -3,6 +3,10 @@
 
 import hashlib
 import io
+import os
+import runpy
+import subprocess
+import sys
 import zipfile
 from dataclasses import asdict
 
@@ -137,7 +141,20 @@ def test_a_checkpoint_is_made_once_and_whole(tmp_path, monkeypatch, small):
     assert len(small) == 3, "a second call only looks"
 
 
-def test_a_conversion_that_fails_leaves_nothing(tmp_path, capfd):
+@pytest.mark.parametrize("own_process", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_conversion_that_fails_leaves_nothing(own_process, tmp_path, monkeypatch, capfd):
+    """The script is run as a program, or in this process, which has imported already what it needs."""
+
+    def run(command, env, stdout):
+        assert command[0] == sys.executable
+        assert str(checkpoint.ROOT) in env["PYTHONPATH"].split(os.pathsep)
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(command[1], run_name="__main__")
+        return subprocess.CompletedProcess(command, stop.value.code)
+
+    if not own_process:
+        monkeypatch.setattr(checkpoint.subprocess, "run", run)
     (tmp_path / "model.gguf").write_bytes(b"no GGUF")
     with pytest.raises(CommandError, match=r"convert_transformer_to_ham\.py could not convert"):
         checkpoint.convert(tmp_path / "model.gguf", tmp_path / "converted")
