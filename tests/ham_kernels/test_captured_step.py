@@ -208,23 +208,25 @@ def test_ways_to_the_host_are_noticed(way):
 
 def test_between_growths_the_host_looks_seldom_and_launches_are_the_same(tiny_config, on_kernels, device, monkeypatch):
     model = make_model(tiny_config, device, num_hidden_layers=1, layer_types=["hybrid"])
-    cache = prompted(model, torch.randint(1, 97, (1, PROMPT), device=device), threshold=0.0)
+    cache, prompt, steps = HAMCache(model.config), 31, 18
+    with torch.no_grad():
+        model(torch.randint(1, 97, (1, prompt), device=device), cache=cache, threshold=0.0)
     embedded = torch.randn(1, 1, 32, device=device)
     store, looked, capacities, sizes = cache.layers[0].store, [], [], []
     plain = attention.split_sizes
     monkeypatch.setattr(attention, "split_sizes", lambda *numbers: sizes.append(numbers) or plain(*numbers))
-    for step in range(28):
+    for step in range(steps):
         if not store.reserved_steps:
             looked.append(step)
         with torch.no_grad():
             model(inputs_embeds=embedded, cache=cache, threshold=0.0)
         capacities.append((store.capacity, store.num_streams))
-    # Both heads keep everything and have 5 tokens in their open pages; two of the slab's four pages are free: 11 steps
+    # Both heads keep everything and have 15 tokens in their open pages; two of the slab's four pages are free: a step
     # to the end of the open pages and 15 more.
-    assert looked == [0, 26]
+    assert looked == [0, 16]
     assert [numbers[:2] for numbers in sizes] == capacities
-    assert sizes[25] == sizes[0], "pages became full, and the launches' sizes must not tell"
-    assert cache.kept_tokens().tolist() == [[[PROMPT + 28] * 2]]
+    assert sizes[15] == sizes[0], "pages became full, and the launches' sizes must not tell"
+    assert cache.kept_tokens().tolist() == [[[prompt + steps] * 2]]
 
 
 def test_an_offloaded_layer_s_pages_are_left_to_the_host(tiny_config, on_kernels, device):
