@@ -49,7 +49,7 @@ def paid_ratio(cache) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     ("others", "window"),
-    [(1.0, 0), (0.01, 0), (0.01, 64)],
+    [(1.0, 0), pytest.param(0.01, 0, marks=pytest.mark.slow), (0.01, 64)],
     ids=["balanced", "one-head-keeps-all", "one-head-keeps-all-beside-windows"],
 )
 def test_bytes_follow_held_tokens(make_model, others, window, dtype):
