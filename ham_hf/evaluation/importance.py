@@ -16,6 +16,8 @@ from ..modeling_ham import HAMDecoderLayer, HAMForCausalLM
 from ..routing_ham import Retention
 
 NOTHING = Retention(torch.full((1, 1), 2.0))
+# Mixes at which the derivative is taken: the middles of two halves.
+MIXES = (0.25, 0.75)
 # What a needle may be called. Several, so that no head is important for one phrase alone.
 THINGS = ("the secret number", "the code of the safe", "the number of the ticket", "the telephone extension")
 # Tokens from the needle to the end of its prompt, as parts of the prompt.
@@ -29,14 +31,23 @@ class Example(NamedTuple):
     answer: torch.Tensor
 
 
-def head_importance(model: HAMForCausalLM, examples: Sequence[Example], show_progress: bool = False) -> torch.Tensor:
-    """How much each key/value head matters to answers: the rise of their loss if the head forgets what is far.
+class LayerCall(NamedTuple):
+    """A layer's input `[1, T, D]` and its other arguments."""
 
-    Each head's output is seen as the mix `m o_full + (1 - m) o_window` of its attention with everything kept and with
-    nothing kept but window and sinks (DuoAttention, arXiv 2410.10819, section 2.2, which trains `m`). To first order
-    at `m = 1` the loss of an answer (nats per token) rises by `sum of dL/do (o_window - o_full)` over the tokens and
-    the query heads of a group when `m` falls to 0. A head whose loss would fall instead is better off without its far
-    tokens, so the mean rise over the examples is cut off at 0; its absolute value would rank such a head high.
+    hidden: torch.Tensor
+    arguments: dict[str, Any]
+
+
+def head_importance(model: HAMForCausalLM, examples: Sequence[Example], show_progress: bool = False) -> torch.Tensor:
+    """How much each key/value head matters to answers: the fall of their loss as it comes to see what is far.
+
+    Each head's output is seen as the mix `o_window + m (o_full - o_window)` of its attention with nothing kept but
+    window and sinks and with everything kept (DuoAttention, arXiv 2410.10819, section 2.2, which trains `m`). As one
+    `m` of all heads goes from 0 to 1 the loss of an answer (nats per token) falls; each head's part of that is the
+    integral of the derivative by its own `m` (integrated gradients, arXiv 1703.01365), here the mean at `MIXES`. The
+    derivative at 1 alone says little: there the answer is sure, whatever one head does. A head whose part is a rise
+    is better off without its far tokens, so the mean over the examples is cut off at 0; its absolute value would rank
+    such a head high.
 
     One layer at a time has a graph, so memory grows by the hidden states of each layer and no more.
 
@@ -58,57 +69,81 @@ def head_importance(model: HAMForCausalLM, examples: Sequence[Example], show_pro
     training = model.training
     model.eval()
     try:
-        rises = [
-            loss_rises(model, x) for x in tqdm(examples, desc="importance", disable=None if show_progress else True)
+        falls = [
+            loss_falls(model, x) for x in tqdm(examples, desc="importance", disable=None if show_progress else True)
         ]
     finally:
         model.train(training)
-    return torch.stack(rises).mean(0).clamp(min=0)
+    return torch.stack(falls).mean(0).clamp(min=0)
 
 
-def loss_rises(model: HAMForCausalLM, example: Example) -> torch.Tensor:
-    """The first-order rise of one answer's loss for each head that forgets, `[hybrid layers, Hk]` float32."""
+def loss_falls(model: HAMForCausalLM, example: Example) -> torch.Tensor:
+    """Each head's part of the fall of one answer's loss, `[hybrid layers, Hk]` float32."""
     ids = torch.cat(example)[None].to(model.device)
-    answer = ids[0, -len(example.answer) :]
-    calls, hidden = layer_calls(model, ids, len(answer) + 1)
+    calls = layer_calls(model, ids, len(example.answer) + 1)
+    return torch.stack([falls_at(model, calls, ids[0, -len(example.answer) :], mix) for mix in MIXES]).mean(0)
+
+
+def falls_at(model: HAMForCausalLM, calls: list[LayerCall], answer: torch.Tensor, mix: float) -> torch.Tensor:
+    """How fast the loss of an answer `[n]` falls by the mix of each head, where all have this one."""
+    hidden, inputs = calls[0][0], []
+    with torch.no_grad():
+        for layer, call in zip(model.model.layers, calls, strict=True):
+            inputs.append(hidden)
+            hidden, _ = mixed(layer, hidden, call.arguments, mix)
     hidden.requires_grad_()
     with torch.enable_grad():
         logits = model.lm_head(model.model.norm(hidden))[0, :-1]
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), answer), hidden)
-    rises = []
-    for layer, (hidden, arguments) in zip(reversed(model.model.layers), reversed(calls), strict=True):
-        gradient, rise = layer_rise(layer, hidden, arguments, gradient)
-        rises += [] if rise is None else [rise.cpu()]
-    return torch.stack(rises[::-1])
+    falls = []
+    for layer, x, call in zip(reversed(model.model.layers), reversed(inputs), reversed(calls), strict=True):
+        gradient, fall = layer_fall(layer, x, call.arguments, gradient, mix)
+        falls += [] if fall is None else [fall.cpu()]
+    return torch.stack(falls[::-1])
 
 
 @torch.no_grad()
-def layer_calls(
-    model: HAMForCausalLM, ids: torch.Tensor, last: int
-) -> tuple[list[tuple[torch.Tensor, dict[str, Any]]], torch.Tensor]:
-    """Runs `[1, T]` ids with everything kept, for the `last` logits.
-
-    Returns:
-        For every layer its hidden states `[1, T, D]` and its other arguments; and the last layer's output, `[1, last,
-        D]`.
-    """
-    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+def layer_calls(model: HAMForCausalLM, ids: torch.Tensor, last: int) -> list[LayerCall]:
+    """What every layer is called with for `[1, T]` ids with everything kept, when the `last` logits are wanted."""
+    calls: list[LayerCall] = []
 
     def record(_: Any, args: tuple[torch.Tensor], kwargs: dict[str, Any]) -> None:
-        calls.append((args[0], kwargs))
+        calls.append(LayerCall(args[0], kwargs))
 
-    modules = [*model.model.layers, model.model.norm]
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.model.layers]
     try:
         model(ids, use_cache=False, threshold=0.0, logits_to_keep=last)
     finally:
         for handle in handles:
             handle.remove()
-    return calls[:-1], calls[-1][0]
+    return calls
 
 
-def layer_rise(
-    layer: HAMDecoderLayer, hidden: torch.Tensor, arguments: dict[str, Any], gradient: torch.Tensor
+def mixed(
+    layer: HAMDecoderLayer, hidden: torch.Tensor, arguments: dict[str, Any], mix: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output of a layer whose heads mix, and `o_full - o_window` `[B, T, H, V]`, `None` without both."""
+    if layer.mixer.layer_type != "hybrid":
+        return layer(hidden, **arguments), None
+    windows: list[torch.Tensor] = []
+    differences: list[torch.Tensor] = []
+
+    def mix_in(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        differences.append(args[0] - windows[0])
+        return (windows[0] + mix * differences[0],)
+
+    handle = layer.mixer.kv_norm.register_forward_pre_hook(lambda _, args: windows.append(args[0]))
+    try:
+        layer(hidden, **(arguments | {"retention": NOTHING}))
+        handle.remove()
+        handle = layer.mixer.kv_norm.register_forward_pre_hook(mix_in)
+        return layer(hidden, **arguments), differences[0]
+    finally:
+        handle.remove()
+
+
+def layer_fall(
+    layer: HAMDecoderLayer, hidden: torch.Tensor, arguments: dict[str, Any], gradient: torch.Tensor, mix: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Takes the loss's gradient from the output of a layer to its input.
 
@@ -116,29 +151,20 @@ def layer_rise(
         layer: the layer.
         hidden, arguments: its input `[1, T, D]` and its other arguments.
         gradient: `[1, n, D]` of its output.
+        mix: of all heads, above 0.
 
     Returns:
-        The gradient of its input, and, of a hybrid layer, the rise of the loss for each key/value head, `[Hk]`.
+        The gradient of its input, and, of a hybrid layer, how fast the loss falls by the mix of each key/value head,
+        `[Hk]`.
     """
-    outputs: list[torch.Tensor] = []
-    handles = []
-    if layer.mixer.layer_type == "hybrid":
-        handles = [layer.mixer.kv_norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))]
     hidden.requires_grad_()
-    try:
-        with torch.enable_grad():
-            output = layer(hidden, **arguments)
-            gradient, *of_attention = torch.autograd.grad(output, [hidden, *outputs], gradient)
-        if not of_attention:
-            return gradient, None
-        with torch.no_grad():
-            layer(hidden, **(arguments | {"retention": NOTHING}))
-    finally:
-        for handle in handles:
-            handle.remove()
-    full, window = outputs
-    rise = (of_attention[0].float() * (window.float() - full.float())).sum((0, 1, 3)).detach()
-    return gradient, rise.view(layer.mixer.shape.key_heads, -1).sum(1)
+    with torch.enable_grad():
+        output, difference = mixed(layer, hidden, arguments, mix)
+        if difference is None:
+            return torch.autograd.grad(output, hidden, gradient)[0], None
+        gradient, of_difference = torch.autograd.grad(output, [hidden, difference], gradient)
+    fall = -(of_difference / mix * difference.detach()).float().sum((0, 1, 3))
+    return gradient, fall.view(layer.mixer.shape.key_heads, -1).sum(1)
 
 
 def needle_examples(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ham_hf import HAMForCausalLM
-from ham_hf.evaluation.importance import Example, head_importance, loss_rises, needle_examples, read_examples
+from ham_hf.evaluation import importance
+from ham_hf.evaluation.importance import Example, head_importance, loss_falls, needle_examples, read_examples
 from ham_hf.routing_ham import Retention
 from tests.cli.calls import byte_tokenizer
 
@@ -43,7 +44,7 @@ def loss_of_mix(model, x, shares):
         def window_only(mixer, args, kwargs, outputs=outputs, busy=busy):
             if not busy:
                 busy.append(True)
-                hook = mixer.kv_norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0].detach()))
+                hook = mixer.kv_norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
                 mixer(*args, **(kwargs | {"retention": Retention(torch.full((1, 1), 2.0))}))
                 hook.remove()
                 busy.clear()
@@ -57,18 +58,28 @@ def loss_of_mix(model, x, shares):
 
 
 def test_it_is_the_slope_of_the_loss_by_each_heads_share(model):
-    x = example()
-    shares = torch.ones(2, 4, requires_grad=True)
-    (slope,) = torch.autograd.grad(loss_of_mix(model, x, shares), shares)
-    expected = -slope.view(2, 2, 2).sum(2)  # two query heads a key/value head
-    found = loss_rises(model, x)
+    x, slopes = example(), []
+    for mix in importance.MIXES:
+        shares = torch.full((2, 4), mix, requires_grad=True)
+        slopes += torch.autograd.grad(loss_of_mix(model, x, shares), shares)
+    expected = -torch.stack(slopes).mean(0).view(2, 2, 2).sum(2)  # two query heads a key/value head
     assert expected.abs().min() > 1e-4
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss_falls(model, x), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_parts_of_all_heads_make_the_fall_of_the_loss(model, monkeypatch):
+    for parameter in model.parameters():
+        parameter.data.mul_(0.6)  # a loss without the twists of large weights
+    x = example()
+    nothing, everything = (loss_of_mix(model, x, torch.full((2, 4), mix)) for mix in (0.0, 1.0))
+    monkeypatch.setattr(importance, "MIXES", [(n + 0.5) / 20 for n in range(20)])
+    assert abs(nothing - everything) > 1e-3
+    assert loss_falls(model, x).sum().item() == pytest.approx((nothing - everything).item(), rel=0.01)
 
 
 def test_examples_are_averaged_and_heads_that_do_harm_count_nothing(model):
     examples = [example(), example(33, 1), example(50, 5)]
-    mean = torch.stack([loss_rises(model, x) for x in examples]).mean(0)
+    mean = torch.stack([loss_falls(model, x) for x in examples]).mean(0)
     assert (mean < 0).any()
     assert (mean > 0).any()
     assert torch.equal(head_importance(model, examples), mean.clamp(min=0))
