@@ -44,7 +44,7 @@ def plot_heads(config: HAMConfig, path: Path) -> None:
     layers = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
     figure, axes = pyplot.subplots(2, 1, figsize=(9, 4), layout="constrained", sharex=True)
     for axis, values, title, largest in (
-        (axes[0], importance, "importance (rise of the loss in nats/token)", None),
+        (axes[0], importance, "importance (part of the fall of the loss, nats/token)", None),
         (axes[1], shares, f"share kept when {PICTURED:.0%} is asked for", 1.0),
     ):
         image = axis.imshow(
