@@ -124,6 +124,7 @@ def memories(arguments: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     if model.config.router == "recency":
         # Its scores are positions, which no threshold can tell apart.
         budgets = arguments.kv_budget or [arguments.length // part for part in BUDGETS]
+        check_budgets(model, budgets)
         return [*asked, *({"kv_budget": x} for x in budgets)]
     asked += [{"threshold": 0.0, "kv_budget": x} for x in arguments.kv_budget]
     if arguments.kv_usage and not calibrated(model):

@@ -18,7 +18,7 @@ def setting_name(result: Result) -> str:
     """What the memory was asked for."""
     parts = []
     if result["kv_usage"] is not None:
-        parts.append(f"{result['kv_usage']:.0%}")
+        parts.append(f"{100 * result['kv_usage']:.4g}%")
     if result.get("threshold") is not None:
         parts.append(f"threshold {result['threshold']:g}")
     if result.get("kv_budget") is not None:

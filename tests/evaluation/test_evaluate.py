@@ -108,6 +108,11 @@ def test_tables_tell_what_was_measured(model, windows, tmp_path):
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_setting_has_a_name_of_its_own():
+    names = [setting_name(setting({"kv_usage": x}) | {"usage": x}) for x in (1.0, 0.25, 0.4531, 0.4532, 0.0)]
+    assert names == ["100%", "25%", "45.31%", "45.32%", "0%"]
+
+
 def test_a_window_is_held_beyond_what_is_kept(tiny_config, windows, tmp_path):
     model = HAMForCausalLM(tiny_config(attention_window=8)).eval()
     results = Evaluation(model, windows, tmp_path / "x").results([{"threshold": 0.0}, {"threshold": 1.01}])
