@@ -25,6 +25,16 @@ def test_the_page_shows_what_the_rows_say(name):
     assert table == to_markdown(read_rows(ROOM / f"{file}.jsonl")).strip()
 
 
+def test_the_front_page_tells_the_same_needles():
+    front = " ".join((ROOM.parents[1] / "README.md").read_text().split())
+    rows = {line.split(" | ")[0].strip("| "): line for line in (ROOM / "needles.md").read_text().splitlines()}
+    assert "with 38% of the tokens in memory" in front
+    assert "finds 99 of 100 numbers" in front
+    assert "0 of 100 if all heads keep alike" in front
+    assert "| 38.0% (39.4%) | 99 of 100 (" in rows["by importance"]
+    assert "| 0 of 100 (" in rows["all heads alike"]
+
+
 def test_an_interval_is_wilson_s():
     low, high = needles.interval(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
