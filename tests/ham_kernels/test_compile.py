@@ -191,7 +191,7 @@ def test_the_harness_sees_spills_errors_and_transposed_products(tmp_path):
 
 def test_too_much_shared_memory_is_a_problem():
     fitting = {"op": "x", "case": 0, "kernel": "x", "registers": 32, "stack": 0, "local": 0}
-    fitting |= {"transposed_product": False, "never_written": []}
+    fitting |= {"transposed_product": False, "never_written": [], "race": []}
     results = [fitting | {"arch": arch, "shared": 170_000} for arch in (80, 90)]
     assert "sm_80: 170000 bytes of shared memory" in problems(results)
     assert "sm_90" not in problems(results)
