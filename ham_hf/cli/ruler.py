@@ -9,7 +9,7 @@ from typing import Any
 from .arguments import CommandError, add_command, failing_as, number
 from .evaluate import add_memory_arguments, is_ham, memories
 from .models import add_placement_arguments, load
-from .text import check_text_paths, read_text_arguments
+from .text import add_text_arguments, check_text_paths, read_text_arguments
 
 TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -48,10 +48,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--samples", metavar="N", type=whole, default=50, help=help_text)
     seed = number("a whole number from 0 to 2^64 - 1", 0, 2**64 - 1, int)
     parser.add_argument("--seed", metavar="S", type=seed, default=0, help="seed of the samples (default: %(default)s)")
-    help_text = "text to hide needles in: UTF-8 text, JSON Lines, Parquet, or folders (default: Python's help texts)"
-    parser.add_argument("--text", metavar="PATH", nargs="+", type=Path, default=[], help=help_text)
-    help_text = "field of JSON Lines, or column of Parquet, with the text (default: %(default)s)"
-    parser.add_argument("--field", metavar="NAME", default="text", help=help_text)
+    add_text_arguments(parser, default="Python's help texts, to hide needles in")
     help_text = "samples in one call of generate (default: %(default)s)"
     parser.add_argument("--batch", metavar="N", type=whole, default=1, help=help_text)
     add_memory_arguments(parser)

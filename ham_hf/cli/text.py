@@ -7,10 +7,11 @@ from pathlib import Path
 from .arguments import CommandError, Parser, failing_as
 
 
-def add_text_arguments(parser: Parser) -> None:
-    """Adds the files, and the name of the text in them."""
-    help_text = "UTF-8 text, JSON Lines, Parquet, or folders of them"
-    parser.add_argument("--text", metavar="PATH", nargs="+", type=Path, required=True, help=help_text)
+def add_text_arguments(parser: Parser, default: str | None = None) -> None:
+    """Adds the files, which must be given unless there is a `default`, and the name of the text in them."""
+    help_text = "UTF-8 text, JSON Lines, Parquet, or folders of them" + (f" (default: {default})" if default else "")
+    required = default is None
+    parser.add_argument("--text", metavar="PATH", nargs="+", type=Path, default=[], required=required, help=help_text)
     help_text = "field of JSON Lines, or column of Parquet, with the text (default: %(default)s)"
     parser.add_argument("--field", metavar="NAME", default="text", help=help_text)
 

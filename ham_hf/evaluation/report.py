@@ -3,6 +3,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ def held_share(result: Result) -> float:
     return result["usage"] if held is None else held
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which of a single value is NaN."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
 def above(result: Result, everything: Result) -> str:
     """The difference of the losses, window by window, with its standard error."""
-    differences = [a - b for a, b in zip(result["losses"], everything["losses"], strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return f"{statistics.mean(differences):+.4f} ± {error:.4f}"
+    mean, error = mean_and_error([a - b for a, b in zip(result["losses"], everything["losses"], strict=True)])
+    return f"{mean:+.4f} ± {error:.4f}"
 
 
 def to_markdown(results: list[Result], context: int) -> str:

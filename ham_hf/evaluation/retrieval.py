@@ -17,7 +17,7 @@ from .evaluate import Memory, setting
 from .losses import cache_of, usage_of
 from .markdown import table
 from .record import Record
-from .report import held_share, setting_name
+from .report import held_share, mean_and_error, setting_name
 from .ruler import TASKS, Sample, make_samples, score
 
 
@@ -84,11 +84,11 @@ class Retrieval:
                 if progress is not None:
                     progress.update(len(indices))
             of_task = [self.record[key_of(memory, task, i)] for i in range(len(samples))]
-            scores = [x["score"] for x in of_task]
-            tasks[task] = {"score": statistics.mean(scores), "error": standard_error(scores)}
+            mean, error = mean_and_error([x["score"] for x in of_task])
+            tasks[task] = {"score": mean, "error": 0.0 if math.isnan(error) else error}
             rows += of_task
-        kept, held, mean = (mean_or_none([x[name] for x in rows]) for name in ("kept", "held", "score"))
-        return setting(memory) | {"usage": kept, "held": held, "score": mean, "tasks": tasks}
+        kept, held, of_all = (mean_or_none([x[name] for x in rows]) for name in ("kept", "held", "score"))
+        return setting(memory) | {"usage": kept, "held": held, "score": of_all, "tasks": tasks}
 
     def results(self, memories: Iterable[Memory]) -> list[dict[str, Any]]:
         """The scores at each setting, with a progress bar on a terminal that tells the time left."""
@@ -136,11 +136,6 @@ def mean_or_none(values: list[float | None]) -> float | None:
     """The mean of the values that there are."""
     known = [x for x in values if x is not None]
     return statistics.mean(known) if known else None
-
-
-def standard_error(values: list[float]) -> float:
-    """The standard error of the mean; 0 of a single value, about which nothing is known."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def to_markdown(results: list[dict[str, Any]], length: int, count: int) -> str:

@@ -1,10 +1,11 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Finds the smallest memory whose loss on a text stays within what is allowed."""
 
-import math
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from .report import mean_and_error
 
 Result = dict[str, Any]
 # Where the search for a usage, and for one threshold of all heads, begins: from everything kept to nothing.
@@ -26,9 +27,7 @@ class Found(NamedTuple):
 def rise(result: Result, everything: Result) -> tuple[float, float]:
     """The rise of the mean loss over that of everything kept, as a fraction of the latter, and its standard error."""
     base = statistics.mean(everything["losses"])
-    differences = [(a - b) / base for a, b in zip(result["losses"], everything["losses"], strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return statistics.mean(differences), error
+    return mean_and_error([(a - b) / base for a, b in zip(result["losses"], everything["losses"], strict=True)])
 
 
 def search(

@@ -27,6 +27,7 @@ from ham_hf import HAMForCausalLM
 from ham_hf.evaluation.calibration import spread_windows
 from ham_hf.evaluation.importance import Example, needle_examples
 from ham_hf.evaluation.markdown import table
+from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import append_row, read_rows, write_whole
 
 from ..rows import Row, current_commit
@@ -174,7 +175,7 @@ def arm_cells(name: str, rows: list[Row]) -> list[str]:
     texts = [row for row in rows if row["arm"] == name and row["kind"] == "text"]
     source = [figures["text", EVERYTHING, row["index"]]["loss"] for row in texts]
     above = [100 * (row["loss"] - loss) / statistics.mean(source) for row, loss in zip(texts, source, strict=True)]
-    error = statistics.stdev(above) / math.sqrt(len(above)) if len(above) > 1 else math.nan
+    mean, error = mean_and_error(above)
     found, held = sum(row["found"] for row in needles), [row["held"] for row in needles]
     low, high = interval(found, len(needles))
     return [
@@ -184,7 +185,7 @@ def arm_cells(name: str, rows: list[Row]) -> list[str]:
         f"{found} of {len(needles)} ({low:.0%} to {high:.0%})",
         f"{statistics.mean(row['loss'] for row in needles):.3f}",
         f"{statistics.mean(row['loss'] for row in texts):.4f}",
-        "" if name == EVERYTHING else f"{statistics.mean(above):+.1f}% ± {error:.1f}%",
+        "" if name == EVERYTHING else f"{mean:+.1f}% ± {error:.1f}%",
         str(len(texts)),
     ]
 

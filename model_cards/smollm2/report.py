@@ -4,14 +4,15 @@
 Usage: ``python -m model_cards.smollm2.report``
 """
 
-import math
 import statistics
 from pathlib import Path
 
 from ham_hf.evaluation.markdown import table
+from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import read_rows, write_whole
 
 from ..rows import Row
+from .measure import MAIN, Arm
 
 ROOM = Path(__file__).parent
 COLUMNS = [
@@ -35,8 +36,7 @@ def above(row: Row, everything: Row) -> tuple[float, float]:
     step = len(everything["losses"]) // len(row["losses"])
     source = everything["losses"][::step]
     differences = [100 * (a - b) / statistics.mean(source) for a, b in zip(row["losses"], source, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return statistics.mean(differences), error
+    return mean_and_error(differences)
 
 
 def is_everything(row: Row) -> bool:
@@ -73,7 +73,19 @@ def to_markdown(rows: list[Row]) -> str:
         "of window and sinks included. ± are standard errors over texts, each compared with itself when everything is "
         f"kept. Calibrated on {everything['calibration_windows']} other texts of this length."
     )
-    return f"{table(COLUMNS, lines)}\n\n{tail}\n"
+    return f"{table(COLUMNS, lines)}\n\n{tail} {between_routers(rows)}\n"
+
+
+def between_routers(rows: list[Row]) -> str:
+    """How far each router's loss is above that of `l2` on the texts that judge the main arms."""
+    main = {x["arm"]["router"]: x["losses"] for x in rows if Arm(**x["arm"]) in MAIN and not is_everything(x)}
+    told = []
+    for router in [x for x in main if x != "l2"]:
+        differences = [a - b for a, b in zip(main[router], main["l2"], strict=True)]
+        mean, error = mean_and_error(differences)
+        won = sum(x > 0 for x in differences)
+        told.append(f"`{router}` by {mean:.3f} ± {error:.3f} nats ({won} of {len(differences)} texts)")
+    return f"With window 64, asked for 25%, above `l2`: {', '.join(told)}."
 
 
 def plot(rows: list[Row], path: Path) -> None:

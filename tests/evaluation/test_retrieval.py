@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Retrieval is measured by what `generate` writes, sample by sample, and goes on where it was interrupted."""
 
+import math
 import statistics
 
 import pytest
@@ -9,7 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ham_hf.cli.models import EMBEDDED_CHECKPOINT
 from ham_hf.cli.ruler import TASKS as OFFERED
-from ham_hf.evaluation.retrieval import Retrieval, left_padded, plot, standard_error, to_markdown
+from ham_hf.evaluation.report import mean_and_error
+from ham_hf.evaluation.retrieval import Retrieval, left_padded, plot, to_markdown
 from ham_hf.evaluation.ruler import TASKS, make_samples, score
 from ham_hf.files import read_rows
 from tests.cli.calls import tiny_model
@@ -138,8 +140,8 @@ def test_a_table_and_a_picture(model, tokenizer, short_answers, tmp_path):
 
 def test_errors_by_hand():
     values = [0.0, 1.0, 1.0, 0.5]
-    assert standard_error(values) == pytest.approx(statistics.stdev(values) / 2)
-    assert standard_error([0.3]) == 0
+    assert mean_and_error(values) == (0.625, pytest.approx(statistics.stdev(values) / 2))
+    assert math.isnan(mean_and_error([0.3])[1])
 
 
 def test_the_command_offers_every_task():
