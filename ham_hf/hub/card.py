@@ -183,7 +183,8 @@ def eval_results(sources: Sources, task: str | None) -> list[EvalResult]:
     results = []
     for x in sources.usage["results"]:
         name = setting_name(x)
-        wanted = "learned thresholds" if name == "learned" else f"asked to keep {name}"
+        asked = f"asked to keep {name}" if x["kv_usage"] is not None else f"at {name}"
+        wanted = "learned thresholds" if name == "learned" else asked
         results.append(
             EvalResult(
                 task_type=task,

@@ -58,7 +58,7 @@ def test_the_card_takes_what_was_measured(capsys, calibrated_checkpoint, text, t
     run(capsys, "card", calibrated_checkpoint, "--results", tmp_path, "--output", tmp_path / "card.md")
     card = (tmp_path / "card.md").read_text()
     assert (tmp_path / "usage.md").read_text().split("\n\n")[0] in card
-    for name in ("asked to keep 50%", "asked to keep threshold 0.5", "asked to keep threshold 0, budget 8"):
+    for name in ("asked to keep 50%", "(nats/token), at threshold 0.5", "at threshold 0, budget 8"):
         assert name in card.replace("\n ", "")
 
 
