@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..conversion.memories import SHUT
 from ..mixer_ham import HAMMixer
 from ..modeling_ham import HAMForCausalLM
+from .control import hybrid_mixers
 
 IGNORED = -100
 # Positions with distributions over the vocabulary in memory at once, beside the logits.
@@ -39,7 +40,7 @@ def open_gates(model: HAMForCausalLM, bias: float = -2.0) -> int:
         TypeError, ValueError: for another bias, and for a model without a shut gate.
     """
     check_bias(bias, "bias")
-    opened = open_gates_of((x.mixer for x in model.model.layers if x.mixer.layer_type == "hybrid"), bias)
+    opened = open_gates_of(hybrid_mixers(model), bias)
     if not opened:
         raise ValueError(f"`model` has no shut gate (a bias of {SHUT} or less), so there is none to open.")
     return opened

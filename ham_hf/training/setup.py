@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration_ham import HAMConfig, check_target_kv_usage
 from ..modeling_ham import HAMForCausalLM
 from ..routing_ham import usage_shares, usage_threshold
-from .control import UsageSchedule
+from .control import UsageSchedule, hybrid_mixers
 from .data import PackedRows
 from .distillation import open_gates
 from .lora import add_adapters
@@ -95,7 +95,7 @@ def start_from_division(model: HAMForCausalLM, schedule: UsageSchedule | None) -
     config = model.config
     if schedule is None or config.threshold_scope != "model" or config.head_importance is None:
         return
-    mixers = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
+    mixers = hybrid_mixers(model)
     quantiles = torch.stack([mixer.score_quantiles for mixer in mixers])
     trained = any(bool((mixer.threshold > 0).any()) for mixer in mixers)
     if trained or config.usage_division == "even" or not bool((quantiles.amax(-1) > 0).all()):
