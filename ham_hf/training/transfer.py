@@ -117,6 +117,36 @@ class Students:
         self._sums: torch.Tensor | None = None
         self._calls = 0
 
+    @torch.no_grad()
+    def match_scales(self, batch: dict[str, torch.Tensor]) -> None:
+        """Gives each student's RNN the scale of what its attention reads from a batch.
+
+        The RNN's norm makes its read as large as 1, and attention's may be far smaller: opened at 1, an RNN that has
+        learned nothing drowns it, and the way to less error is to shut the gate again.
+
+        Args:
+            batch: a part of a step's batch.
+        """
+        if not self.model.config.rnn_output_norm:
+            return
+
+        def match(student: HAMMixer, _: nn.Module, __: Any, read: torch.Tensor) -> None:
+            student.rnn_norm.weight.fill_(read.float().square().mean().sqrt())
+
+        pairs = zip(self.mixers, self.students, strict=True)
+        hooks = [mixer.kv_norm.register_forward_hook(partial(match, student)) for mixer, student in pairs]
+        try:
+            self._read(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _read(self, batch: dict[str, torch.Tensor]) -> None:
+        """Has the model read a batch, in the precision of the training."""
+        device = self.model.device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            self.model.model(**{name: x.to(device) for name, x in batch.items()}, use_cache=False)
+
     def step(self, batches: list[dict[str, torch.Tensor]], learning_rate: float) -> None:
         """Updates all students once.
 
@@ -148,8 +178,8 @@ class Students:
         ]
         device = self.model.device
         try:
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), self.gates:
-                self.model.model(**{name: x.to(device) for name, x in batch.items()}, use_cache=False)
+            with self.gates:
+                self._read(batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -274,8 +304,11 @@ def transfer(
     with stop, progress:
         for step in range(done + 1, settings.steps + 1):
             rate = settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2
+            batches = [next_batch(stream, size) for _ in range(parts)]
+            if step == 1:
+                students.match_scales(batches[0])
             try:
-                students.step([next_batch(stream, size) for _ in range(parts)], rate)
+                students.step(batches, rate)
             except FloatingPointError as error:
                 kept = f"{path} has an earlier state" if path.exists() else "nothing was saved yet"
                 raise FloatingPointError(

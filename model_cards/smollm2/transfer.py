@@ -35,19 +35,27 @@ from .texts import CONTEXT, calibration_windows, halves, judged_windows
 
 ROOM = Path(__file__).parent
 RESULTS = ROOM / "transfer.jsonl"
-ROUTERS = ("l2", "random")
 USAGE = 0.25
+# Tokens that the arm which keeps by age alone holds: 29% of a judged text, as the others do with their windows.
+RECENT = 300
+# Settings of the converted model, and the usage that its layers are asked for.
+ARMS: dict[str, tuple[Row, float]] = {
+    "l2": ({"router": "l2"}, USAGE),
+    "random": ({"router": "random"}, USAGE),
+    "recency": ({"router": "random", "attention_window": RECENT}, 0.0),
+}
+# Measured with an RNN whose read began as large as 1, and drowned attention's; the rows name the commit.
+FORMER_ARMS = ("l2, RNN at 1",)
 WINDOWS, PROMPTS = 6, 20
-STAGES = ("before", "after")
 
 
-def transferred(router: str, steps: int, cache: Path) -> tuple[Path, Path]:
-    """The folders of the converted model with a router, and of that after a transfer of so many steps."""
-    room = cache / f"transfer-{router}"
+def transferred(arm: str, steps: int, cache: Path) -> tuple[Path, Path]:
+    """The folders of the converted model at an arm, and of that after a transfer of so many steps."""
+    room, (settings, usage) = cache / f"transfer-{arm}", ARMS[arm]
     before = room / "before"
     if not before.exists():
         source = checkpoint(cache)
-        model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32, router=router)
+        model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32, **settings)
         model.save_pretrained(before.with_suffix(".partial"))
         AutoTokenizer.from_pretrained(source).save_pretrained(before.with_suffix(".partial"))
         before.with_suffix(".partial").rename(before)
@@ -58,7 +66,7 @@ def transferred(router: str, steps: int, cache: Path) -> tuple[Path, Path]:
         "data": {"files": str(room / "text.txt")},
         "steps": 0,
         "context": 512,
-        "transfer": {"steps": steps, "usage": USAGE, "learning_rate": 3e-3},
+        "transfer": {"steps": steps, "usage": usage, "learning_rate": 3e-3},
         "evaluation": {"rows": 4, "usages": []},
         "trainer": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 10},
     }
@@ -68,7 +76,7 @@ def transferred(router: str, steps: int, cache: Path) -> tuple[Path, Path]:
 
 
 @torch.no_grad()
-def measure(folder: Path, labels: Row, done: list[Row]) -> None:
+def measure(folder: Path, labels: Row, usage: float, done: list[Row]) -> None:
     """Appends the rows of a model that are not there yet."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = HAMForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -83,27 +91,26 @@ def measure(folder: Path, labels: Row, done: list[Row]) -> None:
         if any(row.items() >= key.items() for row in done):
             continue
         if kind == "needle":
-            figures = needle_figures(model, x, USAGE)
+            figures = needle_figures(model, x, usage)
         else:
-            of_window = window_figures(model, x, kv_usage=USAGE)[0]
+            of_window = window_figures(model, x, kv_usage=usage)[0]
             figures = {"loss": of_window.loss, "second_time": of_window.second_time, "held": of_window.held}
         append_row(RESULTS, key | figures | {"commit": current_commit()})
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """A row for each router, before and after."""
+    """A row for each arm and length of the transfer; without a step it is as it was converted."""
     lines = []
-    for router in ROUTERS:
-        for stage in STAGES:
-            own = [row for row in rows if (row["router"], row["stage"]) == (router, stage)]
+    for arm in (*ARMS, *FORMER_ARMS):
+        for steps in sorted({row["steps"] for row in rows if row["arm"] == arm}):
+            own = [row for row in rows if (row["arm"], row["steps"]) == (arm, steps)]
             texts, needles = ([row for row in own if row["kind"] == kind] for kind in ("text", "needle"))
             if not texts or not needles:
                 continue
             lines.append(
                 [
-                    router,
-                    stage,
-                    own[0]["steps"] if stage == "after" else "",
+                    arm,
+                    steps,
                     f"{statistics.mean(x['held'] for x in texts):.1%}",
                     f"{statistics.mean(x['loss'] for x in texts):.4f}",
                     f"{statistics.mean(x['second_time'] for x in texts):.3f}",
@@ -111,10 +118,10 @@ def to_markdown(rows: list[Row]) -> str:
                     f"{statistics.mean(x['loss'] for x in needles):.3f}",
                 ]
             )
-    columns = ["router", "transfer", "steps", "held", "loss of text", "second time", "needles", "loss of the answer"]
+    columns = ["kept by", "steps", "held", "loss of text", "second time", "needles", "loss of the answer"]
     tail = (
-        f"Asked for {USAGE:.0%}; {WINDOWS} windows of text and {PROMPTS} prompts of {CONTEXT} tokens; losses in "
-        "nats/token. A step reads 512 tokens."
+        f"Asked for {USAGE:.0%}; recency keeps the last {RECENT} tokens. {WINDOWS} windows of text and {PROMPTS} "
+        f"prompts of {CONTEXT} tokens; losses in nats/token. A step of the transfer reads 512 tokens; 0: as converted."
     )
     return f"{table(columns, lines)}\n\n{tail}\n"
 
@@ -125,15 +132,15 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="transfer, and measure what has no row yet")
     command.add_argument("--steps", type=int, default=150, help="steps of 512 tokens (default %(default)s)")
+    command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to measure (default: all)")
     command.add_argument("--cache", type=Path, default=CACHE, help="folder of the HAM (default: %(default)s)")
     commands.add_parser("report", help="write transfer.md")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        for router in ROUTERS:
-            folders = transferred(router, arguments.steps, arguments.cache)
-            for stage, folder in zip(STAGES, folders, strict=True):
-                labels = {"router": router, "stage": stage, "steps": arguments.steps}
-                measure(folder, labels, read_rows(RESULTS))
+        for arm in arguments.arms:
+            before, after = transferred(arm, arguments.steps, arguments.cache)
+            for folder, steps in ((before, 0), (after, arguments.steps)):
+                measure(folder, {"arm": arm, "steps": steps}, ARMS[arm][1], read_rows(RESULTS))
     report = to_markdown(read_rows(RESULTS))
     print(report)
     write_whole(ROOM / "transfer.md", report)

@@ -65,17 +65,17 @@ def test_needles_count_where_the_source_finds_them():
 
 def test_a_transfer_is_told_before_and_after():
     rows = [
-        {"router": "l2", "stage": stage, "steps": 7, **figures}
-        for stage in ("before", "after")
+        {"arm": "l2", "steps": steps, **figures}
+        for steps in (7, 0)
         for figures in (
             {"kind": "text", "index": 0, "loss": 2.0, "second_time": 1.0, "held": 0.25},
             {"kind": "text", "index": 1, "loss": 3.0, "second_time": 2.0, "held": 0.27},
-            {"kind": "needle", "index": 0, "found": stage == "after", "loss": 0.5, "held": 0.3},
+            {"kind": "needle", "index": 0, "found": steps > 0, "loss": 0.5, "held": 0.3},
         )
     ]
     table = transfer.to_markdown(rows)
-    assert "| l2 | before |  | 26.0% | 2.5000 | 1.500 | 0 of 1 | 0.500 |" in table
-    assert "| l2 | after | 7 | 26.0% | 2.5000 | 1.500 | 1 of 1 | 0.500 |" in table
+    assert "| l2 | 0 | 26.0% | 2.5000 | 1.500 | 0 of 1 | 0.500 |" in table
+    assert "| l2 | 7 | 26.0% | 2.5000 | 1.500 | 1 of 1 | 0.500 |" in table
     assert "random" not in table
 
 
