@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from ..conversion.memories import SHUT, added_parameters
 from ..files_ham import whole_file
-from ..mixer_ham import HAMMixer
+from ..mixer_ham import HAMMixer, HAMRMSNorm
 from ..modeling_ham import HAMForCausalLM
 from ..threshold_control_ham import control_loop
 from .control import clipped_parameters, hybrid_mixers, parameter_groups
@@ -131,7 +131,9 @@ class Students:
             return
 
         def match(student: HAMMixer, _: nn.Module, __: Any, read: torch.Tensor) -> None:
-            student.rnn_norm.weight.fill_(read.float().square().mean().sqrt())
+            norm = student.rnn_norm
+            assert isinstance(norm, HAMRMSNorm)
+            norm.weight.fill_(read.float().square().mean().sqrt())
 
         pairs = zip(self.mixers, self.students, strict=True)
         hooks = [mixer.kv_norm.register_forward_hook(partial(match, student)) for mixer, student in pairs]

@@ -20,12 +20,13 @@ class Job:
     """One model to train and measure.
 
     Attributes:
-        part: `"recall"`, `"gradients"`, `"repairs"` or `"language"`.
+        part: `"recall"`, `"gradients"`, `"routers"`, `"repairs"` or `"language"`.
         task: the task's name in the study file.
         arm: the model's name there.
         seed: seed of weights and data.
         settings: all other settings that determine the result: `model` (fields of its HAMConfig), `equal_to` (fields
-            of the model whose number of parameters it matches), `task`, `training`, `gradient`, `usages` and `pairs`.
+            of the model whose number of parameters it matches), `task`, `training`, `gradient`, `usages` and `pairs`;
+            and `oracle`, if its router is one.
     """
 
     part: str

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from .fitting import LOSS_BLOCK
-from .results import LEARNED, Result, arms_of, recall_accuracy, select
+from .results import LEARNED, Result, arms_of, bytes_held, recall_accuracy, select
 
 matplotlib.use("Agg")
 from matplotlib import colormaps, pyplot
@@ -41,32 +41,41 @@ def _line(axis: Any, x: Sequence[float], seeds: list[list[float]], arm: str, col
 
 
 def plot_recall(results: list[Result], colours: Colours, path: Path) -> Path:
-    """Accuracy against the number of pairs, and against the fraction kept, for each filler."""
+    """Accuracy against the number of pairs, and against the bytes held, for each filler."""
     tasks = sorted({x["task"] for x in results})
-    figure, axes = pyplot.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 7.5), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 8.5), layout="constrained", squeeze=False)
+    lines: dict[str, Any] = {}
     for (upper, lower), task in zip(axes.T, tasks, strict=True):
         for arm in arms_of(results):
             runs = select(results, task=task, arm=arm)
             if not runs:
                 continue
             pairs = [int(x) for x in runs[0]["accuracy"][LEARNED]]
-            _line(upper, pairs, [list(x["accuracy"][LEARNED].values()) for x in runs], arm, colours)
-            usages = [x for x in runs[0]["settings"]["usages"] if str(x) in runs[0]["accuracy"]]
-            if usages:
-                by_usage = [[recall_accuracy(x, str(usage)) for usage in usages] for x in runs]
-                _line(lower, [100 * x for x in usages], by_usage, arm, colours)
-            else:
-                level = statistics.mean(recall_accuracy(x) for x in runs)
-                lower.axhline(level, color=colours[arm], linestyle="--", label=arm)
+            means = [statistics.mean(x["accuracy"][LEARNED][str(n)] for x in runs) for n in pairs]
+            (lines[arm],) = upper.plot(pairs, means, "o-", color=colours[arm], markersize=4)
+            _recall_by_bytes(lower, runs, arm, colours)
         upper.set(title=f"{task} filler, learned thresholds", xlabel="pairs", ylabel="accuracy", xscale="log")
         upper.set_xticks(pairs, [str(x) for x in pairs])
         upper.minorticks_off()
-        lower.set(title=f"{task} filler, all numbers of pairs", xlabel="tokens kept (%)", ylabel="accuracy")
-    axes[0, -1].legend(fontsize=8)
+        title = f"{task} filler, all numbers of pairs"
+        lower.set(title=title, xlabel="memory at the end of a row, states included (KiB)", ylabel="accuracy")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=7, fontsize=9)
     for axis in axes.flat:
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
     return _save(figure, path)
+
+
+def _recall_by_bytes(axis: Any, runs: list[Result], arm: str, colours: Colours) -> None:
+    """A line over the usages of a model that has some, else a square; and one standard error over seeds."""
+    usages: list[str] = [str(x) for x in runs[0]["settings"]["usages"] if str(x) in runs[0]["accuracy"]]
+    held, means, errors = [], [], []
+    for usage in usages or [LEARNED]:
+        seeds = [recall_accuracy(x, usage) for x in runs]
+        held.append(statistics.mean(bytes_held(x, usage) for x in runs) / 1024)
+        means.append(statistics.mean(seeds))
+        errors.append(statistics.stdev(seeds) / len(seeds) ** 0.5 if len(seeds) > 1 else 0.0)
+    axis.errorbar(held, means, errors, fmt="o-" if usages else "s", color=colours[arm], capsize=3, markersize=4)
 
 
 def plot_gradients(results: list[Result], colours: Colours, path: Path) -> Path:

@@ -66,11 +66,20 @@ class RecallTask:
             pairs: number of pairs in every row, instead of a drawn one; training need not have seen it.
         """
         random = np.random.default_rng(seed)
-        most = pairs or max(self.pairs)
-        length = max(self.length, 3 * most, 2 * most + 2 * min(most, self.queries))
+        length = self.row_length(pairs or max(self.pairs))
         drawn = [self._row(random, pairs or int(random.choice(self.pairs)), length) for _ in range(rows)]
         tokens, labels = (torch.from_numpy(np.stack(x)) for x in zip(*drawn, strict=True))
         return tokens, labels
+
+    def row_length(self, pairs: int) -> int:
+        """Tokens in a row that has room for so many pairs."""
+        return max(self.length, 3 * pairs, 2 * pairs + 2 * min(pairs, self.queries))
+
+    def asked_for(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[rows, T]` bool: the keys in rows of `tokens` `[rows, T]` that come again at the end, and their values."""
+        same = (tokens[:, :, None] == tokens[:, None]) & (tokens < self.keys)[:, None]
+        keys = same.triu(1).any(2)
+        return keys | keys.roll(1, 1)
 
     def _row(self, random: np.random.Generator, pairs: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         # Filler between pairs, and before and after them, up to the queries.

@@ -12,6 +12,7 @@ from ham_hf.training.control import UsageMeter, thresholds_of
 from .fitting import block_means, fit, routing_arguments
 from .gradients import use_gradient
 from .job import Job
+from .oracle import use_oracle
 from .recall import IGNORED, RecallTask
 
 # Seeds of evaluation and calibration start here, beyond those of training batches.
@@ -32,6 +33,8 @@ def run_recall(job: Job, device: str) -> dict[str, Any]:
     task, training = RecallTask(**job.settings["task"]), job.training
     model = job.build(task.vocab_size, device)
     use_gradient(model, job.settings["gradient"])
+    if job.settings.get("oracle"):
+        use_oracle(model, task)
     probe = _Probe(model, task.batch(EVALUATION_SEED - 1, training.rows)[0].to(device))
 
     def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:

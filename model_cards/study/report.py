@@ -9,7 +9,8 @@ from ham_hf.evaluation.markdown import table
 from ham_hf.files import write_whole
 
 from . import plots
-from .results import LEARNED, Result, arms_of, kept_fraction, recall_accuracy, select
+from .results import LEARNED, Result, arms_of, bytes_held, kept_fraction, recall_accuracy, select
+from .study import COMPARED
 
 
 def spread(values: list[float]) -> str:
@@ -44,8 +45,9 @@ def recall_table(results: list[Result]) -> str:
             hybrid = usages[0] in runs[0]["accuracy"]
             cells = [_accuracy_and_kept(runs, n) if hybrid else _accuracy(runs, n) for n in pairs]
             cells += [spread([recall_accuracy(x, u) for x in runs]) if hybrid else "" for u in usages]
-            rows.append([task, arm, len(runs), f"{kept:.0%}", *cells])
-    return table(["filler", "model", "seeds", "kept", *heads], rows) + "\n"
+            held = f"{statistics.mean(bytes_held(x) for x in runs) / 1024:.1f}"
+            rows.append([task, arm, len(runs), f"{kept:.0%}", held, *cells])
+    return table(["filler", "model", "seeds", "kept", "KiB held", *heads], rows) + "\n"
 
 
 def _accuracy(runs: list[Result], pairs: str) -> str:
@@ -58,16 +60,16 @@ def _accuracy_and_kept(runs: list[Result], pairs: str) -> str:
 
 
 def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -> str:
-    """A row per comparison, part and task: difference of two arms, paired by seed, and the usage of both.
+    """A row per comparison and task: difference of two arms, paired by seed, and the usage of both.
 
-    Differences are over all numbers of pairs, and for the fewest and the most pairs, which differ in the number of
-    tokens to keep; each is followed by the number of seeds in which the first arm is ahead.
+    Differences, with standard errors, are over all numbers of pairs, and for the fewest and the most pairs, which
+    differ in the number of tokens to keep; each is followed by the number of seeds in which the first arm is ahead.
     """
     columns = "comparison | filler | seeds | kept | all pairs (seeds above 0) | fewest pairs | most pairs"
     rows = []
     for first, second in comparisons:
-        for part, task in sorted({(x["part"], x["task"]) for x in results}):
-            runs = [{x["seed"]: x for x in select(results, part=part, task=task, arm=arm)} for arm in (first, second)]
+        for task in sorted({x["task"] for x in results}):
+            runs = [{x["seed"]: x for x in select(results, task=task, arm=arm)} for arm in (first, second)]
             both = [(runs[0][seed], runs[1][seed]) for seed in sorted(runs[0].keys() & runs[1].keys())]
             if not both:
                 continue
@@ -79,20 +81,20 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
                     [statistics.mean(z["accuracy"][LEARNED][n] for n in chosen) for z in pair] for pair in both
                 ]
                 gaps = [x - y for x, y in accuracy]
-                cells.append(f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)})")
+                cells.append(f"{mean_and_error(gaps)} ({sum(gap > 0 for gap in gaps)})")
             rows.append(cells)
     return table(columns.split(" | "), rows) + "\n"
 
 
 def gradient_table(results: list[Result]) -> str:
-    """A row per router and way of training it: accuracy over all pairs, by seed, and the flicker of its masks."""
-    columns = "router | seeds | accuracy | of each seed | masks changed by an update, early | late"
+    """A row per router and way of training it: accuracy over all pairs and last loss, by seed, and masks' flicker."""
+    columns = "router | seeds | accuracy | of each seed | last loss of each | masks changed by an update, early | late"
     rows = []
     for arm in arms_of(results):
         runs = select(results, arm=arm)
         scores = [recall_accuracy(x) for x in runs]
-        each = ", ".join(f"{x:.2f}" for x in scores)
-        rows.append([arm, len(runs), spread(scores), each, *_flicker(runs)])
+        each, losses = (", ".join(f"{x:.2f}" for x in y) for y in (scores, [x["losses"][-1] for x in runs]))
+        rows.append([arm, len(runs), spread(scores), each, losses, *_flicker(runs)])
     return table(columns.split(" | "), rows) + "\n"
 
 
@@ -159,7 +161,17 @@ QUESTIONS = (
     ("cosine-10", "gdn"),
     ("cosine-50", "gdn"),
     ("cosine-50", "interleaved"),
+    ("cosine", "gdn-equal"),
     ("cosine", "random"),
+    ("cosine", "recency"),
+    ("l2", "cosine"),
+    ("l2", "random"),
+    ("received-free", "cosine"),
+    ("received-free", "random"),
+    ("received-error-free", "received-free"),
+    ("oracle", "cosine"),
+    ("oracle", "received-free"),
+    ("cosine-free", "cosine"),
     ("learned", "cosine"),
     ("learned-ramp", "learned"),
     ("log-bias", "learned"),
@@ -172,7 +184,7 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
 
     Args:
         results: results of a study with arms in `arms`.
-        arms: the arms in the order of the tables, which also fixes their colours in all plots.
+        arms: the arms in the order of the tables; those with results have one colour in all plots.
         output: folder for the files.
 
     Raises:
@@ -181,18 +193,19 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     if not results:
         raise ValueError(f"`results` is empty: there is nothing to report in {output}.")
     results = sorted(results, key=lambda x: arms.index(x["arm"]))
-    colours = plots.colours_of(arms)
-    recall = [x for x in results if x["part"] == "recall"]
-    routers = [x for x in results if x["part"] == "gradients"]
+    recall = [x for x in results if x["part"] in COMPARED]
+    gradients = [x for x in results if x["part"] == "gradients"]
     repairs = [x for x in results if x["part"] == "repairs"]
     language = [x for x in results if x["part"] == "language"]
+    plotted = {x["arm"] for x in recall + language}
+    colours = plots.colours_of([arm for arm in arms if arm in plotted])
     sections, written = [], []
     if recall:
         sections += ["## Recall\n", recall_table(recall)]
         written.append(plots.plot_recall(recall, colours, output / "recall.png"))
-    if routers:
-        sections += ["## Routers, and gradients of a learned one\n", recall_table(routers), gradient_table(routers)]
-        written.append(plots.plot_gradients(routers, colours, output / "gradients.png"))
+    if gradients:
+        sections += ["## Gradients of a learned router\n", gradient_table(gradients)]
+        written.append(plots.plot_gradients(gradients, colours, output / "gradients.png"))
     if repairs:
         compared = repair_table(repairs)
         sections += ["## Repairs of the learned router\n", recall_table(repairs), compared]
@@ -204,8 +217,8 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
         traced = [x for x in language if "traces" in x]
         if traced:
             written.append(plots.plot_scores(traced, output / "scores.png"))
-    if recall or routers:
-        compared = differences(recall + routers, QUESTIONS)
+    if recall:
+        compared = differences(recall, QUESTIONS)
         sections += ["## Differences in accuracy\n", compared]
         write_whole(output / "differences.md", compared)
         written.insert(0, output / "differences.md")

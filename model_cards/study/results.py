@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ham_hf.configuration_ham import HAMConfig
 from ham_hf.files import read_rows
 
 from ..rows import Row
 from .job import NAME, Job
+from .recall import RecallTask
 
 Result = Row
 # Key of results at the thresholds that training drove to the target, which are compared arm by arm.
@@ -36,6 +38,29 @@ def recall_accuracy(result: Result, kept: str = LEARNED) -> float:
 def kept_fraction(result: Result) -> float:
     """The fraction of tokens kept at the learned thresholds, the mean over numbers of pairs."""
     return statistics.mean(result["usage"][LEARNED].values())
+
+
+def bytes_held(result: Result, kept: str = LEARNED) -> float:
+    """Bytes in memory at the end of a row of the recall task, mean over numbers of pairs, all in float32.
+
+    States of the RNN and of its convolution, and the keys and values of kept tokens; a model without hybrid layers has
+    one figure for every usage.
+    """
+    config, task = HAMConfig(**result["settings"]["model"]), RecallTask(**result["settings"]["task"])
+    usage = result["usage"].get(kept, result["usage"][LEARNED])
+    numbers: list[float] = []
+    for kind in config.layer_types:
+        shape = config.layer_shape(kind)
+        sizes = shape.key_dim + shape.value_dim
+        if kind != "full_attention":
+            numbers.append(shape.value_heads * shape.key_dim * shape.value_dim)
+        if kind != "full_attention" or config.attention_conv:
+            numbers.append(sum(shape.channels) * (config.conv_kernel_size - 1))
+        if kind != "linear_attention":
+            shares = [1.0 if kind == "full_attention" else share for share in usage.values()]
+            tokens = [share * task.row_length(int(n)) for share, n in zip(shares, usage, strict=True)]
+            numbers.append(shape.key_heads * sizes * statistics.mean(tokens))
+    return 4 * sum(numbers)
 
 
 def result_file(part: str, output: Path) -> Path:

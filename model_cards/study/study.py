@@ -22,7 +22,9 @@ from .recall_study import run_recall
 from .results import result_file, results_by_name
 
 STUDIES = Path(__file__).parent
-PARTS = ("recall", "gradients", "repairs", "language")
+PARTS = ("recall", "gradients", "routers", "repairs", "language")
+# Parts whose models are told in one table, and compared where they share a task.
+COMPARED = ("recall", "gradients", "routers")
 PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
 
 
@@ -49,7 +51,23 @@ def read_study(name: str) -> dict[str, Any]:
         raise ValueError(f"{name} has unknown keys {unknown}; takes arms, {', '.join(PARTS)}.")
     for part in parts_of(study):
         _check_plan(part, study[part], study["arms"])
+    _check_compared({part: study[part] for part in COMPARED if part in study})
     return study
+
+
+def _check_compared(plans: dict[str, Any]) -> None:
+    """Refuses parts that cannot share a table, or that share a task and differ in more than their arms and seeds."""
+    first, *others = plans.items() if plans else [("", {})]
+    for part, plan in others:
+        for key in ("pairs", "usages"):
+            if plan[key] != first[1][key]:
+                raise ValueError(f"`{part}.{key}` must be as in `{first[0]}`, {first[1][key]}, got {plan[key]}.")
+    trained: dict[str, Any] = {}
+    for part, plan in plans.items():
+        for task, settings in plan["tasks"].items():
+            own = settings, plan["model"], plan["training"]
+            if trained.setdefault(task, own) != own:
+                raise ValueError(f"`{part}.tasks.{task}` must be trained as in the other part that has it.")
 
 
 def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
@@ -71,7 +89,11 @@ def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
         raise ValueError(f"`{part}.arms` names {unknown}, which `arms` does not define as a mapping.")
     check_config_keys(f"{part}.model", plan["model"])
     for arm in plan["arms"]:
-        check_config_keys(f"arms.{arm}", arms[arm].keys() - {"gradient", "training"})
+        check_config_keys(f"arms.{arm}", arms[arm].keys() - {"gradient", "training", "oracle"})
+        if part == "language" and "oracle" in arms[arm]:
+            raise ValueError(
+                f"`language.arms` must be without oracles, which know tasks of recall alone, got {arm!r}."
+            )
         gradient = arms[arm].get("gradient")
         if gradient is not None and gradient not in GRADIENTS:
             raise ValueError(f"`arms.{arm}.gradient` must be one of {sorted(GRADIENTS)}, got {gradient!r}.")
@@ -106,7 +128,9 @@ def _settings(plan: dict[str, Any], task: str, arm: dict[str, Any]) -> dict[str,
         # Given once for models of any depth: one kind of layer, or several in turn.
         kinds = model["layer_types"] if isinstance(model["layer_types"], list) else [model["layer_types"]]
         model["layer_types"] = [kinds[i % len(kinds)] for i in range(model["num_hidden_layers"])]
-    return {
+    # Only where there is one, as the stored results of other arms are without.
+    oracle = {"oracle": True} if model.pop("oracle", False) else {}
+    return oracle | {
         "model": model,
         "equal_to": plan["model"],
         "task": plan["tasks"][task],

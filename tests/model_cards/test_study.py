@@ -18,7 +18,9 @@ from model_cards.study.__main__ import main
 from model_cards.study.fitting import Training, block_means, build_model, config_of_size, fit
 from model_cards.study.gradients import GRADIENTS, use_gradient
 from model_cards.study.job import NAME
+from model_cards.study.oracle import use_oracle
 from model_cards.study.recall import IGNORED, RecallTask
+from model_cards.study.results import bytes_held
 
 SMALL = {
     "vocab_size": 24,
@@ -36,7 +38,7 @@ arms:
   cosine: {router: cosine}
   learned: {router: learned}
   log-bias: {router: learned, gradient: log_bias}
-  of-my-own: {router: residual}
+  of-my-own: {router: random, oracle: true}
 recall:
   seeds: 2
   arms: [gdn, cosine, learned]
@@ -50,11 +52,11 @@ recall:
 gradients:
   seeds: 1
   arms: [of-my-own, log-bias]
-  tasks: {pattern: {filler: pattern, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
+  tasks: {noise: {filler: random, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
   model: *model
   training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10, usage_from: 1.0}
   usages: [0.1, 0.5]
-  pairs: [2, 4]
+  pairs: [2, 4, 8]
 """
 
 
@@ -104,6 +106,16 @@ class TestRecallTask:
             told = {i + n for i, token in enumerate(row) if token < 64 for n in (0, 1)}
             assert all((token < 128) is (i in told) for i, token in enumerate(row))
 
+    @pytest.mark.parametrize("pairs", [None, 3, 40])
+    def test_what_is_asked_for_is_known_from_the_row(self, pairs):
+        task = RecallTask("pattern")
+        ids, labels = task.batch(1, 8, pairs)
+        asked = task.asked_for(ids)
+        for row, wanted, found in zip(ids.tolist(), labels.tolist(), asked.tolist(), strict=True):
+            keys = [row[i - 1] for i, label in enumerate(wanted) if label != IGNORED]
+            expected = {row.index(key) + n for key in keys for n in (0, 1)}
+            assert {i for i, x in enumerate(found) if x} == expected
+
     def test_a_batch_is_a_function_of_its_seed(self):
         task = RecallTask("pattern")
         assert torch.equal(task.batch(5, 4)[0], task.batch(5, 4)[0])
@@ -114,6 +126,48 @@ class TestRecallTask:
             RecallTask("patern")
         with pytest.raises(ValueError, match="`pairs` must lie between 1 and 64"):
             RecallTask("random", pairs=(4, 65))
+
+
+class TestOracle:
+    def test_it_keeps_first_what_is_asked_for(self):
+        task = RecallTask("pattern", pairs=(2, 4), length=24, queries=2, keys=12, values=12)
+        model = small_model(SMALL | {"router": "random"}, 8000).eval()
+        plain = model(input_ids=task.batch(0, 4)[0], output_routing_scores=True).routing_scores
+        use_oracle(model, task)
+        for ids in (task.batch(0, 4)[0], task.batch(1, 2)[0]):
+            asked = task.asked_for(ids)
+            scores = torch.stack(model(input_ids=ids, output_routing_scores=True).routing_scores)
+            assert scores.shape == (2, *ids.shape, 2)
+            assert (scores[:, asked] >= 0.5).all()
+            assert (scores[:, ~asked] < 0.5).all()
+            assert 0 <= scores.min() < scores.max() < 1
+        # The row does not matter to the random score, which orders both groups.
+        torch.testing.assert_close(scores[0] * 2 - asked[..., None].float(), plain[0][:2])
+
+    def test_it_takes_the_place_of_random_scores_alone(self):
+        with pytest.raises(ValueError, match="`router` must be 'random' for an oracle, got 'cosine'"):
+            use_oracle(small_model(SMALL, 8000), RecallTask("pattern"))
+
+
+def test_bytes_held_are_those_of_states_and_kept_tokens():
+    task = {"filler": "pattern", "length": 96}
+
+    def held(usage, **settings):
+        result = {
+            "settings": {"model": SMALL | settings, "task": task},
+            "usage": {"learned": usage, "0.5": {"4": 0.5}},
+        }
+        return bytes_held(result), bytes_held(result, "0.5")
+
+    # Two layers with two heads of 8: states of 8 x 8, three tokens of the convolution's q, k and v.
+    state, conv, token = 2 * 2 * 64 * 4, 2 * 3 * 48 * 4, 2 * 2 * 16 * 4
+    assert held({"4": 0.25}) == (state + conv + 24 * token, state + conv + 48 * token)
+    # A row with 64 pairs has 192 tokens.
+    assert held({"4": 0.25, "64": 0.5})[0] == state + conv + (24 + 96) / 2 * token
+    assert held({"4": 0.0}, layer_types=["linear_attention"] * 2)[0] == state + conv
+    assert held({"4": 1.0}, layer_types=["full_attention"] * 2)[0] == conv + 96 * token
+    interleaved = ["linear_attention", "full_attention"]
+    assert held({"4": 0.5}, layer_types=interleaved)[0] == state / 2 + conv + 96 * token / 2
 
 
 class TestGradients:
@@ -374,6 +428,9 @@ class TestRunning:
         rows = read_rows(output / "recall.jsonl")
         assert [NAME.format_map(x) for x in rows] == trained[:6]
         assert [x["arm"] for x in read_rows(output / "gradients.jsonl")] == ["of-my-own", "log-bias"]
+        of_my_own, log_bias = read_rows(output / "gradients.jsonl")
+        assert of_my_own["settings"]["oracle"]
+        assert "oracle" not in log_bias["settings"]
         result = rows[-1]
         assert (result["task"], result["arm"], result["seed"]) == ("pattern", "learned", 1)
         assert result["commit"] == current_commit()
@@ -388,12 +445,11 @@ class TestRunning:
         output = tmp_path / "out"
         assert run(study_file, output, "gradients") == 0
         append_row(output / "recall.jsonl", {"part": "recall", "task": "pattern", "arm": "gdn", "seed": 7})
-        for file in ("study.md", "gradients.png"):
+        for file in ("study.md", "gradients.png", "recall.png"):
             (output / file).unlink()
         assert main([str(study_file), "--output", str(output), "--report"]) == 0
         assert "gdn" not in (output / "study.md").read_text()
-        assert (output / "gradients.png").exists()
-        assert not (output / "recall.png").exists()
+        assert {x.name for x in output.glob("*.png")} == {"gradients.png", "recall.png"}
 
     def test_a_job_is_a_function_of_its_settings(self, study_file):
         job = next(x for x in study.jobs_of(study.read_study(str(study_file))) if x.arm == "learned")
@@ -445,6 +501,12 @@ class TestRunning:
             ("usages: [0.1, 0.5]", "usages: []", "`recall.usages` must be a list that is not empty"),
             ("filler: pattern", "fillers: pattern", "`recall.tasks.pattern` has no key `fillers`"),
             ("pairs: [2, 4, 8]", "pairs: [2, 4, 13]", "`pairs` must lie between 1 and 12, the number of keys"),
+            ("noise: {filler: random", "pattern: {filler: random", "`gradients.tasks.pattern` must be trained as in"),
+            (
+                "pairs: [2, 4, 8]\ngradients",
+                "pairs: [2, 4]\ngradients",
+                "`gradients.pairs` must be as in `recall`, [2, 4]",
+            ),
             ("arms:\n", "arms: [\n", "is not YAML"),
         ],
     )
@@ -458,11 +520,22 @@ class TestRunning:
         for arguments, message in (
             (["cpo", "--output", "x"], "no file 'cpo', takes a YAML file or one of cpu"),
             ([str(study_file), "--output", "x", "--parts", "recal"], "argument --parts: got 'recal'"),
+            (
+                [str(study_file), "--output", "x", "--tasks", "x"],
+                "argument --tasks: got 'x', takes some of noise, pattern",
+            ),
+            (["cpu", "--output", "x", "--report", "--tasks", "x"], "argument --tasks: not with --report"),
             (["cpu", "--output", "x", "--parts", "language"], "argument --corpus: language needs it"),
             ([str(study_file), "--output", str(tmp_path / "none"), "--report"], "there is nothing to report"),
         ):
             assert main([*arguments]) == 2
             assert message in capsys.readouterr().err
+
+
+def test_an_oracle_of_language_is_refused():
+    plan = study.read_study("cpu")
+    with pytest.raises(ValueError, match=r"`language\.arms` must be without oracles.* got 'oracle'"):
+        study._check_plan("language", plan["language"] | {"arms": ["oracle"]}, plan["arms"])
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
@@ -522,33 +595,45 @@ def test_a_study_without_hybrid_layers_has_no_picture_of_scores(tmp_path):
     assert "| gdn | 9 | 1 | 5.000 (0%) |  | 0.500 |" in (tmp_path / "study.md").read_text()
 
 
-def test_differences_are_paired_by_seed_and_part():
-    def result(part, arm, seed, value, kept):
+def test_differences_are_paired_by_seed_and_task():
+    def result(part, task, arm, seed, value, kept):
         tilt = 0.1 if arm == "cosine" else 0.0
-        fewest, most = ("4", "8") if part == "recall" else ("2", "4")
+        fewest, most = ("4", "8") if task == "pattern" else ("2", "4")
         accuracy = {fewest: value + tilt, most: value - tilt}
         figures = {"accuracy": {"learned": accuracy}, "usage": {"learned": {fewest: kept, most: kept}}}
-        return {"part": part, "task": "t", "arm": arm, "seed": seed, **figures}
+        return {"part": part, "task": task, "arm": arm, "seed": seed, **figures}
 
     results = [
-        result("recall", "cosine", 0, 0.5, 0.2),
-        result("recall", "cosine", 1, 0.9, 0.3),
-        result("recall", "gdn", 1, 0.7, 0.0),
-        result("recall", "gdn", 0, 0.1, 0.0),
-        result("gradients", "cosine", 0, 1.0, 0.1),
-        result("gradients", "gdn", 0, 0.5, 0.0),
+        result("recall", "pattern", "cosine", 0, 0.5, 0.2),
+        result("recall", "pattern", "cosine", 1, 0.9, 0.3),
+        result("routers", "pattern", "gdn", 1, 0.7, 0.0),
+        result("routers", "pattern", "gdn", 0, 0.1, 0.0),
+        result("gradients", "marked", "cosine", 0, 1.0, 0.1),
+        result("gradients", "marked", "gdn", 0, 0.5, 0.0),
     ]
     table = report.differences(results, [("cosine", "gdn")])
     assert table.splitlines()[2:] == [
-        "| cosine - gdn | t | 1 | 10% - 0% | 0.500 (1) | 0.600 (1) | 0.400 (1) |",
-        "| cosine - gdn | t | 2 | 25% - 0% | 0.300 ± 0.141 (2) | 0.400 ± 0.141 (2) | 0.200 ± 0.141 (2) |",
+        "| cosine - gdn | marked | 1 | 10% - 0% | 0.500 (1) | 0.600 (1) | 0.400 (1) |",
+        "| cosine - gdn | pattern | 2 | 25% - 0% | 0.300 ± 0.100 (2) | 0.400 ± 0.100 (2) | 0.200 ± 0.100 (2) |",
     ]
+
+
+def test_parts_that_share_a_task_differ_in_their_arms_alone():
+    found = {}
+    for job in study.jobs_of(study.read_study("cpu")):
+        if job.part in ("recall", "gradients", "routers"):
+            common = {name: job.settings[name] for name in ("equal_to", "task", "training", "usages", "pairs")}
+            # The ramp is what the arm is about.
+            common["training"] = {k: v for k, v in common["training"].items() if k != "usage_from"}
+            assert found.setdefault(job.task, common) == common
+            assert found.setdefault((job.task, job.arm), job.part) == job.part
 
 
 def test_repairs_are_told_with_standard_errors_and_paired_by_seed(tmp_path):
     def result(arm, seed, accuracy):
         figures = {"accuracy": {"learned": {"4": 0.0}, "0.25": {"4": accuracy + 0.1, "8": accuracy - 0.1}}}
-        figures |= {"usage": {"learned": {"4": 0.2}}, "losses": [2.0, 1.0], "settings": {"usages": [0.25]}}
+        settings = {"usages": [0.25], "model": SMALL, "task": {"filler": "pattern"}}
+        figures |= {"usage": {"learned": {"4": 0.2}}, "losses": [2.0, 1.0], "settings": settings}
         return {"part": "repairs", "task": "t", "arm": arm, "seed": seed, **figures}
 
     results = [result("cosine-free", seed, 0.1 * seed) for seed in (0, 1, 2)]
