@@ -170,6 +170,7 @@ CASES = {"product": [
 """
 
 
+@pytest.mark.slow
 def test_the_harness_sees_spills_errors_and_transposed_products(tmp_path):
     file = tmp_path / "samples.py"
     file.write_text(SAMPLES)

@@ -242,6 +242,7 @@ def test_large_logits_and_a_scale(size, but, device, assert_error_within):
     check(inputs, counted(keep), assert_error_within, but=but, scale=0.7)
 
 
+@pytest.mark.slow
 def test_weights_of_nearly_one_keep_their_digits(device, assert_error_within):
     """Rounding the log-sum-exp of logits in the hundreds would cost more than PyTorch's error of such a weight."""
     inputs = [x.detach().mul(6).requires_grad_() for x in make_inputs(device, batch=8, length=40, columns=40)]

@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -130,13 +131,15 @@ def release(request):
     return {package: oldest_supported(package) for package in packages}, {"PYTHONPATH": OLDEST}
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_runs_without_the_package_and_is_saved_again(
-    checkpoint, expected, release, run_python, tmp_path, code_files
+    processes, checkpoint, expected, release, run_python, tmp_path, code_files
 ):
     """The second process loads what the first one saved; both see what the package gives, to the bit."""
     assert len(set(expected["texts"])) > 3, "the settings should not all give one text"
     versions, environment = release
-    for source, copy in ((checkpoint, tmp_path / "copy"), (tmp_path / "copy", tmp_path / "copy of the copy")):
+    folders = [checkpoint, tmp_path / "copy", tmp_path / "copy of the copy"][: processes + 1]
+    for source, copy in itertools.pairwise(folders):
         result = run_python(tmp_path, STRANGER, source, copy, HF_HUB_OFFLINE="1", **environment)
         assert result["hidden"]
         for package, found in result["versions"].items():

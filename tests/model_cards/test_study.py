@@ -46,7 +46,7 @@ recall:
   model: &model
     {vocab_size: 24, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
      rope_parameters: null, target_kv_usage: 0.25}
-  training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10}
+  training: {steps: 8, rows: 2, learning_rate: 0.003, warmup: 4}
   usages: [0.1, 0.5]
   pairs: [2, 4, 8]
 gradients:
@@ -54,7 +54,7 @@ gradients:
   arms: [of-my-own, log-bias]
   tasks: {noise: {filler: random, pairs: [2, 4], length: 24, queries: 2, keys: 12, values: 12}}
   model: *model
-  training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10, usage_from: 1.0}
+  training: {steps: 8, rows: 2, learning_rate: 0.003, warmup: 4, usage_from: 1.0}
   usages: [0.1, 0.5]
   pairs: [2, 4, 8]
 """
@@ -65,7 +65,8 @@ def small_model(settings, parameters):
 
 
 @pytest.fixture
-def study_file(tmp_path):
+def study_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(recall_study, "EVALUATION_ROWS", 8)
     path = tmp_path / "study.yaml"
     path.write_text(STUDY)
     return path
@@ -391,7 +392,7 @@ class TestMeasuring:
         evaluated = {seed for seed, pairs in drawn if pairs is not None}
         others = [seed for seed, pairs in drawn if pairs is None]
         assert len(evaluated) == 3
-        assert len(others) == len(set(others)) == 1 + 20 + recall_study.CALIBRATION_BATCHES
+        assert len(others) == len(set(others)) == 1 + 8 + recall_study.CALIBRATION_BATCHES
         assert not evaluated & set(others)
 
 
@@ -411,7 +412,7 @@ class TestRunning:
             return real(job, *arguments)
 
         monkeypatch.setattr(study, "run_job", counted)
-        monkeypatch.setattr(recall_study, "PROBE_EVERY", 20)  # all steps
+        monkeypatch.setattr(recall_study, "PROBE_EVERY", 8)  # all steps
         output = tmp_path / "out"
         assert run(study_file, output, "recall", "gradients") == 130
         assert len(read_rows(output / "recall.jsonl")) == 3
@@ -491,12 +492,12 @@ class TestRunning:
             ("cosine: {router: cosine}", "cosine: {ruter: cosine}", "`arms.cosine` has no key `ruter`"),
             ("hidden_size", "hiden_size", "`recall.model` has no key `hiden_size`: did you mean `hidden_size`?"),
             (
-                "training: {steps: 20, rows: 2, learning_rate: 0.003, warmup: 10}",
+                "training: {steps: 8, rows: 2, learning_rate: 0.003, warmup: 4}",
                 "training:",
                 "must be a mapping, got None",
             ),
-            ("steps: 20", "stepps: 50", "`recall.training` has no key `stepps`: did you mean `steps`?"),
-            ("steps: 20", "steps: 0", "`steps` must be at least 1"),
+            ("steps: 8", "stepps: 50", "`recall.training` has no key `stepps`: did you mean `steps`?"),
+            ("steps: 8", "steps: 0", "`steps` must be at least 1"),
             ("seeds: 2", "seeds: 0", "`recall.seeds` must be a whole number of at least 1"),
             ("usages: [0.1, 0.5]", "usages: []", "`recall.usages` must be a list that is not empty"),
             ("filler: pattern", "fillers: pattern", "`recall.tasks.pattern` has no key `fillers`"),
