@@ -23,8 +23,9 @@ from .routing_ham import NUM_QUANTILES, HAMRouter, Retention, error_score, widen
 
 OUTPUT_GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
-# Parameters and buffers that stay float32: bfloat16 would move a threshold by up to 0.002, and with it the kept set.
-FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles")
+# Parameters and buffers that stay float32: bfloat16 would move a threshold by up to 0.002, and with it the kept set,
+# and would round the training steps of an error's weight, 8 at first, to nothing.
+FLOAT32_PARAMETERS = ("A_log", "dt_bias", "threshold", "score_quantiles", "error_weight")
 
 
 def attention_weights(

@@ -331,15 +331,18 @@ class HAMModel(HAMPreTrainedModel):
         )
 
     def _fsdp_plan_by_dtype(self) -> dict[str, str]:
-        """Groups of FSDP2 that each have one dtype, as FSDP2 asks: a mixer's own parameters stay float32.
+        """Groups of FSDP2 that each have one dtype, as FSDP2 asks: own parameters of mixers and routers stay float32.
 
         No group lies within another: Transformers before 5.23 shards the outer one first, and with it the inner.
         """
         plan = {name: style for name, style in (self._fsdp_plan or {}).items() if name != "layers.*"}
         for layer in self.layers:
-            for prefix, owner in (("layers.*", layer), ("layers.*.mixer", layer.mixer)):
+            owners = {"layers.*": layer, "layers.*.mixer": layer.mixer}
+            if layer.mixer.layer_type == "hybrid":
+                owners["layers.*.mixer.router"] = layer.mixer.router
+            for prefix, owner in owners.items():
                 for name, module in owner.named_children():
-                    if module is not layer.mixer and any(True for _ in module.parameters()):
+                    if module not in owners.values() and any(True for _ in module.parameters()):
                         plan[f"{prefix}.{name}"] = "free_full_weight"
         return plan
 

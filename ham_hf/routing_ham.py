@@ -131,7 +131,7 @@ class HAMRouter(nn.Module):
             self.up_proj = nn.Linear(config.hidden_size, config.router_hidden_size)
             self.down_proj = Float32Linear(config.router_hidden_size, self.num_heads)
         if self.kind == "learned_error":
-            self.error_weight = nn.Parameter(torch.ones(self.num_heads))
+            self.error_weight = nn.Parameter(torch.ones(self.num_heads, dtype=torch.float32))
 
     def forward(
         self,

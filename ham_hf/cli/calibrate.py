@@ -106,7 +106,7 @@ def importance_of(
     """The importance of the heads, a list for each hybrid layer; `None` if it is not to be measured."""
     if arguments.no_importance:
         return None
-    from ..evaluation.importance import head_importance, needle_examples, read_examples
+    from ..evaluation.importance import head_importance, needle_examples, read_examples, stored_importance
 
     if arguments.prompts is not None:
         with failing_as("argument --prompts", width=400):
@@ -114,5 +114,4 @@ def importance_of(
     else:
         with failing_as("argument --length"):
             examples = needle_examples(tokenizer, tokens, arguments.needles, arguments.length, arguments.seed)
-    # Four digits tell heads apart, and are read more easily in config.json.
-    return [[float(f"{x:.4g}") for x in layer] for layer in head_importance(model, examples, True).tolist()]
+    return stored_importance(head_importance(model, examples, True))

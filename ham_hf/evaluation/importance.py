@@ -77,6 +77,11 @@ def head_importance(model: HAMForCausalLM, examples: Sequence[Example], show_pro
     return torch.stack(falls).mean(0).clamp(min=0)
 
 
+def stored_importance(importance: torch.Tensor) -> list[list[float]]:
+    """The result of `head_importance` as `config.head_importance` has it: four digits tell heads apart."""
+    return [[float(f"{x:.4g}") for x in layer] for layer in importance.tolist()]
+
+
 def loss_falls(model: HAMForCausalLM, example: Example) -> torch.Tensor:
     """Each head's part of the fall of one answer's loss, `[hybrid layers, Hk]` float32."""
     ids = torch.cat(example)[None].to(model.device)

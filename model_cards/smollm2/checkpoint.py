@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 from ham_hf import HAMForCausalLM
 from ham_hf.cli.arguments import CommandError
 from ham_hf.evaluation import calibrate
+from ham_hf.evaluation.importance import head_importance, stored_importance
 from ham_hf.files import write_whole
 from ham_hf.hub.card import build_card
 from ham_hf.hub.checkpoint import read_checkpoint
 from ham_hf.hub.sources import read_sources
 
 from .fetch import fetch_gguf
-from .texts import calibration_windows
+from .texts import calibration_needles, calibration_windows
 
 ROOT = Path(__file__).parents[2]
 CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
@@ -44,7 +45,9 @@ def checkpoint(cache: Path = CACHE) -> Path:
     if not converted.is_dir():
         print(f"Converting {NAME} to a HAM (a minute or two, once)", flush=True)
         convert(gguf, converted)
-    print("Calibrating kv_usage on the help texts of Python (once)", flush=True)
+    print(
+        "Calibrating kv_usage and the importance of heads on the help texts of Python (some minutes, once)", flush=True
+    )
     save_calibrated(converted, ham)
     shutil.rmtree(converted)
     return ham
@@ -62,12 +65,15 @@ def convert(gguf: Path, output: Path) -> None:
 
 
 def save_calibrated(converted: Path, output: Path) -> None:
-    """Writes a converted HAM with the score quantiles of the calibration text, whole or not at all."""
+    """Writes a converted HAM with score quantiles and importance of heads, whole or not at all."""
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(converted, partial, ignore=shutil.ignore_patterns("*.safetensors"))
     model = HAMForCausalLM.from_pretrained(converted, dtype=torch.float32, router=ROUTER)
-    calibrate(model, calibration_windows(AutoTokenizer.from_pretrained(converted)))
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    calibrate(model, calibration_windows(tokenizer))
+    importance = head_importance(model, calibration_needles(tokenizer), show_progress=True)
+    model.config.head_importance = stored_importance(importance)
     model.save_pretrained(partial)
     write_whole(partial / "card.json", json.dumps({"license": "apache-2.0"}) + "\n")
     card = build_card(read_checkpoint(partial), read_sources(partial), NAME)

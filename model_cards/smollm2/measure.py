@@ -69,8 +69,8 @@ def arms() -> list[Arm]:
 
 
 def load(path: Path, router: str | None, window: int = 0, sinks: int = 0) -> HAMForCausalLM:
-    """The model in float32 with a router, a window and sinks of one's choice."""
-    choice: dict[str, Any] = {"attention_window": window, "attention_sinks": sinks}
+    """The model in float32 with a router, a window and sinks of one's choice, all heads asked for the same usage."""
+    choice: dict[str, Any] = {"attention_window": window, "attention_sinks": sinks, "usage_division": "even"}
     if router is not None:
         choice["router"] = router
     return HAMForCausalLM.from_pretrained(path, dtype=torch.float32, **choice).eval()

@@ -6,8 +6,10 @@ from pydoc_data.topics import topics
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ham_hf.evaluation.importance import Example, needle_examples
+
 CONTEXT = 1024
-CALIBRATION_WINDOWS = 4
+CALIBRATION_WINDOWS, CALIBRATION_NEEDLES = 4, 4
 
 
 def halves() -> tuple[str, str]:
@@ -46,6 +48,12 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[t
 def calibration_windows(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """Windows `[1, CONTEXT]` for `ham_hf.evaluation.calibrate`."""
     return windows(halves()[0], tokenizer, CALIBRATION_WINDOWS)
+
+
+def calibration_needles(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Prompts for `ham_hf.evaluation.importance.head_importance`."""
+    ids = tokenizer(halves()[0], add_special_tokens=False)["input_ids"]
+    return needle_examples(tokenizer, ids, CALIBRATION_NEEDLES, CONTEXT, seed=0)
 
 
 def judged_windows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[torch.Tensor]:

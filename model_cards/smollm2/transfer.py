@@ -55,7 +55,7 @@ def transferred(arm: str, steps: int, cache: Path) -> tuple[Path, Path]:
     before = room / "before"
     if not before.exists():
         source = checkpoint(cache)
-        model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32, **settings)
+        model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32, usage_division="even", **settings)
         model.save_pretrained(before.with_suffix(".partial"))
         AutoTokenizer.from_pretrained(source).save_pretrained(before.with_suffix(".partial"))
         before.with_suffix(".partial").rename(before)

@@ -126,8 +126,8 @@ def assert_same_caches(found, expected):
     for name, x in expected.items():
         if x.is_floating_point():
             assert found[name].shape == x.shape, name
-            error = (found[name] - x).abs().max().item() if x.numel() else 0
-            assert error <= 2e-5, f"{name}: off by {error:.1e}"
+            # Scores of sinks are infinite.
+            torch.testing.assert_close(found[name], x, atol=2e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
         else:
             assert torch.equal(found[name], x), name
 
@@ -269,7 +269,7 @@ def test_everything_that_the_host_does_goes_on_from_what_the_device_did(
     window, tiny_config, on_kernels, device, choose_kernels, small_pages, tmp_path
 ):
     """Rows at thresholds of their own, one padded, over seals and growth; then pruning, reordering, files, turns."""
-    steps = 13
+    steps = 13 + window  # tokens move to pages when they come of age
     model = make_model(tiny_config, device, attention_window=window)
     ids = torch.randint(1, 97, (3, PROMPT + steps + 6), device=device)
     threshold = torch.tensor([0.45, 0.0, 2.0], device=device)

@@ -12,7 +12,7 @@ from ham_hf import (
 )
 
 HEADS = (HAMForCausalLM, HAMForSequenceClassification, HAMForTokenClassification, HAMForQuestionAnswering)
-FLOAT32_NAMES = ("A_log", "dt_bias", "threshold", "score_quantiles")
+FLOAT32_NAMES = ("A_log", "dt_bias", "threshold", "score_quantiles", "error_weight")
 LAYERS = {
     "hybrid": ["hybrid", "hybrid"],
     "mixed": ["hybrid", "linear_attention", "full_attention"],

@@ -218,7 +218,7 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_thresholds_and_decays_keep_their_digits(cast, tiny_config):
-    model = HAMForCausalLM(tiny_config())
+    model = HAMForCausalLM(tiny_config(router="learned_error"))
     expected = thirds(model)
     model = CASTS[cast](model)
     assert model.lm_head.weight.dtype == (torch.float32 if "back" in cast else model.dtype)
@@ -252,7 +252,7 @@ class Same(torch.nn.Module):
 
 
 def test_a_parametrized_decay_keeps_its_digits(tiny_config):
-    model = HAMForCausalLM(tiny_config())
+    model = HAMForCausalLM(tiny_config(router="learned_error"))
     expected = thirds(model)
     mixer = model.model.layers[0].mixer
     parametrize.register_parametrization(mixer, "A_log", Same())

@@ -16,6 +16,7 @@ import torch
 from ham_hf import HAMForCausalLM
 from ham_hf.cli.arguments import CommandError
 from ham_hf.cli.models import calibrated
+from ham_hf.evaluation.importance import head_importance, stored_importance
 from ham_hf.files import read_rows
 from model_cards.smollm2 import checkpoint, demo, fetch, measure, report, texts
 from tests.cli.calls import byte_tokenizer, save, tiny_model
@@ -116,7 +117,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "convert", convert)
     monkeypatch.setattr(checkpoint, "fetch_gguf", lambda cache: called.append("fetch") or cache / "model.gguf")
-    monkeypatch.setattr(texts, "CONTEXT", 64)
+    monkeypatch.setattr(texts, "CONTEXT", 512)
     return called
 
 
@@ -132,6 +133,10 @@ def test_a_checkpoint_is_made_once_and_whole(tmp_path, monkeypatch, small):
     assert [x.name for x in tmp_path.iterdir()] == ["ham"]
     model = HAMForCausalLM.from_pretrained(path)
     assert calibrated(model)
+    examples = texts.calibration_needles(byte_tokenizer())
+    assert len(examples) == 4
+    assert model.config.head_importance == stored_importance(head_importance(model, examples))
+    assert measure.load(path, "l2").config.usage_division == "even", "the table of losses is about routers alone"
     assert (model.config.router, model.config.attention_window, model.config.attention_sinks) == ("l2", 8, 2)
     card = (path / "README.md").read_text()
     assert "license: apache-2.0" in card
@@ -212,7 +217,7 @@ def test_measuring_goes_on_where_it_stopped(tmp_path, monkeypatch, small):
     assert [row["arm"] for row in rows] == [asdict(arm) for arm in chosen]
     everything, nothing, quarter = rows
     assert everything["held"] == everything["kept"] == 1
-    assert (nothing["held"] * 64, nothing["kept"] * 64) == (9, 2), "the router keeps none, but sinks are kept"
+    assert (nothing["held"] * 512, nothing["kept"] * 512) == (9, 2), "the router keeps none, but sinks are kept"
     assert nothing["held"] < quarter["held"] < 0.6
     assert [len(row["losses"]) for row in rows] == [4, 2, 2]
     shorter = measure.measure(tmp_path / "ham", measure.EVERYTHING, texts.judged_windows(byte_tokenizer(), 4)[::2])

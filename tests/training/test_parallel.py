@@ -61,7 +61,8 @@ class TestFullySharded:
         assert result["finite"]
         assert max(result["losses"]) < 10
         assert result["still"] == (["threshold"] if "fixed" in case else [])
-        assert result["float32"] == ["A_log", "dt_bias", "threshold"]
+        learned = [] if "fixed" in case else ["error_weight"]
+        assert result["float32"] == ["A_log", "dt_bias", *learned, "threshold"]
 
 
 @pytest.mark.parametrize("case", CASES)
