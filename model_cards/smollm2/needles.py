@@ -70,6 +70,7 @@ ARMS = {
     "random heads, first draw": Arm(heads="random"),
     "random heads, second draw": Arm(heads="random", seed=1),
     "by importance, random router": Arm("random"),
+    "by importance, a quarter asked for": Arm(kv_usage=0.25),
 }
 # Measured with an importance that later code no longer computes; the rows name the commit.
 FORMER_ARMS = {"by importance, measured at full attention": Arm()}
