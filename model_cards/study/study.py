@@ -22,9 +22,9 @@ from .recall_study import run_recall
 from .results import result_file, results_by_name
 
 STUDIES = Path(__file__).parent
-PARTS = ("recall", "gradients", "routers", "controls", "repairs", "language")
+PARTS = ("recall", "gradients", "routers", "repairs", "language")
 # Parts whose models are told in one table, and compared where they share a task.
-COMPARED = ("recall", "gradients", "routers", "controls")
+COMPARED = ("recall", "gradients", "routers")
 PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
 
 
