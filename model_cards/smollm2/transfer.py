@@ -6,10 +6,12 @@ Usage:
     python -m model_cards.smollm2.transfer run --steps 150
     python -m model_cards.smollm2.transfer report
 
-`run` goes on where it was interrupted, and appends a row to transfer.jsonl for each window of text and each prompt.
+`run` goes on where it was interrupted, and appends a row to transfer.jsonl for each window of text and each prompt;
+transfer_log.jsonl has the errors and gates on the way.
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from ham_hf.evaluation.importance import needle_examples
 from ham_hf.evaluation.losses import window_figures
 from ham_hf.evaluation.markdown import table
 from ham_hf.files import append_row, read_rows, write_whole
+from ham_hf.training.progress import LOG
 from ham_hf.training.recipe import read_recipe
 from ham_hf.training.train import train
 
@@ -34,12 +37,15 @@ from .needles import SEED, THINGS, needle_figures
 from .texts import CONTEXT, calibration_windows, halves, judged_windows
 
 ROOM = Path(__file__).parent
-RESULTS = ROOM / "transfer.jsonl"
+RESULTS, LOGS = ROOM / "transfer.jsonl", ROOM / "transfer_log.jsonl"
+LOGGED = ("transfer_step", "transfer_error", "transfer_error_worst", "kv_usage", "rnn_gate")
 USAGE = 0.25
 # Tokens that the arm which keeps by age alone holds: 29% of a judged text, as the others do with their windows.
 RECENT = 300
 # Settings of the converted model, and the usage that its layers are asked for.
+EVERYTHING = "everything"
 ARMS: dict[str, tuple[Row, float]] = {
+    EVERYTHING: ({"router": "l2"}, 1.0),
     "l2": ({"router": "l2"}, USAGE),
     "random": ({"router": "random"}, USAGE),
     "recency": ({"router": "random", "attention_window": RECENT}, 0.0),
@@ -49,16 +55,21 @@ FORMER_ARMS = ("l2, RNN at 1",)
 WINDOWS, PROMPTS = 6, 20
 
 
-def transferred(arm: str, steps: int, cache: Path) -> tuple[Path, Path]:
-    """The folders of the converted model at an arm, and of that after a transfer of so many steps."""
-    room, (settings, usage) = cache / f"transfer-{arm}", ARMS[arm]
-    before = room / "before"
-    if not before.exists():
-        source = checkpoint(cache)
-        model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32, usage_division="even", **settings)
-        model.save_pretrained(before.with_suffix(".partial"))
-        AutoTokenizer.from_pretrained(source).save_pretrained(before.with_suffix(".partial"))
-        before.with_suffix(".partial").rename(before)
+def converted(arm: str, cache: Path) -> Path:
+    """The folder of the converted model at an arm."""
+    folder = cache / f"transfer-{arm}" / "before"
+    if not folder.exists():
+        source, partial = checkpoint(cache), folder.with_suffix(".partial")
+        settings = {"usage_division": "even"} | ARMS[arm][0]
+        HAMForCausalLM.from_pretrained(source, dtype=torch.float32, **settings).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def transferred(arm: str, before: Path, steps: int) -> Path:
+    """The folder of a converted model after so many steps of transfer."""
+    room = before.parent
     write_whole(room / "text.txt", halves()[0])
     recipe = {
         "output": str(room / f"steps-{steps}"),
@@ -66,13 +77,21 @@ def transferred(arm: str, steps: int, cache: Path) -> tuple[Path, Path]:
         "data": {"files": str(room / "text.txt")},
         "steps": 0,
         "context": 512,
-        "transfer": {"steps": steps, "usage": usage, "learning_rate": 3e-3},
+        "transfer": {"steps": steps, "usage": ARMS[arm][1], "learning_rate": 3e-3},
         "evaluation": {"rows": 4, "usages": []},
         "trainer": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 10},
     }
     write_whole(room / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     train(read_recipe(room / "recipe.yaml"))
-    return before, room / f"steps-{steps}" / "model"
+    return room / f"steps-{steps}" / "model"
+
+
+def save_log(arm: str, output: Path) -> None:
+    """Puts the log of an arm's transfer, the mean over layers, in the place of an earlier one."""
+    rows = [row for row in read_rows(LOGS) if row["arm"] != arm]
+    steps = [row for row in read_rows(output / LOG) if "transfer_step" in row]
+    rows += [{"arm": arm} | {name: round(row[name], 4) for name in LOGGED} for row in steps]
+    write_whole(LOGS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @torch.no_grad()
@@ -138,9 +157,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "run":
         for arm in arguments.arms:
-            before, after = transferred(arm, arguments.steps, arguments.cache)
-            for folder, steps in ((before, 0), (after, arguments.steps)):
-                measure(folder, {"arm": arm, "steps": steps}, ARMS[arm][1], read_rows(RESULTS))
+            before, usage = converted(arm, arguments.cache), ARMS[arm][1]
+            measure(before, {"arm": arm, "steps": 0}, usage, read_rows(RESULTS))
+            if arm != EVERYTHING:
+                after = transferred(arm, before, arguments.steps)
+                save_log(arm, after.parent)
+                measure(after, {"arm": arm, "steps": arguments.steps}, usage, read_rows(RESULTS))
     report = to_markdown(read_rows(RESULTS))
     print(report)
     write_whole(ROOM / "transfer.md", report)
