@@ -60,7 +60,7 @@ def converted(arm: str, cache: Path) -> Path:
     folder = cache / f"transfer-{arm}" / "before"
     if not folder.exists():
         source, partial = checkpoint(cache), folder.with_suffix(".partial")
-        settings = {"usage_division": "even"} | ARMS[arm][0]
+        settings: Row = {"usage_division": "even"} | ARMS[arm][0]
         HAMForCausalLM.from_pretrained(source, dtype=torch.float32, **settings).save_pretrained(partial)
         AutoTokenizer.from_pretrained(source).save_pretrained(partial)
         partial.rename(folder)
