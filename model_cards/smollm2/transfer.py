@@ -26,6 +26,7 @@ from ham_hf.evaluation import calibrate
 from ham_hf.evaluation.importance import needle_examples
 from ham_hf.evaluation.losses import window_figures
 from ham_hf.evaluation.markdown import table
+from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import append_row, read_rows, write_whole
 from ham_hf.training.progress import LOG
 from ham_hf.training.recipe import read_recipe
@@ -142,7 +143,30 @@ def to_markdown(rows: list[Row]) -> str:
         f"Asked for {USAGE:.0%}; recency keeps the last {RECENT} tokens. {WINDOWS} windows of text and {PROMPTS} "
         f"prompts of {CONTEXT} tokens; losses in nats/token. A step of the transfer reads 512 tokens; 0: as converted."
     )
-    return f"{table(columns, lines)}\n\n{tail}\n"
+    return f"{table(columns, lines)}\n\n{tail}\n{differences(rows)}"
+
+
+def differences(rows: list[Row]) -> str:
+    """A row for each pair of arms that were measured: how they differ, window by window; empty if there is none."""
+    lines = []
+    longest = max(row["steps"] for row in rows)
+    after = {arm: (arm, longest) for arm in ARMS}
+    pairs = [(after[arm], (arm, 0)) for arm in ARMS]
+    pairs += [(after["l2"], after["random"]), (after["l2"], after["recency"])]
+    for first, second in pairs:
+        cells = [f"{first[0]}, {first[1]} steps - {second[0]}, {second[1]} steps"]
+        for name in ("loss", "second_time"):
+            one, other = (
+                {row["index"]: row[name] for row in rows if (row["arm"], row["steps"], row["kind"]) == (*x, "text")}
+                for x in (first, second)
+            )
+            gaps = [one[index] - other[index] for index in sorted(one.keys() & other.keys())]
+            if len(gaps) > 1 and first != second:
+                mean, error = mean_and_error(gaps)
+                cells.append(f"{mean:+.3f} ± {error:.3f} ({sum(gap < 0 for gap in gaps)} of {len(gaps)})")
+        lines += [cells] if len(cells) == 3 else []
+    columns = ["difference, by window ± standard error (lower in)", "loss of text", "second time"]
+    return f"\n{table(columns, lines)}\n" if lines else ""
 
 
 def main() -> None:

@@ -68,15 +68,22 @@ def test_a_transfer_is_told_before_and_after():
         {"arm": "l2", "steps": steps, **figures}
         for steps in (7, 0)
         for figures in (
-            {"kind": "text", "index": 0, "loss": 2.0, "second_time": 1.0, "held": 0.25},
-            {"kind": "text", "index": 1, "loss": 3.0, "second_time": 2.0, "held": 0.27},
+            {"kind": "text", "index": 0, "loss": 2.0 + (not steps) / 4, "second_time": 1.0 + steps / 7, "held": 0.25},
+            {
+                "kind": "text",
+                "index": 1,
+                "loss": 3.0 + (not steps) * 0.75,
+                "second_time": 2.0 + steps / 7,
+                "held": 0.27,
+            },
             {"kind": "needle", "index": 0, "found": steps > 0, "loss": 0.5, "held": 0.3},
         )
     ]
     table = transfer.to_markdown(rows)
-    assert "| l2 | 0 | 26.0% | 2.5000 | 1.500 | 0 of 1 | 0.500 |" in table
-    assert "| l2 | 7 | 26.0% | 2.5000 | 1.500 | 1 of 1 | 0.500 |" in table
+    assert "| l2 | 0 | 26.0% | 3.0000 | 1.500 | 0 of 1 | 0.500 |" in table
+    assert "| l2 | 7 | 26.0% | 2.5000 | 2.500 | 1 of 1 | 0.500 |" in table
     assert "random" not in table
+    assert "| l2, 7 steps - l2, 0 steps | -0.500 ± 0.250 (2 of 2) | +1.000 ± 0.000 (0 of 2) |" in table
 
 
 def test_nothing_that_is_judged_was_calibrated_on():
