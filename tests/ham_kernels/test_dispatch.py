@@ -138,7 +138,7 @@ def test_cached_turns_are_those_of_pytorch(window, tiny_config, on_kernels, devi
 
 
 @TRAINED
-@WINDOWS
+@pytest.mark.parametrize("window", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["no window", "window"])
 def test_gradients_are_those_of_pytorch(window, tiny_config, on_kernels, device):
     model = tiny_model(tiny_config, device, **window)
     arguments = inputs(device)  # without a threshold, so that the learned ones apply and have a gradient

@@ -539,7 +539,7 @@ def test_an_oracle_of_language_is_refused():
         study._check_plan("language", plan["language"] | {"arms": ["oracle"]}, plan["arms"])
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_the_studies_of_the_package_are_sound(name):
     plan = study.read_study(name)
     jobs = list(study.jobs_of(plan))

@@ -262,7 +262,7 @@ def test_usage_meets_its_target_and_stays_there(kind, router, scope, target, tin
     assert errors.abs().max() < 0.2, "of single batches"
 
 
-@pytest.mark.parametrize("scope", ["head", pytest.param("layer", marks=pytest.mark.slow), "model"])
+@pytest.mark.parametrize("scope", ["head", *(pytest.param(x, marks=pytest.mark.slow) for x in ("layer", "model"))])
 def test_a_quota_is_that_of_its_scope(scope, tiny_config):
     """Heads and layers score apart, and thresholds begin together: usage stays apart within a scope, not beyond it."""
     model = HAMForCausalLM(tiny_config(router="learned", threshold_scope=scope))
