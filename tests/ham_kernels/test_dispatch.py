@@ -117,11 +117,13 @@ def assert_same_gradients(actual, expected):
 
 # With a window every op but one of the RNN takes other arguments.
 WINDOW = {"attention_window": 6, "attention_sinks": 2}
-WINDOWS = pytest.mark.parametrize("window", [{}, WINDOW], ids=["no window", "window"])
+WINDOWS = pytest.mark.parametrize(
+    "window", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["no window", "window"]
+)
 
 
 @EACH
-@pytest.mark.parametrize("window", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["no window", "window"])
+@WINDOWS
 def test_cached_turns_are_those_of_pytorch(window, tiny_config, on_kernels, device):
     model = tiny_model(tiny_config, device, num_hidden_layers=1, **window)
     expected = {turn: several_turns(model, *turn) for turn in TURNS}
@@ -138,7 +140,7 @@ def test_cached_turns_are_those_of_pytorch(window, tiny_config, on_kernels, devi
 
 
 @TRAINED
-@pytest.mark.parametrize("window", [pytest.param({}, marks=pytest.mark.slow), WINDOW], ids=["no window", "window"])
+@WINDOWS
 def test_gradients_are_those_of_pytorch(window, tiny_config, on_kernels, device):
     model = tiny_model(tiny_config, device, **window)
     arguments = inputs(device)  # without a threshold, so that the learned ones apply and have a gradient
