@@ -43,7 +43,7 @@ QUESTIONS = [
 INTRODUCTION = """\
 SmolLM2-135M-Instruct as a HAM, converted and not trained any further: its RNN does not yet remember what the cache
 drops. Every head holds the last 64 tokens and the first 4; kv-usage is the fraction that heads are asked to keep of
-all, and those that answers need most keep most of it. A detail told long ago is lost with the tokens they hold."""
+all. Heads that answers need keep more than others: a detail told long ago is lost once these heads drop it."""
 
 
 def build_parser() -> Parser:

@@ -125,11 +125,8 @@ def to_markdown(rows: list[Row]) -> str:
         for steps in sorted({row["steps"] for row in rows if row["arm"] == arm}):
             own = [row for row in rows if (row["arm"], row["steps"]) == (arm, steps)]
             texts, needles = ([row for row in own if row["kind"] == kind] for kind in ("text", "needle"))
-            if not texts:
+            if not texts or not needles:
                 continue
-            # Of everything kept, the other table tells what it finds.
-            found = f"{sum(x['found'] for x in needles)} of {len(needles)}" if needles else ""
-            answer = f"{statistics.mean(x['loss'] for x in needles):.3f}" if needles else ""
             lines.append(
                 [
                     arm,
@@ -137,8 +134,8 @@ def to_markdown(rows: list[Row]) -> str:
                     f"{statistics.mean(x['held'] for x in texts):.1%}",
                     f"{statistics.mean(x['loss'] for x in texts):.4f}",
                     f"{statistics.mean(x['second_time'] for x in texts):.3f}",
-                    found,
-                    answer,
+                    f"{sum(x['found'] for x in needles)} of {len(needles)}",
+                    f"{statistics.mean(x['loss'] for x in needles):.3f}",
                 ]
             )
     columns = ["kept by", "steps", "held", "loss of text", "second time", "needles", "loss of the answer"]

@@ -38,7 +38,6 @@ def build_parser() -> Parser:
     parser.add_argument("study", metavar="STUDY", help="cpu, gpu or a YAML file")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for results and plots")
     parser.add_argument("--parts", metavar="PART", nargs="+", help="parts of the study (default: all)")
-    parser.add_argument("--tasks", metavar="TASK", nargs="+", help="tasks of these parts (default: all)")
     parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, for language")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
@@ -49,9 +48,8 @@ def build_parser() -> Parser:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Trains the missing models, and writes the report."""
-    if arguments.report and (arguments.parts or arguments.tasks):
-        name = "--parts" if arguments.parts else "--tasks"
-        raise CommandError(f"argument {name}: not with --report, which covers all that has results")
+    if arguments.report and arguments.parts:
+        raise CommandError("argument --parts: not with --report, which covers all parts that have results")
     if find_spec("matplotlib") is None:  # checked before the training, not after it
         raise CommandError("the plots need matplotlib, which the extra `eval` brings: pip install 'ham-hf[eval]'")
     if not Path(arguments.study).is_file() and not (STUDIES / f"{arguments.study}.yaml").is_file():
@@ -73,10 +71,6 @@ def execute(arguments: argparse.Namespace) -> None:
     for part in parts:
         if part not in study:
             raise CommandError(f"argument --parts: got {part!r}, takes some of {', '.join(study.keys() - {'arms'})}")
-    tasks = {task for part in parts for task in study[part]["tasks"]}
-    for task in arguments.tasks or []:
-        if task not in tasks:
-            raise CommandError(f"argument --tasks: got {task!r}, takes some of {', '.join(sorted(tasks))}")
     texts = None
     if "language" in parts and not arguments.report:
         if arguments.corpus is None or arguments.tokenizer is None:
@@ -90,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> None:
     with failing_as("argument --output"):
         check_results(jobs, arguments.output)
     if not arguments.report:
-        wanted = [job for job in jobs if job.part in parts and job.task in (arguments.tasks or tasks)]
+        wanted = [job for job in jobs if job.part in parts]
         run_study(wanted, arguments.output, texts, str(pick_device(arguments.device)))
     with failing_as("argument --output"):
         written = write_report(read_results(jobs, arguments.output), list(study["arms"]), arguments.output)

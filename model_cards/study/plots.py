@@ -8,6 +8,8 @@ from typing import Any
 
 import matplotlib
 
+from ham_hf.evaluation.report import mean_and_error
+
 from .fitting import LOSS_BLOCK
 from .results import LEARNED, Result, arms_of, bytes_held, recall_accuracy, select
 
@@ -69,12 +71,9 @@ def plot_recall(results: list[Result], colours: Colours, path: Path) -> Path:
 def _recall_by_bytes(axis: Any, runs: list[Result], arm: str, colours: Colours) -> None:
     """A line over the usages of a model that has some, else a square; and one standard error over seeds."""
     usages: list[str] = [str(x) for x in runs[0]["settings"]["usages"] if str(x) in runs[0]["accuracy"]]
-    held, means, errors = [], [], []
-    for usage in usages or [LEARNED]:
-        seeds = [recall_accuracy(x, usage) for x in runs]
-        held.append(statistics.mean(bytes_held(x, usage) for x in runs) / 1024)
-        means.append(statistics.mean(seeds))
-        errors.append(statistics.stdev(seeds) / len(seeds) ** 0.5 if len(seeds) > 1 else 0.0)
+    held = [statistics.mean(bytes_held(x, usage) for x in runs) / 1024 for usage in usages or [LEARNED]]
+    seeds = [mean_and_error([recall_accuracy(x, usage) for x in runs]) for usage in usages or [LEARNED]]
+    means, errors = zip(*seeds, strict=True)
     axis.errorbar(held, means, errors, fmt="o-" if usages else "s", color=colours[arm], capsize=3, markersize=4)
 
 

@@ -1,11 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The tables and plots of a study, from stored results alone."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from ham_hf.evaluation.markdown import table
+from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import write_whole
 
 from . import plots
@@ -20,11 +22,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def mean_and_error(values: list[float]) -> str:
+def with_error(values: list[float]) -> str:
     """Mean and its standard error over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
 
 def recall_table(results: list[Result]) -> str:
@@ -81,7 +82,7 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
                     [statistics.mean(z["accuracy"][LEARNED][n] for n in chosen) for z in pair] for pair in both
                 ]
                 gaps = [x - y for x, y in accuracy]
-                cells.append(f"{mean_and_error(gaps)} ({sum(gap > 0 for gap in gaps)})")
+                cells.append(f"{with_error(gaps)} ({sum(gap > 0 for gap in gaps)})")
             rows.append(cells)
     return table(columns.split(" | "), rows) + "\n"
 
@@ -113,8 +114,8 @@ def repair_table(results: list[Result]) -> str:
         each = ", ".join(f"{x:.2f}" for x in scores.values())
         leads = [x - control[seed] for seed, x in scores.items() if seed in control]
         loss = statistics.mean(x["losses"][-1] for x in runs)
-        lead = mean_and_error(leads) if leads and arm != CONTROL else ""
-        rows.append([arm, len(runs), mean_and_error(list(scores.values())), each, lead, f"{loss:.2f}"])
+        lead = with_error(leads) if leads and arm != CONTROL else ""
+        rows.append([arm, len(runs), with_error(list(scores.values())), each, lead, f"{loss:.2f}"])
     return table(columns.split(" | "), rows) + "\n"
 
 
@@ -171,7 +172,6 @@ QUESTIONS = (
     ("received-error-free", "received-free"),
     ("oracle", "cosine"),
     ("oracle", "received-free"),
-    ("cosine-free", "cosine"),
     ("learned", "cosine"),
     ("learned-ramp", "learned"),
     ("log-bias", "learned"),
@@ -194,7 +194,7 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
         raise ValueError(f"`results` is empty: there is nothing to report in {output}.")
     results = sorted(results, key=lambda x: arms.index(x["arm"]))
     recall = [x for x in results if x["part"] in COMPARED]
-    gradients = [x for x in results if x["part"] == "gradients"]
+    routers = [x for x in recall if x["part"] != "recall"]
     repairs = [x for x in results if x["part"] == "repairs"]
     language = [x for x in results if x["part"] == "language"]
     plotted = {x["arm"] for x in recall + language}
@@ -203,9 +203,9 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     if recall:
         sections += ["## Recall\n", recall_table(recall)]
         written.append(plots.plot_recall(recall, colours, output / "recall.png"))
-    if gradients:
-        sections += ["## Gradients of a learned router\n", gradient_table(gradients)]
-        written.append(plots.plot_gradients(gradients, colours, output / "gradients.png"))
+    if routers:
+        sections += ["## Routers, and gradients of a learned one\n", gradient_table(routers)]
+        written.append(plots.plot_gradients(routers, colours, output / "gradients.png"))
     if repairs:
         compared = repair_table(repairs)
         sections += ["## Repairs of the learned router\n", recall_table(repairs), compared]

@@ -67,7 +67,10 @@ def _check_compared(plans: dict[str, Any]) -> None:
         for task, settings in plan["tasks"].items():
             own = settings, plan["model"], plan["training"]
             if trained.setdefault(task, own) != own:
-                raise ValueError(f"`{part}.tasks.{task}` must be trained as in the other part that has it.")
+                raise ValueError(
+                    f"`{part}.tasks.{task}` must have the settings, model and training of the part before it; "
+                    "or give the task another name."
+                )
 
 
 def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ routing = st.sampled_from(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     prompts=prompts,
     new=st.lists(st.integers(2, 12), min_size=1, max_size=5),

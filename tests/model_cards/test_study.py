@@ -389,7 +389,7 @@ class TestRunning:
             ("usages: [0.1, 0.5]", "usages: []", "`recall.usages` must be a list that is not empty"),
             ("filler: pattern", "fillers: pattern", "`recall.tasks.pattern` has no key `fillers`"),
             ("pairs: [2, 4, 8]", "pairs: [2, 4, 13]", "`pairs` must lie between 1 and 12, the number of keys"),
-            ("noise: {filler: random", "pattern: {filler: random", "`gradients.tasks.pattern` must be trained as in"),
+            ("noise: {filler: random", "pattern: {filler: random", "`gradients.tasks.pattern` must have the settings"),
             (
                 "pairs: [2, 4, 8]\ngradients",
                 "pairs: [2, 4]\ngradients",
@@ -408,11 +408,6 @@ class TestRunning:
         for arguments, message in (
             (["cpo", "--output", "x"], "no file 'cpo', takes a YAML file or one of cpu"),
             ([str(study_file), "--output", "x", "--parts", "recal"], "argument --parts: got 'recal'"),
-            (
-                [str(study_file), "--output", "x", "--tasks", "x"],
-                "argument --tasks: got 'x', takes some of noise, pattern",
-            ),
-            (["cpu", "--output", "x", "--report", "--tasks", "x"], "argument --tasks: not with --report"),
             (["cpu", "--output", "x", "--parts", "language"], "argument --corpus: language needs it"),
             ([str(study_file), "--output", str(tmp_path / "none"), "--report"], "there is nothing to report"),
         ):

@@ -387,6 +387,8 @@ def test_the_log_and_the_recipe_tell_of_the_transfer(unbroken, folders):
     assert [x["learning_rate"] for x in stage] == pytest.approx(
         [1e-2 * f for f in (1, 0.853553, 0.5, 0.146447)], rel=1e-5
     )
+    # Measured 0.25, and 0.63 with RNNs that do not begin at the scale of their attention.
+    assert stage[0]["transfer_error"] < 0.4
     healed = [x for x in log if "loss" in x]
     assert [x["step"] for x in healed] == [1, 2]
     assert all(0 < x["rnn_gate"] < 0.5 and 0 < x["kv_gate"] < 1 for x in healed)
