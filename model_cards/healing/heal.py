@@ -47,7 +47,7 @@ from ham_hf.training.train import train
 
 from ..rows import Row, current_commit
 from .measure import measure
-from .report import plot, to_markdown
+from .report import in_words, plot, to_markdown
 from .settings import ARMS, Arm, Settings
 
 ROOM = Path(__file__).parent
@@ -268,7 +268,9 @@ class Study:
         if any(row.items() >= key.items() for row in read_rows(self.results)):
             return
         print(f"Seed {self.seed}: {arm}, {stage}", flush=True)
-        append_row(self.results, key | self.measured(make(), usage) | {"commit": current_commit()})
+        row = key | self.measured(make(), usage) | {"commit": current_commit()}
+        append_row(self.results, row)
+        print(f"Seed {self.seed}: {arm}, {stage}: {in_words(row)}", flush=True)
 
     def run(self, arms: Iterable[str]) -> None:
         """Makes and measures what is missing."""

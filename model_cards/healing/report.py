@@ -35,6 +35,12 @@ PAIRS = (
 Means = dict[int, float]
 
 
+def in_words(row: Row) -> str:
+    """The means of a row on one line."""
+    loss, again, needles = (statistics.mean(row[figure]) for figure in FIGURES)
+    return f"loss {loss:.4f}, of passages read before {again:.4f} (nats/token), needles {needles:.1%}"
+
+
 def by_seed(rows: list[Row], arm: str, stage: str, figure: str) -> Means:
     """The mean over windows of a figure, for each seed that has it."""
     found = [row for row in rows if (row["arm"], row["stage"]) == (arm, stage)]

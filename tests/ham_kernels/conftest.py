@@ -18,14 +18,15 @@ def device() -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_without_idle_work() -> Iterator[None]:
-    """Halves the time of Triton's interpreter without changing its results.
+    """More than halves the time of Triton's interpreter without changing its results.
 
-    It patches the functions of the language once per launch and module, not at every call of a device function, and
-    skips the checks of overflow, whose outcome only debug mode reads.
+    It patches the functions of the language once per launch and module, not at every call of a device function; makes
+    the types once; and skips the checks of overflow, whose outcome only debug mode reads.
     """
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         yield
         return
+    from triton.language import block_type
     from triton.runtime import interpreter
 
     plain_launch, plain_replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
@@ -42,9 +43,25 @@ def interpreter_without_idle_work() -> Iterator[None]:
         done.add(module)
         return plain_replace(function)
 
+    # Types compare by value, but only scalars have a hash.
+    numpy_types, block_types, plain_numpy_type = {}, {}, interpreter._get_np_dtype
+
+    def numpy_type(kind):
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = plain_numpy_type(kind)
+        return numpy_types[kind.name]
+
+    def with_element_type(block, element):
+        key = block.shape, element.name, getattr(element, "address_space", None), getattr(element, "const", None)
+        if key not in block_types:
+            block_types[key] = block_type(element, block.shape)
+        return block_types[key]
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
         monkeypatch.setattr(interpreter, "_patch_lang", replace)
+        monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_type)
+        monkeypatch.setattr(block_type, "with_element_ty", with_element_type)
         if not builder.options.debug:
             monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         yield

@@ -39,6 +39,11 @@ def test_the_table_compares_with_the_source_seed_by_seed():
     assert "nan" not in alone, "one seed has no error"
 
 
+def test_a_row_is_told_in_one_line():
+    told = report.in_words(row(0, "cosine", "healed", 4.125, 2.25, 0.625))
+    assert told == "loss 4.1250, of passages read before 2.2500 (nats/token), needles 62.5%"
+
+
 def test_every_arm_holds_as_many_tokens():
     settings = Settings()
     for arm in ARMS.values():
