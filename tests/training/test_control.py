@@ -245,7 +245,7 @@ def train(model, schedule, steps, kind="adamw"):
         ("sgd", "cosine", "head", 0.25),
         pytest.param("sgd", "learned", "head", 0.5, marks=pytest.mark.slow),
         pytest.param("adamw", "cosine", "model", 0.5, marks=pytest.mark.slow),
-        ("adamw", "learned", "layer", [0.25, 0.75]),
+        pytest.param("adamw", "learned", "layer", [0.25, 0.75], marks=pytest.mark.slow),
         pytest.param("muon", "cosine", "head", [0.75, 0.25], marks=pytest.mark.slow),
     ],
 )

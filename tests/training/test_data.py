@@ -100,7 +100,7 @@ def test_a_packed_row_loses_what_its_documents_lose_apart(tmp_path, tokenizer, t
     assert checked > 5
 
 
-@pytest.mark.parametrize("row", [0, 1, 6, 7, 8, 20, 61, 100])
+@pytest.mark.parametrize("row", [0, 1, 6, 7, 8, 20, *(pytest.param(x, marks=pytest.mark.slow) for x in (61, 100))])
 def test_going_on_with_any_row(tmp_path, tokenizer, texts, row):
     expected = take(packed(tmp_path, tokenizer, held_out=3), 130)
     rows = packed(tmp_path, tokenizer, held_out=3)
