@@ -22,6 +22,7 @@ from .cache_file_ham import (
 )
 from .cache_guard_ham import CacheGuard
 from .cache_layer_ham import HAMCacheLayer, checked_rows
+from .cache_report_ham import cache_report
 from .configuration_ham import HAMConfig
 from .paged_store_ham import PagedStore
 from .routing_ham import check_threshold
@@ -189,6 +190,22 @@ class HAMCache(Cache):
         for layer in self.layers:
             layer.stop_past_recording()
 
+    def fork(self) -> "HAMCache":
+        """A cache with the same past, to go on from it in another way; its tokens are final.
+
+        Full pages of kept tokens are shared, and `memory_bytes` of both counts them. Neither changes what the other
+        holds: what would write to a shared page (a `kv_budget` that is full, a `crop`) takes a copy of its slab first.
+
+        Raises:
+            RuntimeError: as every use does, see the class.
+        """
+        with self._guard.held("fork"):
+            cache = HAMCache(self.config, self.offload_layers)
+            cache.layers = [layer.fork() for layer in self.layers]
+            cache._model, cache._fingerprint, cache._padding = self._model, self._fingerprint, self._padding
+            cache.holds_cut_graph = self.holds_cut_graph
+            return cache
+
     def batch_select_indices(self, indices: torch.Tensor | list[int]) -> None:
         """Keeps the rows at `indices` `[n]` (int, repeats allowed, or bools); earlier tokens become final."""
         if not self.is_initialized:
@@ -267,13 +284,8 @@ class HAMCache(Cache):
     def memory_bytes(self) -> int:
         """Bytes of storage that the cache has allocated, unused slots included."""
         self._guard.check()
-        storages = {}
-        if self._padding is not None:
-            storages[self._padding.device, self._padding.data_ptr()] = self._padding.nbytes
-        for layer in self.layers:
-            for x in layer.tensors() if layer.is_initialized else []:
-                storages[x.device, x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return sum(storages.values())
+        padding = 0 if self._padding is None else self._padding.nbytes
+        return padding + sum(layer.memory_bytes() for layer in self.layers)
 
     def state_bytes(self) -> int:
         """Bytes of the states of fixed size (convolution and RNN), part of `memory_bytes`."""
@@ -286,6 +298,23 @@ class HAMCache(Cache):
         per_token = config.num_key_value_heads * (config.head_dim + config.value_head_dim)
         itemsizes = sum(store.dtype.itemsize for store in self._stores() if store is not None)
         return self.get_seq_length() * self.batch_size * per_token * itemsizes
+
+    def report(self) -> str:
+        """Tokens seen, the share of them in memory and the bytes of both, of all layers and of each, as lines of text.
+
+        Raises:
+            ValueError: if the cache has seen no tokens yet.
+        """
+        usage = self.kv_usage()
+        return cache_report(
+            self.layers[0].real_tokens,
+            self.config.layer_types,
+            usage,
+            self.memory_bytes(),
+            self.state_bytes(),
+            self.full_kv_bytes(),
+            [layer.memory_bytes() for layer in self.layers],
+        )
 
     def prune(self, threshold: float | list[float] | torch.Tensor) -> None:
         """Drops tokens with scores below a threshold, which leaves those it would have kept at the same scores.

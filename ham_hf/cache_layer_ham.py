@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """HAMCacheLayer, the memories of one layer: convolution state, recurrent state and the pages of kept tokens."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -448,6 +449,17 @@ class HAMCacheLayer(CacheLayerMixin):
         self.conv_state = None if self.conv_state is None else self.conv_state[rows]
         self.recurrent_state = None if self.recurrent_state is None else self.recurrent_state[rows]
 
+    @torch.inference_mode(False)
+    def fork(self) -> "HAMCacheLayer":
+        """A layer with the same memories, which shares full pages with this one; its tokens are final."""
+        layer = copy.copy(self)
+        states = [self.conv_state, self.recurrent_state, self.real_tokens]
+        layer.conv_state, layer.recurrent_state, layer.real_tokens = map_tensors(torch.clone, states)
+        layer._base, layer._steps = None, []
+        layer.store = None if self.store is None else self.store.fork()
+        layer.recent = copy.deepcopy(self.recent)
+        return layer
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rearranges rows for beam search."""
         self.batch_select_indices(beam_idx)
@@ -476,6 +488,12 @@ class HAMCacheLayer(CacheLayerMixin):
         stored = [] if self.store is None else self.store.tensors()
         recent = [] if self.recent is None else self.recent.tensors()
         return [x for x in own if isinstance(x, torch.Tensor)] + stored + recent
+
+    def memory_bytes(self) -> int:
+        """Bytes of storage that the layer has allocated."""
+        tensors = self.tensors() if self.is_initialized else []
+        storages = {(x.device, x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in tensors}
+        return sum(storages.values())
 
     def state_bytes(self) -> int:
         """Bytes of the convolution and recurrent states, which do not grow."""

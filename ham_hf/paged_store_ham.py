@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """PagedStore: memory for the kept tokens of each stream, any number of them, in pages that never move."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class PagedStore:
     The device may append by itself, one token per stream at a time (`open_pages`). So only `counts` and `full_pages`
     tell what is stored, and the host reads them when it needs them; `reserve` makes free pages for the device, and
     `reserved_steps` is the number of such steps for which they surely suffice.
+
+    Stores that were forked from each other share full pages. Appending never writes to these; what does takes a copy.
     """
 
     FIELDS = ("keys", "values", "scores", "positions")
@@ -64,10 +66,12 @@ class PagedStore:
         self.tail = self._new_pages(num_streams, device)
         self.reserved_steps = 0
         self._slab_table: torch.Tensor | None = None
+        # First pages of each slab that another store may read; slabs that are not listed are shared with none.
+        self._shared: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies everything but the table, which holds the addresses of this store's tensors."""
-        return vars(self) | {"_slab_table": None}
+        """Copies everything but the addresses of this store's tensors; a copy shares no pages."""
+        return vars(self) | {"_slab_table": None, "_shared": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a writable copy, also of tensors made in inference mode."""
@@ -273,11 +277,30 @@ class PagedStore:
         index = first[source][streams] + ranks(streams, counts)
         return self.rebuilt(self.tokens().select(index, streams), len(source))
 
+    @torch.inference_mode(False)
+    def fork(self) -> "PagedStore":
+        """A store with the same tokens that shares the full pages; waits for the device."""
+        used = self.used
+        store = PagedStore(self.num_streams, self.key_dim, self.value_dim, self.dtype, self.device)
+        store.rollback(self.mark())
+        # The free pages stay with this store.
+        store.slabs = self.pages()
+        self._shared, store._shared = used, [n for n in used if n]
+        return store
+
+    @torch.inference_mode(False)
+    def _unshare(self, slabs: Iterable[int]) -> None:
+        """Replaces slabs, given by their number, by copies."""
+        for i in slabs:
+            self.slabs[i] = {name: x.clone() for name, x in self.slabs[i].items()}
+            self._shared[i], self._slab_table = 0, None
+
     def replace_lowest(self, tokens: KeptTokens) -> None:
         """Replaces the lowest score of a stream by its new token, at most one per stream, unless that scores lower.
 
         The oldest of equal scores leaves. Scores of identical tokens differ by float32 rounding.
         """
+        self._unshare(i for i, shared in enumerate(self._shared) if shared)
         everything = [(pages, pages["owner"].long()) for pages in self.pages()]
         everything.append((self.tail, torch.arange(self.num_streams, device=self.device)))
         opened = torch.arange(PAGE_SIZE, device=self.device) < self.fill[:, None]
@@ -312,8 +335,12 @@ class PagedStore:
     def rollback(self, mark: dict) -> None:
         """Undoes every append since `mark`."""
         self.counts, self.full_pages, self.tail = mark["counts"], mark["full_pages"], mark["tail"]
-        del self.slabs[mark["slabs"] :]
+        del self.slabs[mark["slabs"] :], self._shared[mark["slabs"] :]
         self.reserved_steps, self._slab_table = 0, None
+        if any(self._shared):
+            # Later appends write to the pages that were given back.
+            used = self.used
+            self._unshare(i for i, shared in enumerate(self._shared) if used[i] < shared)
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:

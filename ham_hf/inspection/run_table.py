@@ -5,11 +5,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..cache_report_ham import unit_of
 from ..paged_store_ham import PAGE_SIZE
 from .runs import Run
 
 BARS = "▁▂▃▄▅▆▇█"
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 # From this many columns on there is room for two spaces between the table's columns.
 WIDE = 92
 
@@ -65,8 +65,3 @@ def footnote(scored: bool) -> str:
 def bars(fractions: list[float]) -> str:
     """A bar one character wide for each fraction."""
     return "".join(BARS[round(min(1.0, fraction) * (len(BARS) - 1))] for fraction in fractions)
-
-
-def unit_of(size: int) -> tuple[str, int]:
-    """The largest unit of which `size` bytes hold at least one, and its bytes."""
-    return next(((name, unit) for name, unit in UNITS if size >= unit), ("bytes", 1))

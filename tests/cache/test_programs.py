@@ -118,6 +118,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.batch_select_indices(chosen)
         self.rows, self.mask = [list(self.rows[i]) for i in chosen], self.mask[chosen]
 
+    @rule(data=st.data(), source_stays=st.booleans())
+    def fork(self, data, source_stays):
+        """One of two forks goes on, while the other reads something else, with a budget."""
+        if not self.cache.is_initialized:
+            return
+        stays, leaves = self.cache, self.cache.fork()
+        self.cache, other = (stays, leaves) if source_stays else (leaves, stays)
+        ids, real = self.draw(data)
+        mask = torch.cat([self.mask, real], dim=1)
+        for budget in data.draw(st.sampled_from([(None,), (None, 23), (23, 23)])):
+            self.model(ids, attention_mask=mask, cache=other, threshold=self.threshold, kv_budget=budget)
+            mask = torch.cat([mask, real], dim=1)
+
     @rule(way=st.sampled_from(["copy", "pickle", "inference", "file"]))
     def replace_by_a_twin(self, way):
         if way == "copy":
