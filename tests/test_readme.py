@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from ham_hf.files import read_rows
+from model_cards.healing.report import to_markdown
+from model_cards.healing.results import read_results as read_healing
+from model_cards.healing.settings import Settings
 from model_cards.study.report import write_report
 from model_cards.study.results import check_results, read_results
 from model_cards.study.study import jobs_of, read_study
@@ -95,6 +98,13 @@ def test_usage_table_is_the_measured_one():
     results = json.loads((ROOT / "model_cards/ham_tiny/usage.json").read_text())["results"]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[3].strip() for row in rows] == [f"{x['loss']:.4f}" for x in results]
+
+
+def test_healing_table_is_the_measured_one():
+    table = between("model_cards/healing/README.md", "healing")
+    assert table == (ROOT / "model_cards/healing/results.md").read_text().strip()
+    results = read_healing(ROOT / "model_cards/healing/results.jsonl")
+    assert table == to_markdown(results, Settings(**results["settings"])).strip()
 
 
 def test_the_study_is_what_its_results_say(tmp_path):

@@ -1,17 +1,15 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Converts a small Llama that was trained for this, heals it in several ways, and measures what comes back.
+"""Shows that a converted Transformer heals: trains one, converts it, lowers its usage, and measures the loss.
 
-Usage::
+Usage: ``python -m model_cards.healing.heal --corpus DIR --output DIR``
 
-    python -m model_cards.healing.heal run --corpus CORPUS --output MODELS --seeds 0 1 2
-    python -m model_cards.healing.heal report
-
-Healing follows recipes of `ham-hf train`, which are written beside the models. Run again to resume: a model that is
-there is not trained again, and a row that is there is not measured again.
+Healing follows recipes of `ham-hf train`, which are written to the output. Every stage writes its result whole; run
+again to resume after the last complete stage, or, while healing, after the last checkpoint.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -21,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,46 +32,42 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import sort_checkpoints
 
 from ham_hf import HAMForCausalLM
 from ham_hf.evaluation import calibrate
-from ham_hf.files import append_row, read_rows, write_whole
+from ham_hf.files import write_whole
 from ham_hf.training.data import PackedRows
-from ham_hf.training.documents import SPLIT_FILES, Document, write_documents
-from ham_hf.training.progress import LOG
+from ham_hf.training.distillation import open_gates
+from ham_hf.training.documents import SPLIT_FILES
 from ham_hf.training.recipe import DataRecipe, read_recipe
 from ham_hf.training.sampling import TokenSampler, held_out_windows
 from ham_hf.training.train import train
 
-from ..rows import Row, current_commit
-from .measure import measure
-from .report import in_words, plot, to_markdown
-from .settings import ARMS, Arm, Settings
+from .report import before_healing, plot, to_markdown
+from .results import write_results
+from .settings import RUNS, Settings
 
-ROOM = Path(__file__).parent
-ROOT = ROOM.parents[1]
-RESULTS = ROOM / "results.jsonl"
+ROOT = Path(__file__).parents[2]
 CONVERT = ROOT / "conversion_scripts" / "convert_transformer_to_ham.py"
-# As in the paper; the arms change it.
+# As in the paper: neither a window nor sinks, and the error in direction alone.
 CONVERSION = ("--window", "0", "--sinks", "0", "--router", "cosine")
 HAM_TINY = ROOT / "ham_hf" / "checkpoints" / "ham-tiny"
-# First numbers of windows: of the source's training, times the seed; of healing; and of calibration.
-SEEDS_APART, HEALING, CALIBRATION = 1_000_003, 5 * 10**8, 10**9
+# First numbers of windows: of the source's training, times the seed, and of calibration.
+SEEDS_APART, CALIBRATION = 1_000_003, 10**9
 
 
 class Windows(Dataset):
     """Windows of training text, each a function of its index alone."""
 
-    def __init__(self, sampler: TokenSampler, settings: Settings, first: int, count: int, context: int):
-        self.sampler, self.settings = sampler, settings
-        self.first, self.count, self.context = first, count, context
+    def __init__(self, sampler: TokenSampler, first: int, count: int, context: int):
+        self.sampler, self.first, self.count, self.context = sampler, first, count, context
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        repeats, names = self.settings.repeats, self.settings.names
-        tokens = self.sampler.batch(self.first + index, 1, self.context, repeats, names)[0]
+        tokens = self.sampler.batch(self.first + index, 1, self.context)[0]
         return {"input_ids": tokens, "labels": tokens}
 
 
@@ -97,7 +91,7 @@ def source_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Llam
 
 
 def trainer_options(steps: int, lr: float, settings: Settings) -> dict[str, Any]:
-    """Options of Trainer for the source and for healing: warm-up, decay to a tenth, in float32."""
+    """Options of Trainer for the source and for healing: warm-up, decay to a tenth, precision."""
     return {
         "learning_rate": lr,
         "per_device_train_batch_size": settings.rows,
@@ -107,123 +101,116 @@ def trainer_options(steps: int, lr: float, settings: Settings) -> dict[str, Any]
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
+        "bf16": True,
         "use_cpu": True,
         "logging_steps": 10,
         "report_to": "none",
     }
 
 
-class Study:
-    """One seed: models, each a folder of `output` that is made when it is first asked for, and their rows."""
+@torch.no_grad()
+def measure(model: PreTrainedModel, windows: torch.Tensor, **arguments: Any) -> dict[str, Any]:
+    """Held-out losses (nats per token) of every window `[N, T]`, their mean, and the fraction of tokens kept."""
+    training = model.training
+    model.eval()
+    losses: list[float] = []
+    kept: list[float] = []
+    for rows in windows.split(8):
+        is_ham = isinstance(model, HAMForCausalLM)
+        outputs = model(input_ids=rows, use_cache=is_ham, **arguments)
+        by_token = F.cross_entropy(outputs.logits[:, :-1].float().mT, rows[:, 1:], reduction="none")
+        losses += by_token.mean(1).tolist()
+        kept += outputs.cache.kv_usage().mean((0, 2)).tolist() if is_ham else [1.0] * len(rows)
+    model.train(training)
+    return {"loss": statistics.mean(losses), "kept": statistics.mean(kept), "losses": losses}
 
-    def __init__(self, corpus: Path, tokenizer: Path, output: Path, results: Path, settings: Settings, seed: int):
-        self.corpus, self.results, self.settings, self.seed = corpus, results, settings, seed
-        self.output = output / f"seed-{seed}"
+
+class Study:
+    """The stages, each of which writes a folder or a file to `output`, and is skipped if that exists."""
+
+    def __init__(self, corpus: Path, tokenizer: Path, output: Path, settings: Settings):
+        self.corpus, self.output, self.settings = corpus, output, settings
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.sampler = TokenSampler(corpus, "train", self.tokenizer)
         windows = held_out_windows(corpus, self.tokenizer, settings.context, settings.windows_per_document)
         self.windows = torch.cat(windows)
+        self.source, self.converted = output / "source", output / "converted"
 
-    def check_settings(self) -> None:
-        """Raises `ValueError` if `output` holds models of other settings."""
-        path, settings = self.output / "settings.json", json.loads(json.dumps(asdict(self.settings)))
-        self.output.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_whole(path, json.dumps(settings))
-        if (before := json.loads(path.read_text())) != settings:
-            raise ValueError(f"`output` {self.output} holds models of other settings, {before}: give another folder.")
+    def train(self, model: LlamaForCausalLM, data: Dataset, steps: int, lr: float) -> None:
+        """Trains the source on its next-token loss."""
+        options = trainer_options(steps, lr, self.settings)
+        arguments = TrainingArguments(
+            str(self.output), max_steps=steps, seed=self.settings.seed, save_strategy="no", **options
+        )
+        Trainer(model, arguments, train_dataset=data).train()
 
-    def save(self, model: PreTrainedModel, folder: Path) -> Path:
+    def train_source(self) -> None:
+        """Trains the Llama from scratch."""
+        settings = self.settings
+        set_seed(settings.seed)
+        model = source_model(self.tokenizer, settings)
+        first, rows = SEEDS_APART * settings.seed, settings.source_steps * settings.rows
+        windows = Windows(self.sampler, first, rows, settings.context)
+        self.train(model, windows, settings.source_steps, settings.source_lr)
+        self.save(model, self.source)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Writes a model and the tokenizer, whole or not at all."""
         unfinished = folder.with_name(f"{folder.name}.partial")
         model.save_pretrained(unfinished)
         self.tokenizer.save_pretrained(unfinished)
-        return unfinished.rename(folder)
+        unfinished.rename(folder)
 
-    def train_llama(self, model: LlamaForCausalLM, data: Dataset, steps: int, lr: float, folder: Path) -> Path:
-        """Trains a Llama on its next-token loss."""
-        options = trainer_options(steps, lr, self.settings)
-        arguments = TrainingArguments(
-            str(self.output),
-            max_steps=steps,
-            seed=self.seed,
-            save_strategy="no",
-            remove_unused_columns=False,
-            **options,
-        )
-        Trainer(model, arguments, train_dataset=data).train()
-        return self.save(model, folder)
-
-    def source(self) -> Path:
-        """The Llama, trained from scratch."""
-        folder, settings = self.output / "source", self.settings
-        if folder.exists():
-            return folder
-        set_seed(self.seed)
-        first, count = SEEDS_APART * self.seed, settings.source_steps * settings.rows
-        data = Windows(self.sampler, settings, first, count, settings.context)
-        model = source_model(self.tokenizer, settings)
-        return self.train_llama(model, data, settings.source_steps, settings.source_lr, folder)
-
-    def trained_on(self) -> Path:
-        """The source after as many steps of healing's text, to show what these do alone."""
-        folder, settings = self.output / "trained-on", self.settings
-        if folder.exists():
-            return folder
-        set_seed(self.seed)
-        model = LlamaForCausalLM.from_pretrained(self.source())
-        rows = PackedRows(DataRecipe(**self.data()), self.tokenizer, settings.context, self.seed)
-        return self.train_llama(model, rows, settings.steps, settings.lr, folder)
-
-    def converted(self, arm: Arm) -> Path:
-        """The source as a HAM with the memory of an arm."""
-        first, folder = self.output / "converted", self.output / f"converted-{arm.memory}"
-        if not first.exists():
-            subprocess.run([sys.executable, str(CONVERT), str(self.source()), str(first), *CONVERSION], check=True)
-        if folder.exists():
-            return folder
-        memory: dict[str, Any] = {"router": arm.router, "attention_window": arm.window, "attention_sinks": arm.sinks}
-        return self.save(HAMForCausalLM.from_pretrained(first, **memory), folder)
-
-    def transferred(self, arm: Arm) -> Path:
-        """The converted model after layer-wise transfer."""
+    def calibrated(self, model: HAMForCausalLM) -> dict[str, Any]:
+        """Measurements of a model at several usages, by calibrated thresholds."""
         settings = self.settings
-        transfer = {
-            "steps": settings.transfer_steps,
-            "usage": arm.usage(settings),
-            "learning_rate": settings.transfer_lr,
-            "open_gates": settings.open_gates,
-        }
-        return self.trained(f"transferred-{arm.memory}", self.converted(arm), {"steps": 0, "transfer": transfer})
+        batches = [self.sampler.batch(CALIBRATION + i, settings.rows, settings.context) for i in range(4)]
+        calibrate(model, batches)
+        return {f"{usage:.0%}": measure(model, self.windows, kv_usage=usage) for usage in (1.0, 0.5, 0.25, 0.0)}
 
-    def healed(self, name: str) -> Path:
-        """The model of an arm after all of its training."""
-        settings, arm = self.settings, ARMS[name]
-        start = self.transferred(arm) if arm.transfer else self.converted(arm)
-        # Who has not learned yet to live with few tokens begins with all of them.
-        points = [1.0, arm.usage(settings)] if not arm.transfer else [arm.usage(settings)]
-        sections = {
-            "steps": settings.steps,
-            "usage": {"schedule": [[n * settings.steps // 2, usage] for n, usage in enumerate(points)]},
-            "distillation": {
-                "teacher": str(self.source()),
-                "weight": arm.weight,
-                "open_gates": settings.open_gates if arm.opened and not arm.transfer else None,
-                "added_learning_rate": settings.added_lr,
-            },
-        }
-        return self.trained(f"healed-{name}", start, sections)
+    def unhealed(self) -> dict[str, Any]:
+        """Measurements of the source, and of the converted model before training."""
+        source = measure(LlamaForCausalLM.from_pretrained(self.source), self.windows)
+        model = HAMForCausalLM.from_pretrained(self.converted)
+        figures = self.calibrated(model)
+        open_gates(model, self.settings.open_gates)
+        return {"source": source, **figures, "opened": measure(model, self.windows)}
 
-    def trained(self, name: str, start: Path, sections: dict[str, Any]) -> Path:
-        """The model of a recipe with these sections."""
-        settings, output = self.settings, self.output / name
+    def trained_on(self) -> dict[str, Any]:
+        """Measurements of the source after training on the same tokens as healing, to show their effect alone."""
+        settings = self.settings
+        set_seed(settings.seed)
+        model = LlamaForCausalLM.from_pretrained(self.source)
+        data = DataRecipe(**self.data())
+        rows = PackedRows(data, self.tokenizer, settings.context, settings.seed)
+        self.train(model, rows, settings.steps, settings.lr)
+        return measure(model, self.windows)
+
+    def data(self) -> dict[str, Any]:
+        """The recipes' section `data`; it shuffles all rows of the corpus, not only those of neighbouring books."""
+        return {"files": str(self.corpus / SPLIT_FILES["train"]), "shuffle_rows": 100_000}
+
+    def recipe(self, name: str) -> Path:
+        """Writes the recipe of a way to heal."""
+        run, settings = RUNS[name], self.settings
+        start = self.converted
+        if run.router != "cosine":
+            start = self.output / f"converted-{run.router}"
+            if not start.exists():
+                self.save(HAMForCausalLM.from_pretrained(self.converted, router=run.router), start)
         content = {
-            "output": str(output),
+            "output": str(self.output / name),
             "model": {"from": str(start)},
             "data": self.data(),
+            "steps": settings.steps,
             "context": settings.context,
-            "seed": self.seed,
-            **sections,
+            "seed": settings.seed,
+            "usage": {"schedule": settings.schedule},
+            "distillation": {
+                "teacher": str(self.source),
+                "weight": run.weight,
+                "open_gates": settings.open_gates if run.opened else None,
+            },
             "evaluation": {
                 "every": settings.steps,
                 "data": {"files": str(self.corpus / SPLIT_FILES["held_out"])},
@@ -231,85 +218,78 @@ class Study:
             },
             "trainer": {
                 **trainer_options(settings.steps, settings.lr, settings),
-                "save_steps": settings.steps // 2,
-                "save_total_limit": 1,
+                "save_steps": settings.measure_every,
+                "save_total_limit": settings.steps,
             },
         }
-        write_whole(output.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False))
-        folder = train(read_recipe(output.with_suffix(".yaml")))
+        path = self.output / f"{name}.yaml"
+        write_whole(path, yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def heal(self, name: str) -> dict[str, Any]:
+        """Heals in one way: measures its checkpoints, and the healed model at several usages."""
+        folder = train(read_recipe(self.recipe(name)))
         if folder is None:
             raise KeyboardInterrupt
-        return folder
+        curve = []
+        for checkpoint in sort_checkpoints(str(self.output / name)):
+            step = int(checkpoint.rpartition("-")[2])
+            curve.append({"step": step, **measure(HAMForCausalLM.from_pretrained(checkpoint), self.windows)})
+        model = HAMForCausalLM.from_pretrained(folder)
+        gates = [layer.mixer.rnn_gate_proj.bias.sigmoid().mean().item() for layer in model.model.layers]
+        return {"curve": curve, "asked": self.calibrated(model), "rnn_gates": gates}
 
-    def data(self) -> dict[str, Any]:
-        """The recipes' section `data`: text like that of the source's training, which it has not seen."""
-        path, settings = self.output / "text.jsonl", self.settings
+    def stored(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `make`, stored when it was first called."""
+        path = self.output / f"{name}.json"
         if not path.exists():
-            # One token is left for the end of the document.
-            count, context = (settings.steps + 20) * settings.rows, settings.context - 1
-            windows = Windows(self.sampler, settings, HEALING, count, context)
-            rows = torch.stack([windows[i]["input_ids"] for i in range(count)])
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            write_documents(path, (Document("healing", str(i), text) for i, text in enumerate(texts)))
-        return {"files": str(path), "shuffle_rows": 100_000}
+            print(f"Stage: {name}", flush=True)
+            write_whole(path, json.dumps(make()))
+        return json.loads(path.read_text())
 
-    def measured(self, folder: Path, usage: float) -> Row:
-        """The figures of a model, and of a HAM how far its RNN's gates are open; quantiles decide what it keeps."""
-        settings, model = self.settings, AutoModelForCausalLM.from_pretrained(folder)
-        if not isinstance(model, HAMForCausalLM):
-            return measure(model, self.windows, usage)
-        calibrate(model, (self.sampler.batch(CALIBRATION + i, settings.rows, settings.context) for i in range(4)))
-        gates = [row["rnn_gate"] for row in read_rows(folder / LOG) if "rnn_gate" in row]
-        return measure(model, self.windows, usage) | ({"rnn_gate": gates[-1]} if gates else {})
+    def results(self, runs: Iterable[str] = RUNS) -> dict[str, Any]:
+        """Runs every stage in order, with the ways to heal in `runs`.
 
-    def add_row(self, arm: str, stage: str, make: Callable[[], Path], usage: float = 1.0) -> None:
-        """Measures a model, unless its row is there."""
-        key = {"seed": self.seed, "arm": arm, "stage": stage}
-        if any(row.items() >= key.items() for row in read_rows(self.results)):
-            return
-        print(f"Seed {self.seed}: {arm}, {stage}", flush=True)
-        row = key | self.measured(make(), usage) | {"commit": current_commit()}
-        append_row(self.results, row)
-        print(f"Seed {self.seed}: {arm}, {stage}: {in_words(row)}", flush=True)
-
-    def run(self, arms: Iterable[str]) -> None:
-        """Makes and measures what is missing."""
-        self.check_settings()
-        self.add_row("source", "trained", self.source)
-        self.add_row("source", "trained on", self.trained_on)
-        for name in arms:
-            arm = ARMS[name]
-            usage, convert = arm.usage(self.settings), partial(self.converted, arm)
-            if name == "cosine":
-                self.add_row("everything", "converted", convert)
-            self.add_row(name, "converted", convert, usage)
-            if arm.transfer:
-                self.add_row(name, "transferred", partial(self.transferred, arm), usage)
-            self.add_row(name, "healed", partial(self.healed, name), usage)
+        Raises:
+            ValueError: if `output` holds stages of other settings.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        settings = asdict(self.settings)
+        if (before := self.stored("settings", lambda: settings)) != settings:
+            raise ValueError(f"`output` {self.output} holds stages of other settings, {before}: give another folder.")
+        if not self.source.exists():
+            self.train_source()
+        if not self.converted.exists():
+            subprocess.run(
+                [sys.executable, str(CONVERT), str(self.source), str(self.converted), *CONVERSION], check=True
+            )
+        results = {"settings": settings, "windows": len(self.windows)}
+        unhealed = results["unhealed"] = self.stored("unhealed", self.unhealed)
+        print(before_healing(unhealed), flush=True)
+        results["trained_on"] = self.stored("trained_on", self.trained_on)
+        return results | {name: self.stored(name, partial(self.heal, name)) for name in runs}
 
 
 def main() -> None:
-    """Makes the missing models and rows, or writes results.md and healing.png from the rows."""
+    """Runs the missing stages, and writes `results.jsonl`, `results.md` and `healing.png` to `--results`."""
     parser = argparse.ArgumentParser(description="Trains, converts and heals a small Llama; run again to resume.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the rows (default: in this folder)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="make and measure what has no row yet")
-    command.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
-    command.add_argument("--output", type=Path, required=True, help="folder for the models")
-    command.add_argument("--tokenizer", type=Path, default=HAM_TINY, help="default: that of ham-tiny")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to heal (default: all)")
-    commands.add_parser("report", help="write results.md and healing.png")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by model_cards.ham_tiny.corpus")
+    parser.add_argument("--output", type=Path, required=True, help="folder for models and the stages' results")
+    parser.add_argument("--tokenizer", type=Path, default=HAM_TINY, help="default: that of ham-tiny")
+    parser.add_argument("--results", type=Path, help="folder for table and plot (default: --output)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default %(default)s)")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")
     arguments = parser.parse_args()
-    if arguments.command == "run":
-        for seed in arguments.seeds:
-            paths = arguments.corpus, arguments.tokenizer, arguments.output, arguments.results
-            Study(*paths, Settings(), seed).run(arguments.arms)
-    rows = read_rows(arguments.results)
-    report = to_markdown(rows, Settings())
-    print(report)
-    write_whole(arguments.results.with_suffix(".md"), report)
-    plot(rows, arguments.results.with_name("healing.png"))
+    settings = Settings(seed=arguments.seed)
+    study = Study(arguments.corpus, arguments.tokenizer, arguments.output, settings)
+    results = study.results(arguments.runs)
+    target = arguments.results or arguments.output
+    target.mkdir(parents=True, exist_ok=True)
+    table = to_markdown(results, settings)
+    print(table)
+    write_results(results, target / "results.jsonl")
+    write_whole(target / "results.md", table)
+    plot(results, target / "healing.png")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ham_hf import HAMForCausalLM
 from ham_hf.cli.arguments import CommandError
+from ham_hf.conversion.gguf import read_model
 from ham_hf.evaluation import calibrate
 from ham_hf.evaluation.importance import head_importance, stored_importance
 from ham_hf.files import write_whole
@@ -79,3 +80,17 @@ def save_calibrated(converted: Path, output: Path) -> None:
     card = build_card(read_checkpoint(partial), read_sources(partial), NAME)
     write_whole(partial / REPOCARD_NAME, str(card))
     os.replace(partial, output)
+
+
+def llama(cache: Path = CACHE) -> Path:
+    """The folder of the source as a plain Llama, made if it is not there."""
+    folder = cache / "llama"
+    if not folder.exists():
+        gguf = fetch_gguf(cache)
+        settings = LlamaConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
+        settings.pop("quantization_config", None)
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model.load_state_dict(read_model(gguf.parent, gguf.name).state_dict())
+        model.save_pretrained(folder.with_suffix(".partial"))
+        folder.with_suffix(".partial").rename(folder)
+    return folder

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ham_hf import HAMForCausalLM
-from ham_hf.conversion.gguf import read_model
 from ham_hf.evaluation.importance import needle_examples
 from ham_hf.evaluation.losses import repeated_size, with_repeated_end
 from ham_hf.evaluation.markdown import table
@@ -36,8 +35,7 @@ from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import append_row, read_rows, write_whole
 
 from ..rows import Row, current_commit
-from .checkpoint import CACHE, checkpoint
-from .fetch import fetch_gguf
+from .checkpoint import CACHE, checkpoint, llama
 from .needles import SEED, THINGS, interval
 from .texts import CONTEXT, halves, judged_windows
 
@@ -100,20 +98,6 @@ def measure_ham(folder: Path, work: list[Row]) -> None:
                 append_row(RESULTS, row | ham_figures(model, x, level) | {"commit": current_commit()})
 
 
-def source(cache: Path) -> Path:
-    """The folder of the source as a plain Llama, made if it is not there."""
-    folder = cache / "llama"
-    if not folder.exists():
-        gguf = fetch_gguf(cache)
-        settings = LlamaConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
-        settings.pop("quantization_config", None)
-        model = LlamaForCausalLM(LlamaConfig(**settings))
-        model.load_state_dict(read_model(gguf.parent, gguf.name).state_dict())
-        model.save_pretrained(folder.with_suffix(".partial"))
-        folder.with_suffix(".partial").rename(folder)
-    return folder
-
-
 def environment(cache: Path) -> Path:
     """The Python of an environment with kvpress, made if it is not there."""
     folder = cache / "kvpress"
@@ -138,7 +122,7 @@ def measure_presses(cache: Path, work: list[Row]) -> None:
     importance = HAMForCausalLM.config_class.from_pretrained(checkpoint(cache)).head_importance
     jobs = [x | {"level": level, "bytes": bytes_of[level, x["kind"], x["index"]]} for x in work for level in LEVELS]
     write_whole(cache / "press_jobs.json", json.dumps({"jobs": jobs, "importance": importance}))
-    command = [environment(cache), ROOM / "press_arms.py", source(cache), cache / "press_jobs.json", RESULTS]
+    command = [environment(cache), ROOM / "press_arms.py", llama(cache), cache / "press_jobs.json", RESULTS]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     subprocess.run([*map(str, command), str(current_commit())], check=True, env=clean)
 

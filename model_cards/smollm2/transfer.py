@@ -1,16 +1,18 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Layer-wise transfer of SmolLM2, and what it gives at a quarter of the tokens: loss, passages read before, needles.
+"""Healing of SmolLM2, and what it gives at a quarter of the tokens: loss, passages read before, needles.
 
 Usage:
 
-    python -m model_cards.smollm2.transfer run --steps 150
+    python -m model_cards.smollm2.transfer run --steps 120 --distillation 60
     python -m model_cards.smollm2.transfer report
 
-`run` goes on where it was interrupted, and appends a row to transfer.jsonl for each window of text and each prompt;
-transfer_log.jsonl has the errors and gates on the way.
+Layer-wise transfer comes first, and distillation of the source end to end after it. `run` goes on where it was
+interrupted, and appends a row to transfer.jsonl for each window of text and each prompt; transfer_log.jsonl has the
+errors and gates on the way.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -33,7 +35,7 @@ from ham_hf.training.recipe import read_recipe
 from ham_hf.training.train import train
 
 from ..rows import Row, current_commit
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import CACHE, checkpoint, llama
 from .needles import SEED, THINGS, needle_figures
 from .texts import CONTEXT, calibration_windows, halves, judged_windows
 
@@ -87,6 +89,36 @@ def transferred(arm: str, before: Path, steps: int) -> Path:
     return room / f"steps-{steps}" / "model"
 
 
+def distilled(arm: str, start: Path, source: Path, steps: int) -> Path:
+    """The folder of a transferred model after so many steps of distillation, all of its weights in training."""
+    output = start.parents[1] / f"{start.parent.name}-distilled-{steps}"
+    recipe = {
+        "output": str(output),
+        "model": {"from": str(start)},
+        "data": {"files": str(start.parents[1] / "text.txt")},
+        "steps": steps,
+        "context": 512,
+        "seed": 1,  # rows in another order than those of the transfer
+        "usage": {"schedule": [[0, ARMS[arm][1]]]},
+        "distillation": {"teacher": str(source), "open_gates": None, "added_learning_rate": 1e-3},
+        "evaluation": {"every": steps, "rows": 4, "usages": []},
+        "trainer": {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "learning_rate": 5e-5,
+            "warmup_steps": 5,
+            "logging_steps": 5,
+            "save_steps": steps,
+            "save_total_limit": 1,
+            "use_cpu": True,
+        },
+    }
+    path = output.with_suffix(".yaml")
+    write_whole(path, yaml.safe_dump(recipe, sort_keys=False))
+    train(read_recipe(path))
+    return output / "model"
+
+
 def save_log(arm: str, output: Path) -> None:
     """Puts the log of an arm's transfer, the mean over layers, in the place of an earlier one."""
     rows = [row for row in read_rows(LOGS) if row["arm"] != arm]
@@ -106,31 +138,31 @@ def measure(folder: Path, labels: Row, usage: float, done: list[Row]) -> None:
         "text": judged_windows(tokenizer, WINDOWS),
         "needle": needle_examples(tokenizer, filler, PROMPTS, CONTEXT, SEED, THINGS),
     }
+    told = {(*stage_of(row), row["kind"], row["index"]) for row in done}
     for kind, x, index in tqdm([(kind, x, i) for kind, xs in inputs.items() for i, x in enumerate(xs)]):
-        key = labels | {"kind": kind, "index": index}
-        if any(row.items() >= key.items() for row in done):
+        if (*stage_of(labels), kind, index) in told:
             continue
         if kind == "needle":
             figures = needle_figures(model, x, usage)
         else:
             of_window = window_figures(model, x, kv_usage=usage)[0]
             figures = {"loss": of_window.loss, "second_time": of_window.second_time, "held": of_window.held}
-        append_row(RESULTS, key | figures | {"commit": current_commit()})
+        append_row(RESULTS, labels | {"kind": kind, "index": index} | figures | {"commit": current_commit()})
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """A row for each arm and length of the transfer; without a step it is as it was converted."""
+    """A row for each arm and stage; without a step it is as it was converted."""
     lines = []
     for arm in (*ARMS, *FORMER_ARMS):
-        for steps in sorted({row["steps"] for row in rows if row["arm"] == arm}):
-            own = [row for row in rows if (row["arm"], row["steps"]) == (arm, steps)]
+        for stage in sorted({stage_of(row)[1:] for row in rows if row["arm"] == arm}):
+            own = [row for row in rows if stage_of(row) == (arm, *stage)]
             texts, needles = ([row for row in own if row["kind"] == kind] for kind in ("text", "needle"))
             if not texts or not needles:
                 continue
             lines.append(
                 [
                     arm,
-                    steps,
+                    *stage,
                     f"{statistics.mean(x['held'] for x in texts):.1%}",
                     f"{statistics.mean(x['loss'] for x in texts):.4f}",
                     f"{statistics.mean(x['second_time'] for x in texts):.3f}",
@@ -138,27 +170,41 @@ def to_markdown(rows: list[Row]) -> str:
                     f"{statistics.mean(x['loss'] for x in needles):.3f}",
                 ]
             )
-    columns = ["kept by", "steps", "held", "loss of text", "second time", "needles", "loss of the answer"]
+    columns = [
+        "kept by",
+        "transfer",
+        "distillation",
+        "held",
+        "loss of text",
+        "second time",
+        "needles",
+        "loss of the answer",
+    ]
     tail = (
         f"Asked for {USAGE:.0%}; recency keeps the last {RECENT} tokens. {WINDOWS} windows of text and {PROMPTS} "
-        f"prompts of {CONTEXT} tokens; losses in nats/token. A step of the transfer reads 512 tokens; 0: as converted."
+        f"prompts of {CONTEXT} tokens; losses in nats/token. Transfer and distillation: steps of 512 tokens each."
     )
     return f"{table(columns, lines)}\n\n{tail}\n{differences(rows)}"
+
+
+def stage_of(row: Row) -> tuple[str, int, int]:
+    """The arm of a row, and the steps of transfer and of distillation that its model had."""
+    return row["arm"], row["steps"], row.get("distillation", 0)
 
 
 def differences(rows: list[Row]) -> str:
     """A row for each pair of arms that were measured: how they differ, window by window; empty if there is none."""
     lines = []
-    longest = max(row["steps"] for row in rows)
-    after = {arm: (arm, longest) for arm in ARMS}
-    pairs = [(after[arm], (arm, 0)) for arm in ARMS]
-    pairs += [(after["l2"], after["random"]), (after["l2"], after["recency"])]
+    texts = [row for row in rows if row["kind"] == "text"]
+    last = {arm: max((stage_of(row) for row in texts if row["arm"] == arm), default=(arm, 0, 0)) for arm in ARMS}
+    stages = {arm: sorted({stage_of(row) for row in texts if row["arm"] == arm}) for arm in ARMS}
+    pairs = [(stage, before) for arm in ARMS for before, stage in itertools.pairwise(stages[arm])]
+    pairs += [(last["l2"], last["random"]), (last["l2"], last["recency"])]
     for first, second in pairs:
-        cells = [f"{first[0]}, {first[1]} steps - {second[0]}, {second[1]} steps"]
+        cells = [" - ".join(f"{arm}, {steps} + {more}" for arm, steps, more in (first, second))]
         for name in ("loss", "second_time"):
             one, other = (
-                {row["index"]: row[name] for row in rows if (row["arm"], row["steps"], row["kind"]) == (*x, "text")}
-                for x in (first, second)
+                {row["index"]: row[name] for row in texts if stage_of(row) == stage} for stage in (first, second)
             )
             gaps = [one[index] - other[index] for index in sorted(one.keys() & other.keys())]
             if len(gaps) > 1 and first != second:
@@ -170,11 +216,14 @@ def differences(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Transfers and measures, or writes transfer.md from the rows."""
-    parser = argparse.ArgumentParser(description="Layer-wise transfer of SmolLM2, and what it gives.")
+    """Heals and measures, or writes transfer.md from the rows."""
+    parser = argparse.ArgumentParser(description="Healing of SmolLM2, and what it gives.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="transfer, and measure what has no row yet")
-    command.add_argument("--steps", type=int, default=150, help="steps of 512 tokens (default %(default)s)")
+    command = commands.add_parser("run", help="heal, and measure what has no row yet")
+    command.add_argument(
+        "--steps", type=int, default=150, help="steps of transfer, of 512 tokens (default %(default)s)"
+    )
+    command.add_argument("--distillation", type=int, default=0, help="steps after it (default: none)")
     command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to measure (default: all)")
     command.add_argument("--cache", type=Path, default=CACHE, help="folder of the HAM (default: %(default)s)")
     commands.add_parser("report", help="write transfer.md")
@@ -186,7 +235,12 @@ def main() -> None:
             if arm != EVERYTHING:
                 after = transferred(arm, before, arguments.steps)
                 save_log(arm, after.parent)
-                measure(after, {"arm": arm, "steps": arguments.steps}, usage, read_rows(RESULTS))
+                labels = {"arm": arm, "steps": arguments.steps}
+                measure(after, labels, usage, read_rows(RESULTS))
+                if arguments.distillation:
+                    healed = distilled(arm, after, llama(arguments.cache), arguments.distillation)
+                    labels |= {"distillation": arguments.distillation}
+                    measure(healed, labels, usage, read_rows(RESULTS))
     report = to_markdown(read_rows(RESULTS))
     print(report)
     write_whole(ROOM / "transfer.md", report)

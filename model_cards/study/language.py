@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
@@ -14,15 +15,18 @@ from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.recipe import at_least
 from ham_hf.training.sampling import TokenSampler, held_out_windows
 
-from ..needles import NEEDLE, answered, with_needle
 from .fitting import block_means, fit, routing_arguments
 from .gradients import use_gradient
 from .job import Job
 
-# Seeds of calibration start here, beyond those of training batches.
+# Seeds of calibration and needles start here, beyond those of training batches.
 EVALUATION_SEED = 10**9
 CALIBRATION_BATCHES = 16
+# Random tokens of a needle, and how many of them, at its start, are the question; the others are the answer.
+NEEDLE, QUESTION = 10, 2
 NEEDLES = 24
+# Fractions of the text before the question at which needles lie.
+DEPTHS = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,27 @@ def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: floa
     return losses, sum(kept) / len(kept)
 
 
+def _with_needle(window: torch.Tensor, distance: int, index: int, vocab_size: int) -> tuple[torch.Tensor, int]:
+    """Text `[1, distance + NEEDLE]` that holds a needle, repeated at its end; and the needle's position."""
+    random = np.random.default_rng([EVALUATION_SEED, index])
+    needle = torch.from_numpy(random.integers(vocab_size, size=NEEDLE))[None]
+    place = int(DEPTHS[index % len(DEPTHS)] * (distance - NEEDLE))
+    text = window[:, : distance - NEEDLE]
+    return torch.cat([text[:, :place], needle, text[:, place:], needle], dim=1), place
+
+
+@torch.no_grad()
 def _needle(model: HAMForCausalLM, windows: list[torch.Tensor], distance: int, kv_usage: float | None) -> float:
     """The fraction of answer tokens that the model ranks first, over needles at several depths."""
     right = []
     for index in range(NEEDLES):
         # A text longer than a window joins several windows.
         text = torch.cat([windows[(index + i) % len(windows)] for i in range(distance // windows[0].shape[1] + 1)], 1)
-        ids = with_needle(text, distance, index, model.config.vocab_size)[0].to(model.device)
+        ids = _with_needle(text, distance, index, model.config.vocab_size)[0].to(model.device)
         arguments = routing_arguments(model.config, ids.shape[1], kv_usage)
-        right += answered(model, ids, **arguments)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=NEEDLE, **arguments).logits[0]
+        answer = ids[0, QUESTION - NEEDLE :]
+        right.append((logits[QUESTION - 1 : -1].argmax(-1) == answer).float().mean().item())
     return sum(right) / len(right)
 
 
@@ -138,7 +154,7 @@ def _traces(model: HAMForCausalLM, windows: list[torch.Tensor]) -> dict[str, Any
         `scores` and `decay` `[L, T]` along one window with a needle at `needle` (decay is `exp(g)`); `by_position`
         `[L, T]`, mean scores over all windows.
     """
-    ids, place = with_needle(windows[0], windows[0].shape[1] - NEEDLE, 1, model.config.vocab_size)
+    ids, place = _with_needle(windows[0], windows[0].shape[1] - NEEDLE, 1, model.config.vocab_size)
     ids = ids.to(model.device)
     hybrid = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
     decays: list[torch.Tensor] = []

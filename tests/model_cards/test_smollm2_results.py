@@ -79,11 +79,15 @@ def test_a_transfer_is_told_before_and_after():
             {"kind": "needle", "index": 0, "found": steps > 0, "loss": 0.5, "held": 0.3},
         )
     ]
+    after = [row for row in rows if row["steps"]]
+    rows += [row | {"distillation": 3, "loss": row["loss"] - 0.25} for row in after]
     table = transfer.to_markdown(rows)
-    assert "| l2 | 0 | 26.0% | 3.0000 | 1.500 | 0 of 1 | 0.500 |" in table
-    assert "| l2 | 7 | 26.0% | 2.5000 | 2.500 | 1 of 1 | 0.500 |" in table
+    assert "| l2 | 0 | 0 | 26.0% | 3.0000 | 1.500 | 0 of 1 | 0.500 |" in table
+    assert "| l2 | 7 | 0 | 26.0% | 2.5000 | 2.500 | 1 of 1 | 0.500 |" in table
+    assert "| l2 | 7 | 3 | 26.0% | 2.2500 | 2.500 | 1 of 1 | 0.250 |" in table
     assert "random" not in table
-    assert "| l2, 7 steps - l2, 0 steps | -0.500 ± 0.250 (2 of 2) | +1.000 ± 0.000 (0 of 2) |" in table
+    assert "| l2, 7 + 0 - l2, 0 + 0 | -0.500 ± 0.250 (2 of 2) | +1.000 ± 0.000 (0 of 2) |" in table
+    assert "| l2, 7 + 3 - l2, 7 + 0 | -0.250 ± 0.000 (2 of 2) | +0.000 ± 0.000 (0 of 2) |" in table
 
 
 def test_nothing_that_is_judged_was_calibrated_on():

@@ -12,7 +12,6 @@ from ham_hf.files import append_row, read_rows
 from ham_hf.inputs_ham import TokenLayout
 from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
-from model_cards.needles import with_needle
 from model_cards.rows import current_commit
 from model_cards.study import language, recall_study, report, study
 from model_cards.study.__main__ import main
@@ -447,7 +446,7 @@ class TestLanguage:
         text = torch.arange(100, 200)[None]
         places = set()
         for index in range(3):
-            ids, place = with_needle(text, 90, index, vocab_size=50)
+            ids, place = language._with_needle(text, 90, index, vocab_size=50)
             assert ids.shape == (1, 100)
             assert torch.equal(ids[0, place : place + 10], ids[0, -10:])
             rest = torch.cat([ids[0, :place], ids[0, place + 10 : -10]])
@@ -465,7 +464,7 @@ class TestLanguage:
         assert decay.shape == (2, 40)
         mixer, inputs = model.model.layers[0].mixer, []
         handle = mixer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        model(input_ids=with_needle(windows[0], 30, 1, 50)[0], use_cache=False)
+        model(input_ids=language._with_needle(windows[0], 30, 1, 50)[0], use_cache=False)
         handle.remove()
         g = -mixer.A_log.exp() * torch.nn.functional.softplus(mixer.a_proj(inputs[0]) + mixer.dt_bias)
         torch.testing.assert_close(decay[0], g.exp()[0].mean(-1), rtol=0, atol=1e-6)

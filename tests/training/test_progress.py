@@ -11,6 +11,7 @@ from transformers import TrainerState
 
 from ham_hf.training.progress import Progress
 from ham_hf.training.train import loss_name
+from model_cards.healing.report import before_healing
 
 
 class Pipe(io.StringIO):
@@ -65,3 +66,10 @@ def test_nothing_is_told_twice_where_every_step_is_logged(pipe, monkeypatch):
 def test_the_loss_of_next_tokens_alone_is_called_loss(weight, name):
     distillation = None if weight is None else SimpleNamespace(weight=weight)
     assert loss_name(SimpleNamespace(distillation=distillation)) == name
+
+
+def test_the_losses_before_healing_are_told():
+    figures = {name: {"loss": n} for n, name in enumerate(("source", "100%", "50%", "25%", "0%", "opened"), start=1)}
+    told = before_healing(figures)
+    assert "source 1.0000, converted 2.0000, at 50% 3.0000" in told
+    assert "gates opened 6.0000" in told
