@@ -1,7 +1,6 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Attention of new tokens over kept ones: over a paged cache of streams of any length, and with eviction."""
 
-import heapq
 from dataclasses import dataclass
 
 import torch
@@ -320,22 +319,54 @@ def eviction_times(
     if not bool((held + added > budget).any()):
         return None
     width = 0 if cached is None else cached.keys.shape[2]
-    until = torch.full((batch * heads, width + scores.shape[2]), length + 1)
-    for stream in range(batch * heads):
-        row, head = divmod(stream, heads)
-        # The column breaks ties and grows with the position: the oldest of equal scores leaves.
-        heap: list[tuple[float, int]] = []
-        if cached is not None:
-            first = width - int(held[row, head])
-            heap = [(s, first + i) for i, s in enumerate(cached.scores[row, head, first:].tolist())]
-            heapq.heapify(heap)
-        times = keep[row, :, head].nonzero()[:, 0].tolist()
-        for i, (time, score) in enumerate(zip(times, scores[row, head].tolist(), strict=False)):
-            heapq.heappush(heap, (score, width + i))
-            if len(heap) > budget:
-                until[stream, heapq.heappop(heap)[1]] = time + 1
-    until = until.view(batch, heads, -1).to(keep.device)
+    scores = scores if cached is None else torch.cat([cached.scores, scores], 2)
+    # Columns without a token lie before a stream's first cached one, and behind its last new one.
+    column = torch.arange(scores.shape[2], device=keep.device)
+    filled = (column >= width - held[..., None]) & (column < width + added[..., None])
+    # The column breaks ties and grows with the position: the oldest of equal scores leaves.
+    ordered = scores.argsort(dim=2, stable=True)
+    ordered = ordered.gather(2, filled.gather(2, ordered).byte().argsort(dim=2, stable=True))
+    rank = torch.empty_like(ordered).scatter_(2, ordered, column.expand_as(ordered))
+    arrival = torch.arange(scores.shape[2] - width, device=keep.device)
+    # A stream holds the highest ranks of what has come, so what leaves never comes back.
+    least = kth_largest_of_prefixes(rank.flatten(0, 1), budget, width + 1).view(batch, heads, -1)
+    evicting = torch.searchsorted(least, rank, right=True).maximum((column - width).clamp(min=0))
+    number = keep.transpose(1, 2).cumsum(2)
+    times = torch.searchsorted(number, (arrival + 1).expand(batch, heads, -1).contiguous())
+    until = F.pad(times, (0, 1), value=length).gather(2, evicting) + 1
     return until if waits == 0 else _delayed(until, waits, length, real)
+
+
+def kth_largest_of_prefixes(ranks: torch.Tensor, k: int, first: int) -> torch.Tensor:
+    """The k-th largest number of each prefix, by a wavelet matrix, whose bits are counted from the highest on.
+
+    Args:
+        ranks: `[S, N]` int64, a permutation of 0 to N - 1 in each row.
+        k: from 1.
+        first: numbers in the shortest prefix.
+
+    Returns:
+        `[S, N - first + 1]` int64, which rises; -1 for prefixes of fewer than `k` numbers.
+    """
+    streams, size = ranks.shape
+    index = torch.arange(size, device=ranks.device)
+    stop = torch.arange(first, size + 1, device=ranks.device).expand(streams, -1)
+    start, wanted, found, prefix = torch.zeros_like(stop), torch.full_like(stop, k), torch.zeros_like(stop), stop
+    for bit in reversed(range(max(1, (size - 1).bit_length()))):
+        ones = (ranks >> bit) & 1
+        before = F.pad(ones.cumsum(1), (1, 0))
+        zeros = size - before[:, -1:]
+        ones_before, ones_until = before.gather(1, start), before.gather(1, stop)
+        inside = ones_until - ones_before
+        high = wanted <= inside
+        found = found + (high.long() << bit)
+        wanted = torch.where(high, wanted, wanted - inside)
+        start = torch.where(high, zeros + ones_before, start - ones_before)
+        stop = torch.where(high, zeros + ones_until, stop - ones_until)
+        # Zeros first, then ones, each in their order.
+        place = torch.where(ones.bool(), zeros + before[:, :-1], index - before[:, :-1])
+        ranks = torch.empty_like(ranks).scatter_(1, place, ranks)
+    return found.masked_fill(prefix < k, -1)
 
 
 def _delayed(until: torch.Tensor, waits: int, length: int, real: torch.Tensor | None) -> torch.Tensor:
@@ -352,6 +383,7 @@ __all__ = [
     "attend_new",
     "attend_stream_by_stream",
     "eviction_times",
+    "kth_largest_of_prefixes",
     "ragged_decode_attention",
     "slab_table",
     "window_starts",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ham_hf import attention_ham, prefix_attention_ham
-from ham_hf.attention_ham import KeptColumns, eviction_times, ragged_decode_attention
+from ham_hf.attention_ham import KeptColumns, eviction_times, kth_largest_of_prefixes, ragged_decode_attention
 from ham_hf.cache_layer_ham import HAMCacheLayer
 from ham_hf.layer_step_ham import LayerStep
 from ham_hf.paged_store_ham import PagedStore
@@ -186,6 +186,28 @@ def test_eviction_times_follow_the_survivors(levels):
                     sees = until is None or t - cut < until[b, h, column]
                     assert sees == bool(table[t - 1, token]), (budget, cut, b, h, token, t)
     assert all(outcomes[name] for name in ("none", "cached", "fresh")), outcomes
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 40])
+def test_the_kth_largest_of_every_prefix(size):
+    ranks = torch.stack([torch.randperm(size) for _ in range(3)])
+    for k, first in itertools.product({1, 2, size // 2 + 1, size, size + 1}, {1, size // 2 + 1, size}):
+        found = kth_largest_of_prefixes(ranks, k, first)
+        assert found.shape == (3, size - first + 1)
+        for row, numbers in zip(found.tolist(), ranks.tolist(), strict=True):
+            prefixes = (sorted(numbers[:n], reverse=True) for n in range(first, size + 1))
+            assert row == [prefix[k - 1] if len(prefix) >= k else -1 for prefix in prefixes]
+
+
+def test_eviction_takes_no_operation_per_token():
+    def operations(length):
+        keep, scores = torch.ones(1, length, 2, dtype=torch.bool), torch.rand(1, 2, length)
+        with torch.profiler.profile() as profile:
+            assert eviction_times(keep, scores, 5) is not None
+        return len(profile.events())
+
+    operations(64)  # warms up
+    assert operations(2048) < 2 * operations(64), "they grow with the logarithm of the length"
 
 
 @pytest.mark.parametrize(
