@@ -313,3 +313,37 @@ def test_every_launch_is_on_the_device_of_its_tensors(on_kernels, tiny_config, m
     names = ("wy_inverse_fwd", "compact_kept_fwd", "sparse_prefix_attention_fwd", "ragged_decode_attention_fwd")
     for name in (*names, "decode_update_fwd", "decode_mix_append_fwd"):
         assert f"{name}_kernel" in launched, name
+
+
+@pytest.mark.parametrize("on_kernels", ["all"], indirect=True)
+def test_only_the_first_axis_of_a_grid_grows_with_the_batch(on_kernels, tiny_config, monkeypatch):
+    """The others end at 65,535, fewer than the streams of a large batch."""
+    if torch.cuda.is_available():
+        pytest.skip("nothing is interpreted")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launch, set_grid = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.set_grid_dim
+    launched, other_axes = [], {}
+
+    def named(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    def recorded(self, *grid):
+        other_axes.setdefault(launched[-1], set()).add((batch, *grid[1:]))
+        return set_grid(self, *grid)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", named)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", recorded)
+    model = tiny_model(tiny_config, num_hidden_layers=1, **WINDOW)
+    on_kernels()
+    for batch in (1, 3):
+        ids = inputs()["input_ids"][:1, :9].repeat(batch, 1)
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            cache = model.eval()(ids[:, :8], use_cache=True, threshold=0.4).cache
+            model(ids[:, 8:], cache=cache, use_cache=True, threshold=0.4)
+        model.train()
+    assert len(other_axes) > 10
+    for name, grids in other_axes.items():
+        small, large = ({grid[1:] for grid in grids if grid[0] == batch} for batch in (1, 3))
+        assert small == large, name

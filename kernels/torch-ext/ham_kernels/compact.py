@@ -20,26 +20,29 @@ NUM_WARPS = 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. A row has `HK` heads, `T` tokens and `M` columns; a stream is one head of one row.
+# Kernels. A row has `HK` heads, `T` tokens and `M` columns; a stream is one head of one row. All programs are on the
+# first axis of the grid, as the others end at 65,535.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["T"])
 def compact_kept_count_kernel(keep, counts, T, HK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(T, BLOCK_T)
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)
     mask = (t < T)[:, None] & (h < HK)[None, :]
     kept = tl.load(keep + row * T * HK + t.to(tl.int64)[:, None] * HK + h[None, :], mask=mask, other=0)
     count = tl.sum(kept.to(tl.int32), 0)
-    tl.store(counts + (row * tl.num_programs(0) + chunk) * HK + h, count, mask=h < HK)
+    tl.store(counts + (row * chunks + chunk) * HK + h, count, mask=h < HK)
 
 
 @triton.jit(do_not_specialize=["T"])
 def compact_kept_scan_kernel(
     keep, counts, before, total, T, HK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    chunk, chunks, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(T, BLOCK_T)
+    chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     carry = tl.zeros([BLOCK_H], dtype=tl.int32)
     for start in range(0, chunk, BLOCK_T):
@@ -60,9 +63,10 @@ def compact_kept_fwd_kernel(
     x, out, keep, before, total, stride_b, stride_t, stride_h, T, M,
     HK: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    stream = tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(T, BLOCK_T)
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
     row, head = stream // HK, stream % HK
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     kept = tl.load(keep + (row * T + t) * HK + head, mask=t < T, other=0) != 0
     column = tl.load(before + (row * T + t) * HK + head, mask=t < T, other=0)
@@ -79,9 +83,10 @@ def compact_kept_bwd_kernel(
     grad, dx, keep, before, T, M,
     HK: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    stream = tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(T, BLOCK_T)
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
     row, head = stream // HK, stream % HK
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     kept = tl.load(keep + (row * T + t) * HK + head, mask=t < T, other=0) != 0
     column = tl.load(before + (row * T + t) * HK + head, mask=t < T, other=0)
@@ -107,8 +112,9 @@ def count_before(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads = keep.shape
     flags = keep.view(torch.uint8)
     block_t, block_h = _tile(heads)
-    grid = (triton.cdiv(length, block_t), batch)
-    counts = torch.empty(batch, grid[0], heads, dtype=torch.int32, device=keep.device)
+    chunks = triton.cdiv(length, block_t)
+    grid = (batch * chunks,)
+    counts = torch.empty(batch, chunks, heads, dtype=torch.int32, device=keep.device)
     before = torch.empty(keep.shape, dtype=torch.int64, device=keep.device)
     total = torch.empty(batch, heads, dtype=torch.int32, device=keep.device)
     compact_kept_count_kernel[grid](flags, counts, length, heads, block_t, block_h, num_warps=NUM_WARPS)
@@ -129,7 +135,7 @@ def compact_kept_fwd(
     if not out.numel():
         return out
     block_t, block_d = _tile(dim)
-    grid = (triton.cdiv(length, block_t), batch * heads)
+    grid = (batch * heads * triton.cdiv(length, block_t),)
     compact_kept_fwd_kernel[grid](
         x, out, keep.view(torch.uint8), before, total, *x.stride()[:3], length, columns,
         heads, dim, block_t, block_d, num_warps=NUM_WARPS,
@@ -143,7 +149,7 @@ def compact_kept_bwd(grad: torch.Tensor, keep: torch.Tensor, before: torch.Tenso
     columns, dim = grad.shape[2:]
     dx = torch.empty(batch, length, heads, dim, dtype=grad.dtype, device=grad.device)
     block_t, block_d = _tile(dim)
-    grid = (triton.cdiv(length, block_t), batch * heads)
+    grid = (batch * heads * triton.cdiv(length, block_t),)
     compact_kept_bwd_kernel[grid](
         grad.contiguous(), dx, keep.view(torch.uint8), before, length, columns,
         heads, dim, block_t, block_d, num_warps=NUM_WARPS,

@@ -32,8 +32,8 @@ def sparse_prefix_attention_bwd_self_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Self term of each token, summed over its group, and `delta`, the mean of `do . v` under each softmax."""
-    stream = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    stream, tile = stream_and_tile(T, BLOCK_T, False)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     real = t < T
     token = ((stream // HK) * T + t) * HK + stream % HK
     own_value = load_tile(v, own_token(token, stream, T, L, HK) * V, real, V, BLOCK_V).to(tl.float32)
@@ -164,9 +164,9 @@ def _first_above(x, bound, T, HK: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "M"])
 def sparse_prefix_attention_bwd_seen_kernel(begin, end, until, seen, T, M, HK: tl.constexpr, BLOCK_N: tl.constexpr):
     """First query that sees each column, and the first that no longer does."""
-    stream = tl.program_id(1).to(tl.int64)
+    stream, tile = stream_and_tile(M, BLOCK_N, False)
     base = (stream // HK) * T * HK + stream % HK
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     seen_from = _first_above(end + base, column, T, HK)
     seen_until = _first_above(begin + base, column, T, HK)
     if until is not None:
@@ -264,7 +264,7 @@ def _columns_bwd(
     columns = keys.shape[2]
     if columns:
         seen = torch.empty(batch * heads, 2, columns, dtype=torch.int32, device=q.device)
-        sparse_prefix_attention_bwd_seen_kernel[(triton.cdiv(columns, SEEN_COLUMNS), batch * heads)](
+        sparse_prefix_attention_bwd_seen_kernel[(batch * heads * triton.cdiv(columns, SEEN_COLUMNS),)](
             begin, end, until, seen, length, columns, heads, SEEN_COLUMNS, num_warps=4
         )
         launch(
@@ -300,7 +300,7 @@ def sparse_prefix_attention_bwd(
     delta, self_slope = torch.empty_like(lse), torch.empty_like(lse)
     sizes = head_sizes(q, k_kept, v_kept)
     block_t = SELF_ELEMENTS // max(sizes["BLOCK_K"], sizes["BLOCK_V"])
-    sparse_prefix_attention_bwd_self_kernel[(triton.cdiv(length, block_t), batch * sizes["HK"])](
+    sparse_prefix_attention_bwd_self_kernel[(batch * sizes["HK"] * triton.cdiv(length, block_t),)](
         q, v, o, do, self_weight, dlse, dk, dv, delta, self_slope, scale, tokens, length,
         **sizes, BLOCK_T=block_t, num_warps=SELF_WARPS,
     )  # fmt: skip
