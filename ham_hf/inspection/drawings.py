@@ -46,9 +46,10 @@ class Drawing:
 
     def write(self, folder: Path, stem: str) -> list[str]:
         """Writes the figure as PNG and SVG, each whole or not at all; returns the files' names."""
+        # Drawing moves a figure's parts a little; the vector file comes first, so that it is the same each time.
+        write_whole(folder / f"{stem}.svg", self.svg)
         with whole_file(folder / f"{stem}.png") as unfinished:
             self.figure.savefig(unfinished, format="png")
-        write_whole(folder / f"{stem}.svg", self.svg)
         return [f"{stem}.png", f"{stem}.svg"]
 
 

@@ -297,7 +297,8 @@ def _draw_scores(axis: "Axes", reading: Reading, row: int, head: int, rasterized
         look["rasterized"] = rasterized
         axis.plot(x[kept].numpy(), scores[kept].numpy(), label=label, **look)
         axis.plot(x[~kept].numpy(), scores[~kept].numpy(), fillstyle="none", alpha=0.4, **look)
-    if 0 <= threshold <= 1:
+    # Positions, which `recency` scores by, lie far below 1.
+    if 0 <= threshold <= (scores.max().item() if reading.router == "recency" else 1):
         axis.axhline(threshold, color=colour, linestyle="--", linewidth=1)
 
 
@@ -336,5 +337,5 @@ def _separate_always_held(axis: "Axes", reading: Reading, row: int) -> None:
     spans = _spans_always_held(reading, row)
     edges = [spans[name][inner] for name, inner in (("sinks", 1), ("window", 0)) if name in spans]
     # Two lines, so that one of them shows on every colour.
-    for colour, width in (("white", 4), (EDGE, 2)):
+    for colour, width in (("white", 4), (EDGE, 2)) if edges else ():
         axis.vlines(edges, row - 0.5, row + 0.5, colors=colour, linewidth=width)
