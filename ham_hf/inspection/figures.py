@@ -112,7 +112,7 @@ def usage_figure(reading: Reading) -> "Figure":
             for head in range(heads):
                 for row in range(layers):
                     share = usage[head, row].item()
-                    ink = "white" if share > 50 else "black"
+                    ink = "white" if share > 65 else "black"
                     axis.text(row, head, f"{share:.0f}", ha="center", va="center", color=ink, fontsize="small")
     step = -(-layers // 24)
     axes[-1].set(xlabel="layer", xticks=range(0, layers, step), xticklabels=reading.layers[::step])
