@@ -6,6 +6,7 @@ import torch
 
 from ham_hf import HAMForCausalLM
 from ham_hf.inspection import Passage, read
+from ham_hf.inspection.passages import _texts_at
 from tests.cli.calls import PROMPT, byte_tokenizer
 from tests.inspection.texts import passage
 
@@ -78,11 +79,13 @@ def test_window_and_sinks_are_held(tiny_config):
     assert found.held[0, :, 0].nonzero().flatten().tolist() == [0, 1, *range(LENGTH - 5, LENGTH)]
 
 
-def test_a_budget_leaves_what_the_cache_holds(tiny_config):
-    model, text = model_of(tiny_config()), passage(LENGTH)
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_budget_leaves_what_the_cache_holds(tiny_config, window):
+    model, text = model_of(tiny_config(attention_window=window)), passage(LENGTH)
     found = read(model, text, threshold=0.0, kv_budget=7)
     cache = call(model, text, threshold=0.0, kv_budget=7).cache
-    assert found.kept.sum(1).tolist() == [[7, 7], [7, 7]]
+    assert found.held.sum(1).tolist() == [[7, 7], [7, 7]]
+    assert torch.equal(found.held.sum(1), cache.held_tokens()[:, 0])
     assert all(torch.equal(found.kept[layer], marks(cache, layer, LENGTH)) for layer in (0, 1))
 
 
@@ -167,6 +170,8 @@ def test_the_tokens_of_a_text():
     assert (cut.texts, cut.total) == (whole.texts[:12], whole.total)
     assert torch.equal(cut.ids, whole.ids[:, :12])
     assert Passage.of(tokenizer, "a<|endoftext|>b").texts == ("a", "<|endoftext|>", "b")
+    spread = _texts_at("abcdef", [(0, 1), (1, 3), (1, 2), (4, 5), (0, 0), (5, 6)])
+    assert spread == ["a", "bc", "", "de", "", "f"], "every letter once, whichever tokens share it"
     with pytest.raises(ValueError, match="at least one token"):
         Passage.of(tokenizer, "")
     with pytest.raises(ValueError, match="`length` must be a positive int or None, got 0"):
