@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from .. import __version__
-from . import calibrate, card, demo, evaluate, generate, push, ruler, run, sweep, train
+from . import calibrate, card, demo, evaluate, generate, inspect, push, ruler, run, sweep, train
 from .arguments import CommandError, Parser, exit_status
 
 DESCRIPTION = """\
@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   ham-hf demo
   ham-hf generate "It was a dark night, and Captain Ahab" --threshold 0 0.5 2
+  ham-hf inspect letter.txt --threshold 0.4 0.6 --output my-letter
   ham-hf calibrate my-ham --text book.txt --output my-ham-calibrated
   ham-hf evaluate my-ham --text books/ --output my-results
   ham-hf sweep my-ham --text books/ --allow 1% --output my-sweep
@@ -24,7 +25,7 @@ examples:
   ham-hf train recipe.yaml
   ham-hf run transformers serve path/to/checkpoint
 """
-COMMANDS = (generate, demo, train, calibrate, evaluate, sweep, ruler, card, push, run)
+COMMANDS = (generate, inspect, demo, train, calibrate, evaluate, sweep, ruler, card, push, run)
 
 
 def build_parser() -> Parser:
@@ -39,7 +40,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     parser.set_defaults(execute=lambda arguments: parser.print_help())
     commands = parser.add_subparsers(
-        metavar="generate|demo|train|calibrate|evaluate|sweep|card|push|run", title="commands"
+        metavar="generate|inspect|demo|train|calibrate|evaluate|sweep|card|push|run", title="commands"
     )
     for command in COMMANDS:
         command.add_to(commands)

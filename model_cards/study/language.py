@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from ham_hf.evaluation import calibrate
+from ham_hf.inspection.readings import recorded_decays
 from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.recipe import at_least
 from ham_hf.training.sampling import TokenSampler, held_out_windows
@@ -156,22 +156,8 @@ def _traces(model: HAMForCausalLM, windows: list[torch.Tensor]) -> dict[str, Any
     """
     ids, place = _with_needle(windows[0], windows[0].shape[1] - NEEDLE, 1, model.config.vocab_size)
     ids = ids.to(model.device)
-    hybrid = [layer.mixer for layer in model.model.layers if layer.mixer.layer_type == "hybrid"]
-    decays: list[torch.Tensor] = []
-    # Calls of a layer's projection come in the order of the layers.
-    handles = [
-        mixer.a_proj.register_forward_hook(
-            lambda _, __, out, mixer=mixer: decays.append(
-                (-mixer.A_log.float().exp() * F.softplus(out.float() + mixer.dt_bias.float())).exp()
-            )
-        )
-        for mixer in hybrid
-    ]
-    try:
+    with recorded_decays(model) as decays:
         scores = model(input_ids=ids, use_cache=False, output_routing_scores=True).routing_scores
-    finally:
-        for handle in handles:
-            handle.remove()
     everywhere = [
         torch.stack(model(input_ids=x.to(model.device), use_cache=False, output_routing_scores=True).routing_scores)
         for x in windows
@@ -179,6 +165,6 @@ def _traces(model: HAMForCausalLM, windows: list[torch.Tensor]) -> dict[str, Any
     return {
         "needle": [place, place + NEEDLE],
         "scores": torch.stack(scores)[:, 0].mean(-1).tolist(),
-        "decay": torch.stack(decays)[:, 0].mean(-1).tolist(),
+        "decay": torch.stack([calls[0][0] for calls in decays.values()]).mean(-1).tolist(),
         "by_position": torch.stack(everywhere).mean((0, 2, 4)).tolist(),
     }

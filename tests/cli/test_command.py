@@ -32,6 +32,7 @@ def test_help_and_version(capsys):
         (["--help"], "ham-hf demo"),
         (["generate", "--help"], "--threshold 0 0.5 2"),
         (["demo", "--help"], "--max-new-tokens"),
+        (["inspect", "--help"], "ham-hf inspect letter.txt --threshold 0.4 0.6"),
         (["calibrate", "--help"], "ham-hf calibrate my-ham --text book.txt"),
         (["card", "--help"], "ham-hf card my-ham --results my-results --repo-id OWNER/my-ham"),
         (["push", "--help"], "ham-hf push my-ham OWNER/my-ham --private"),
