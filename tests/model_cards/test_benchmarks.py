@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from model_cards.benchmarks import bench
+from model_cards.benchmarks import bench, window
 from model_cards.benchmarks.tables import insert_table
 
 
@@ -38,6 +38,20 @@ def test_several_rows_are_measured_at_once(monkeypatch):
     assert decode["other_cache_bytes"] == 3 * (64 + 4) * 2 * 2 * 2 * 8 * 4
     table = bench.to_markdown([prefill, decode], {})
     assert table.count(" | 2 | 3 | ") == 2, table
+
+
+def test_a_window_is_compared_with_as_many_tokens_held_without_one(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setitem(window.SHAPE, name, value)
+    monkeypatch.setattr(window, "LENGTH", 400)
+    monkeypatch.setattr(window, "STEPS", 1)
+    results = window.compare(2, 0.5, 1, torch.get_num_threads())
+    assert [x["what"] for x in results] == ["prefill of 400 tokens", "decoding after 400 tokens"]
+    for result in results:
+        assert result["held"] == pytest.approx([0.5, 0.5], abs=0.07)
+        assert result["speedup"] > 0
+    lines = window.to_markdown([results[0] | {"speedup": 1.25, "held": [0.5, 0.25]}], {"torch": "1"}).splitlines()
+    assert lines[2].startswith("| prefill of 400 tokens | 2 | 50.0% and 25.0% | 1.25 |")
 
 
 def test_training_is_measured_at_the_wanted_usage(monkeypatch):
