@@ -28,7 +28,8 @@ class WindowFigures(NamedTuple):
             the first token of the copy, which nothing announces.
         first, repeated: that of the tokens that `repeated_tokens` tells apart; `None` where there are none.
         parts: that of each eighth of the window.
-        kept: fraction of the tokens that the router kept, mean over layers and heads; `None` if the model has none.
+        kept: fraction of the tokens that the router kept, mean over layers and heads; `None` of a model that is no
+            HAM, or whose layers have no attention.
         held: fraction of the tokens in memory, those of a window and sinks included; `None` as before.
         kv_bytes: bytes that keys and values of the window take; `None` if the model returns no cache.
         full_kv_bytes: bytes that all tokens' keys and values would take.
@@ -154,11 +155,14 @@ def usage_of(cache: Any, rows: int) -> list[dict[str, Any]]:
         share = {"kv_bytes": of_keys and of_keys // rows, "state_bytes": of_states and of_states // rows}
         return [nothing | share for _ in range(rows)]
     attends = [i for i, kind in enumerate(cache.config.layer_types) if kind != "linear_attention"]
-    assert cache.real_tokens is not None, "a model has filled the cache"
-    seen = cache.real_tokens.cpu()
-    kept, held = (
-        (x[attends].float().mean((0, 2)) / seen).tolist() for x in (cache.kept_tokens(), cache.held_tokens())
-    )
+    kept: list[float | None] = [None] * rows
+    held = kept
+    if attends:
+        assert cache.real_tokens is not None, "a model has filled the cache"
+        seen = cache.real_tokens.cpu()
+        kept, held = (
+            (x[attends].float().mean((0, 2)) / seen).tolist() for x in (cache.kept_tokens(), cache.held_tokens())
+        )
     sizes = {
         "kv_bytes": (cache.memory_bytes() - cache.state_bytes()) // rows,
         "full_kv_bytes": cache.full_kv_bytes() // rows,

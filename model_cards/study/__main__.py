@@ -20,8 +20,8 @@ examples:
   python -m model_cards.study cpu --output model_cards/study --report
 
 STUDY is cpu, gpu or a YAML file like theirs. Every model's result is added to OUTPUT/PART.jsonl when it is done,
-so the same command resumes an interrupted study. Only language needs CORPUS and TOKENIZER, which are written by
-python -m model_cards.ham_tiny.corpus and python -m model_cards.ham_tiny.tokenizer.
+so the same command resumes an interrupted study. Only language and selection need CORPUS and TOKENIZER, which are
+written by python -m model_cards.ham_tiny.corpus and python -m model_cards.ham_tiny.tokenizer.
 """
 
 
@@ -38,8 +38,8 @@ def build_parser() -> Parser:
     parser.add_argument("study", metavar="STUDY", help="cpu, gpu or a YAML file")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for results and plots")
     parser.add_argument("--parts", metavar="PART", nargs="+", help="parts of the study (default: all)")
-    parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, for language")
-    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer, for language")
+    parser.add_argument("--corpus", metavar="DIR", type=Path, help="folder of the text, which language needs")
+    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="folder of its tokenizer")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
     parser.add_argument("--threads", metavar="N", type=whole, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--report", action="store_true", help="train nothing: report all stored results")
@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from .language import Texts
     from .report import write_report
     from .results import check_results, read_results
-    from .study import jobs_of, parts_of, read_study, run_study
+    from .study import OF_TEXT, jobs_of, parts_of, read_study, run_study
 
     with failing_as("argument STUDY"):
         study = read_study(arguments.study)
@@ -72,9 +72,10 @@ def execute(arguments: argparse.Namespace) -> None:
         if part not in study:
             raise CommandError(f"argument --parts: got {part!r}, takes some of {', '.join(study.keys() - {'arms'})}")
     texts = None
-    if "language" in parts and not arguments.report:
+    of_text = [part for part in parts if part in OF_TEXT]
+    if of_text and not arguments.report:
         if arguments.corpus is None or arguments.tokenizer is None:
-            raise CommandError("argument --corpus: language needs it and --tokenizer; or give other --parts")
+            raise CommandError(f"argument --corpus: {of_text[0]} needs it and --tokenizer; or give other --parts")
         with failing_as("argument --corpus"):
             texts = Texts(arguments.corpus, arguments.tokenizer)
     if arguments.threads:

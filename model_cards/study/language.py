@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Language modelling and needles for one model of the study: loss against usage, recall against distance, scores."""
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ham_hf.evaluation import calibrate
+from ham_hf.evaluation.losses import window_figures
 from ham_hf.inspection.readings import recorded_decays
 from ham_hf.modeling_ham import HAMForCausalLM
 from ham_hf.training.recipe import at_least
@@ -76,9 +78,10 @@ def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
     """Trains one model on text and measures it, at its learned thresholds and at the study's usages.
 
     Returns:
-        `parameters`; `losses` of training, see `block_means`; `held_out`, by usage, the loss (nats per token) of
-        every window; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a needle's
-        tokens that are predicted; `traces` of hybrid models, see `_traces`.
+        `parameters`; `losses` of training, see `block_means`; by usage, of every window, the loss (nats per token)
+        `held_out`, and those of its end read a `second_time` and of its `first` and `repeated` tokens, as in
+        `WindowFigures`; `usage`, by usage, the fraction kept; `needle`, by usage and distance, the fraction of a
+        needle's tokens that are predicted; `traces` of hybrid models, see `_traces`.
     """
     task, training, sampler = LanguageTask(**job.settings["task"]), job.training, texts.training
     model = job.build(sampler.vocab_size, device)
@@ -95,31 +98,29 @@ def run_language(job: Job, texts: Texts, device: str) -> dict[str, Any]:
             calibrate(model, (sampler.batch(EVALUATION_SEED + i, 4, task.context) for i in range(CALIBRATION_BATCHES)))
         asked += job.settings["usages"]
     windows = texts.held_out(task.context, task.windows)
-    held_out, usage, needle = {}, {}, {}
+    result: dict[str, Any] = {"parameters": model.num_parameters(), "losses": block_means(losses)}
     for kv_usage in asked:
         key = "learned" if kv_usage is None else str(kv_usage)
-        held_out[key], usage[key] = _held_out(model, windows, kv_usage)
-        needle[key] = {x: _needle(model, windows, x, kv_usage) for x in task.distances}
-    result = {
-        "parameters": model.num_parameters(),
-        "losses": block_means(losses),
-        "held_out": held_out,
-        "usage": usage,
-        "needle": needle,
-    }
+        figures = _held_out(model, windows, kv_usage)
+        figures["needle"] = {x: _needle(model, windows, x, kv_usage) for x in task.distances}
+        for name, figure in figures.items():
+            result.setdefault(name, {})[key] = figure
     return result | ({"traces": _traces(model, windows)} if model.config.num_hybrid_layers else {})
 
 
-@torch.no_grad()
-def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None) -> tuple[list[float], float]:
-    losses, kept = [], []
+def _held_out(model: HAMForCausalLM, windows: list[torch.Tensor], kv_usage: float | None) -> dict[str, Any]:
+    """The losses of every window, see `run_language`, and the mean `usage`, 0 without attention."""
+    figures = []
     for ids in windows:
-        ids = ids.to(model.device)
         arguments = routing_arguments(model.config, ids.shape[1], kv_usage)
-        outputs = model(input_ids=ids, labels=ids, use_cache=True, **arguments)
-        losses.append(outputs.loss.item())
-        kept.append(outputs.cache.kv_usage().mean().item())
-    return losses, sum(kept) / len(kept)
+        figures += window_figures(model, ids.to(model.device), **arguments)
+    return {
+        "held_out": [x.loss for x in figures],
+        "second_time": [x.second_time for x in figures],
+        "first": [x.first for x in figures],
+        "repeated": [x.repeated for x in figures],
+        "usage": statistics.mean(x.kept or 0.0 for x in figures),
+    }
 
 
 def _with_needle(window: torch.Tensor, distance: int, index: int, vocab_size: int) -> tuple[torch.Tensor, int]:

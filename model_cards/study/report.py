@@ -1,31 +1,17 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The tables and plots of a study, from stored results alone."""
 
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from ham_hf.evaluation.markdown import table
-from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import write_whole
 
 from . import plots
-from .results import LEARNED, Result, arms_of, bytes_held, kept_fraction, recall_accuracy, select
+from .language_report import language_table, selection_differences, selection_table
+from .results import LEARNED, Result, arms_of, bytes_held, kept_fraction, recall_accuracy, select, spread, with_error
 from .study import COMPARED
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def with_error(values: list[float]) -> str:
-    """Mean and its standard error over seeds."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
 
 def recall_table(results: list[Result]) -> str:
@@ -131,29 +117,6 @@ def _flicker(runs: list[Result]) -> tuple[str, str]:
     return f"{early:.1%}", f"{late:.1%}"
 
 
-def language_table(results: list[Result]) -> str:
-    """A row per arm: held-out loss by usage (and the fraction kept of this text), and recall of needles by distance.
-
-    The loss without a usage, and the needles, are at the learned thresholds.
-    """
-    usages = [str(x) for x in results[0]["settings"]["usages"]]
-    distances = list(results[0]["needle"][LEARNED])
-    heads = [f"loss, {float(x):.0%} asked" for x in usages] + [f"needle, {x} tokens" for x in distances]
-    rows = []
-    for arm in arms_of(results):
-        runs = select(results, arm=arm)
-        asked = usages if usages[0] in runs[0]["held_out"] else [""] * len(usages)
-        cells = [_loss_and_kept(runs, usage) if usage else "" for usage in (LEARNED, *asked)]
-        cells += [spread([x["needle"][LEARNED][n] for x in runs]) for n in distances]
-        rows.append([arm, f"{runs[0]['parameters']:,}", len(runs), *cells])
-    return table(["model", "parameters", "seeds", "loss (kept)", *heads], rows) + "\n"
-
-
-def _loss_and_kept(runs: list[Result], usage: str) -> str:
-    kept = statistics.mean(x["usage"][usage] for x in runs)
-    return f"{spread([statistics.mean(x['held_out'][usage]) for x in runs])} ({kept:.0%})"
-
-
 # The arm that repairs of the learned router are measured by: the router by default, where nothing cancels a score.
 CONTROL = "cosine-free"
 # Pairs of arms for the paper's claims and its open questions: the first minus the second.
@@ -180,7 +143,7 @@ QUESTIONS = (
 
 
 def write_report(results: list[Result], arms: list[str], output: Path) -> list[Path]:
-    """Writes the tables (`study.md`, `differences.md`, `repairs.md`) and the plots of all parts; returns the files.
+    """Writes the tables (`study.md`, and those of README.md apart) and the plots of all parts; returns the files.
 
     Args:
         results: results of a study with arms in `arms`.
@@ -197,6 +160,7 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     routers = [x for x in recall if x["part"] != "recall"]
     repairs = [x for x in results if x["part"] == "repairs"]
     language = [x for x in results if x["part"] == "language"]
+    selection = [x for x in results if x["part"] == "selection"]
     plotted = {x["arm"] for x in recall + language}
     colours = plots.colours_of([arm for arm in arms if arm in plotted])
     sections, written = [], []
@@ -217,6 +181,11 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
         traced = [x for x in language if "traces" in x]
         if traced:
             written.append(plots.plot_scores(traced, output / "scores.png"))
+    if selection:
+        compared = f"{selection_table(selection)}\n{selection_differences(selection)}"
+        sections += ["## Training with a selection\n", compared]
+        write_whole(output / "selection.md", compared)
+        written.append(output / "selection.md")
     if recall:
         compared = differences(recall, QUESTIONS)
         sections += ["## Differences in accuracy\n", compared]

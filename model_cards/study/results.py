@@ -1,12 +1,14 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Reads the results of a study: one file per part, with a row for each job."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ham_hf.configuration_ham import HAMConfig
+from ham_hf.evaluation.report import mean_and_error
 from ham_hf.files import read_rows
 
 from ..rows import Row
@@ -27,6 +29,19 @@ def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
 def arms_of(results: Iterable[Result]) -> list[str]:
     """The arms, each once, in the order of the results."""
     return list(dict.fromkeys(x["arm"] for x in results))
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def with_error(values: list[float]) -> str:
+    """Mean and its standard error over seeds."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
 
 def recall_accuracy(result: Result, kept: str = LEARNED) -> float:

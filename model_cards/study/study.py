@@ -22,7 +22,9 @@ from .recall_study import run_recall
 from .results import result_file, results_by_name
 
 STUDIES = Path(__file__).parent
-PARTS = ("recall", "gradients", "routers", "repairs", "language")
+PARTS = ("recall", "gradients", "routers", "repairs", "language", "selection")
+# Parts whose models read text.
+OF_TEXT = ("language", "selection")
 # Parts whose models are told in one table, and compared where they share a task.
 COMPARED = ("recall", "gradients", "routers")
 PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
@@ -75,7 +77,7 @@ def _check_compared(plans: dict[str, Any]) -> None:
 
 def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
     """Refuses a part with missing or unknown keys, or with arms that the study does not define."""
-    wanted = PLAN_KEYS if part == "language" else PLAN_KEYS | {"pairs"}
+    wanted = PLAN_KEYS if part in OF_TEXT else PLAN_KEYS | {"pairs"}
     if not isinstance(plan, dict) or set(plan) != wanted:
         found = sorted(plan) if isinstance(plan, dict) else plan
         raise ValueError(f"`{part}` must have the keys {sorted(wanted)}, got {found}.")
@@ -93,16 +95,14 @@ def _check_plan(part: str, plan: Any, arms: dict[str, Any]) -> None:
     check_config_keys(f"{part}.model", plan["model"])
     for arm in plan["arms"]:
         check_config_keys(f"arms.{arm}", arms[arm].keys() - {"gradient", "training", "oracle"})
-        if part == "language" and "oracle" in arms[arm]:
-            raise ValueError(
-                f"`language.arms` must be without oracles, which know tasks of recall alone, got {arm!r}."
-            )
+        if part in OF_TEXT and "oracle" in arms[arm]:
+            raise ValueError(f"`{part}.arms` must be without oracles, which know tasks of recall alone, got {arm!r}.")
         gradient = arms[arm].get("gradient")
         if gradient is not None and gradient not in GRADIENTS:
             raise ValueError(f"`arms.{arm}.gradient` must be one of {sorted(GRADIENTS)}, got {gradient!r}.")
         read_section(Training, plan["training"] | arms[arm].get("training", {}), f"{part}.training")
     for name, task in plan["tasks"].items():
-        if part == "language":
+        if part in OF_TEXT:
             read_section(LanguageTask, task, f"{part}.tasks.{name}")
         else:
             read_section(RecallTask, task, f"{part}.tasks.{name}").check_pairs(plan["pairs"])
@@ -145,8 +145,8 @@ def _settings(plan: dict[str, Any], task: str, arm: dict[str, Any]) -> dict[str,
 
 
 def run_job(job: Job, texts: Texts | None, device: str) -> dict[str, Any]:
-    """Trains the model of a job and measures it; `texts` are for language."""
-    if job.part != "language":
+    """Trains the model of a job and measures it; `texts` are for the parts `OF_TEXT`."""
+    if job.part not in OF_TEXT:
         return run_recall(job, device)
     assert texts is not None
     return run_language(job, texts, device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from ham_hf import HAMForCausalLM
+from ham_hf import HAMConfig, HAMForCausalLM
 from ham_hf.evaluation import calibrate
 from ham_hf.evaluation.losses import (
     WindowFigures,
@@ -105,6 +105,15 @@ def test_other_models_tell_the_bytes_of_their_caches():
     assert found.kv_bytes == 0
     assert found.state_bytes >= 2 * 64 * 4 * 4, "layers, inner width, states, float32"
     assert cache_bytes(None) == (None, None)
+
+
+def test_layers_without_attention_keep_no_share_of_the_tokens():
+    config = HAMConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layer_types=["linear_attention"] * 2
+    )
+    found = window_figures(HAMForCausalLM(config).eval(), windows(2))
+    assert [(x.kept, x.held, x.full_kv_bytes) for x in found] == [(None, None, 0)] * 2
+    assert summary(found)["usage"] is None
 
 
 def test_a_model_without_logits_to_keep_gives_all_its_logits():

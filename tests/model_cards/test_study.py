@@ -13,7 +13,7 @@ from ham_hf.inputs_ham import TokenLayout
 from ham_hf.reference import naive_sparse_attention
 from ham_hf.training.control import thresholds_of
 from model_cards.rows import current_commit
-from model_cards.study import language, recall_study, report, study
+from model_cards.study import language, language_report, recall_study, report, study
 from model_cards.study.__main__ import main
 from model_cards.study.fitting import Training, block_means, fit
 from model_cards.study.gradients import GRADIENTS, use_gradient
@@ -409,16 +409,18 @@ class TestRunning:
             (["cpo", "--output", "x"], "no file 'cpo', takes a YAML file or one of cpu"),
             ([str(study_file), "--output", "x", "--parts", "recal"], "argument --parts: got 'recal'"),
             (["cpu", "--output", "x", "--parts", "language"], "argument --corpus: language needs it"),
+            (["cpu", "--output", "x", "--parts", "routers", "selection"], "argument --corpus: selection needs it"),
             ([str(study_file), "--output", str(tmp_path / "none"), "--report"], "there is nothing to report"),
         ):
             assert main([*arguments]) == 2
             assert message in capsys.readouterr().err
 
 
-def test_an_oracle_of_language_is_refused():
+@pytest.mark.parametrize("part", ["language", "selection"])
+def test_an_oracle_of_language_is_refused(part):
     plan = study.read_study("cpu")
-    with pytest.raises(ValueError, match=r"`language\.arms` must be without oracles.* got 'oracle'"):
-        study._check_plan("language", plan["language"] | {"arms": ["oracle"]}, plan["arms"])
+    with pytest.raises(ValueError, match=rf"`{part}\.arms` must be without oracles.* got 'oracle'"):
+        study._check_plan(part, plan[part] | {"arms": ["oracle"]}, plan["arms"])
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
@@ -429,7 +431,7 @@ def test_the_studies_of_the_package_are_sound(name):
     assert plan["recall"]["seeds"] >= 5
     # Seeds of an arm have the same settings.
     for job in {(job.part, job.task, job.arm): job for job in jobs}.values():
-        vocab_size = 5000 if job.part == "language" else RecallTask(**job.settings["task"]).vocab_size
+        vocab_size = 5000 if job.part in study.OF_TEXT else RecallTask(**job.settings["task"]).vocab_size
         with torch.device("meta"):
             equal_to = HAMForCausalLM(HAMConfig(**job.settings["equal_to"] | {"vocab_size": vocab_size}))
         config = job.config(vocab_size)
@@ -468,6 +470,54 @@ class TestLanguage:
         handle.remove()
         g = -mixer.A_log.exp() * torch.nn.functional.softplus(mixer.a_proj(inputs[0]) + mixer.dt_bias)
         torch.testing.assert_close(decay[0], g.exp()[0].mean(-1), rtol=0, atol=1e-6)
+
+
+class TestSelection:
+    def test_a_model_is_trained_on_text_and_its_losses_are_those_of_each_usage(self, monkeypatch):
+        monkeypatch.setattr(language, "NEEDLES", 2)
+        monkeypatch.setattr(language, "CALIBRATION_BATCHES", 2)
+        plan = study.read_study("cpu")
+        plan["selection"]["training"] = {"steps": 4, "rows": 1, "learning_rate": 1e-3, "warmup": 2}
+        plan["selection"]["tasks"]["english"] |= {"context": 32, "distances": [16]}
+        plan["selection"]["model"] |= {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+        jobs = {job.arm: job for job in study.jobs_of(plan) if job.part == "selection" and job.seed == 0}
+
+        def batch(seed, rows, length, repeats=None):
+            return torch.randint(60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+        windows = [batch(i, 1, 32) for i in range(3)]
+        sampler = SimpleNamespace(vocab_size=60, batch=batch)
+        texts = SimpleNamespace(training=sampler, held_out=lambda context, per_document: windows)
+        for arm, usages in (("cosine", ["learned", "0.25", "1.0"]), ("all-kept", None), ("gdn", ["learned"])):
+            result = study.run_job(jobs[arm], texts, "cpu")
+            usages = usages or ["learned", "0.25", "1.0"]
+            for name in ("held_out", "second_time", "first", "repeated", "usage", "needle"):
+                assert list(result[name]) == usages
+            assert [len(x) for x in result["second_time"].values()] == [3] * len(usages)
+            assert result["usage"]["learned"] == {"cosine": result["usage"]["learned"], "all-kept": 1, "gdn": 0}[arm]
+            if arm != "gdn":
+                assert result["usage"]["1.0"] == 1
+                same = result["held_out"]["learned"] == result["held_out"]["1.0"]
+                assert same == (arm == "all-kept")
+
+    def test_differences_are_paired_by_seed(self):
+        def result(arm, seed, text, everything):
+            of_text = {"held_out": text, "second_time": text + 1, "first": text, "repeated": None}
+            figures = {name: {"learned": [x, x]} for name, x in of_text.items() if x is not None}
+            figures["repeated"] = {"learned": [None, text]}
+            if everything is not None:
+                figures["held_out"]["1.0"] = [everything] * 2
+            shared = {"part": "selection", "task": "t", "arm": arm, "seed": seed, "losses": [9.0, text]}
+            return shared | {"usage": {"learned": 0.25}} | figures
+
+        results = [result("gdn", 0, 5.0, None), result("gdn", 1, 7.0, None), result("gdn", 2, 1.0, None)]
+        results += [result("cosine", 0, 5.5, 5.25), result("cosine", 1, 7.1, 6.75)]
+        table = language_report.selection_differences(results)
+        assert "| cosine - gdn | 2 | 0.300 ± 0.200 (0) | 0.300 ± 0.200 (0) | 0.000 ± 0.250 (1) |" in table
+        assert len(table.splitlines()) == 3, "of the arms without results there are no differences"
+        rows = language_report.selection_table(results).splitlines()
+        assert rows[2].startswith("| gdn | 3 | 25% | 4.333 ± 1.764 | 4.333 ± 1.764 | 5.333 ± 1.764 | 4.333")
+        assert rows[3].endswith("| 6.300 ± 0.800 | 6.000 ± 0.750 |")
 
 
 def test_a_study_without_hybrid_layers_has_no_picture_of_scores(tmp_path):
