@@ -74,14 +74,17 @@ def differences(results: list[Result], comparisons: Iterable[tuple[str, str]]) -
 
 
 def gradient_table(results: list[Result]) -> str:
-    """A row per router and way of training it: accuracy over all pairs and last loss, by seed, and masks' flicker."""
-    columns = "router | seeds | accuracy | of each seed | last loss of each | masks changed by an update, early | late"
+    """A row per task, router and way of training it: accuracy over all pairs and last loss, by seed, and flicker."""
+    flicker = "masks changed by an update, early | late"
+    columns = f"filler | router | seeds | accuracy | of each seed | last loss of each | {flicker}"
     rows = []
-    for arm in arms_of(results):
-        runs = select(results, arm=arm)
-        scores = [recall_accuracy(x) for x in runs]
-        each, losses = (", ".join(f"{x:.2f}" for x in y) for y in (scores, [x["losses"][-1] for x in runs]))
-        rows.append([arm, len(runs), spread(scores), each, losses, *_flicker(runs)])
+    for task in sorted({x["task"] for x in results}):
+        of_task = select(results, task=task)
+        for arm in arms_of(x for x in results if x["task"] == task):
+            runs = select(of_task, arm=arm)
+            scores = [recall_accuracy(x) for x in runs]
+            each, losses = (", ".join(f"{x:.2f}" for x in y) for y in (scores, [x["losses"][-1] for x in runs]))
+            rows.append([task, arm, len(runs), spread(scores), each, losses, *_flicker(runs)])
     return table(columns.split(" | "), rows) + "\n"
 
 
@@ -169,7 +172,8 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
         written.append(plots.plot_recall(recall, colours, output / "recall.png"))
     if routers:
         sections += ["## Routers, and gradients of a learned one\n", gradient_table(routers)]
-        written.append(plots.plot_gradients(routers, colours, output / "gradients.png"))
+        drawn = [x for x in routers if x["task"] == routers[0]["task"]]
+        written.append(plots.plot_gradients(drawn, colours, output / "gradients.png"))
     if repairs:
         compared = repair_table(repairs)
         sections += ["## Repairs of the learned router\n", recall_table(repairs), compared]

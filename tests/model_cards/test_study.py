@@ -310,7 +310,9 @@ class TestRunning:
         table = (output / "study.md").read_text()
         assert table in capsys.readouterr().out
         assert "| cosine - gdn | pattern | 2 |" in table
-        assert table.index("| log-bias | 1 |") < table.index("| of-my-own | 1 |"), "in the order of `arms`"
+        assert table.index("| noise | log-bias | 1 |") < table.index("| noise | of-my-own | 1 |"), (
+            "in the order of `arms`"
+        )
         for plot in ("recall.png", "gradients.png"):
             assert (output / plot).read_bytes().startswith(b"\x89PNG")
         rows = read_rows(output / "recall.jsonl")
@@ -554,7 +556,7 @@ def test_differences_are_paired_by_seed_and_task():
 def test_parts_that_share_a_task_differ_in_their_arms_alone():
     found = {}
     for job in study.jobs_of(study.read_study("cpu")):
-        if job.part in ("recall", "gradients", "routers"):
+        if job.part in study.COMPARED:
             common = {name: job.settings[name] for name in ("equal_to", "task", "training", "usages", "pairs")}
             # The ramp is what the arm is about.
             common["training"] = {k: v for k, v in common["training"].items() if k != "usage_from"}
