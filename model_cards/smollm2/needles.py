@@ -6,6 +6,7 @@ Usage, with FOLDER from convert_transformer_to_ham.py:
     python -m model_cards.smollm2.needles text calibration.txt
     ham-hf calibrate FOLDER --text calibration.txt --router l2 --output CALIBRATED
     python -m model_cards.smollm2.needles run CALIBRATED --prompts 100
+    python -m model_cards.smollm2.needles run FOLDER --prompts 20 --length 2048
     python -m model_cards.smollm2.needles report
 
 `run` appends a row to needles.jsonl for each prompt, or window of text, and arm; run again, it goes on.
@@ -138,13 +139,14 @@ def figures_at(models: Models, arm: Arm, x: Example | torch.Tensor) -> dict[str,
     return text_figures(models.at(arm), x, arm.kv_usage)
 
 
-def run(folder: Path, prompts: int, names: list[str]) -> None:
+def run(folder: Path, prompts: int, names: list[str], length: int) -> None:
     """Measures what has no row yet: prompt by prompt and window by window, each at the arms of these names."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(halves()[1], add_special_tokens=False)["input_ids"]
-    needles = needle_examples(tokenizer, ids, prompts, LENGTH, SEED, THINGS)
-    windows = spread_windows(ids, LENGTH, WINDOWS)
-    models, done = Models(folder), {(row["kind"], row["index"], row["arm"]): row for row in read_rows(RESULTS)}
+    needles = needle_examples(tokenizer, ids, prompts, length, SEED, THINGS)
+    windows = spread_windows(ids, length, WINDOWS)
+    models, rows = Models(folder), of_length(read_rows(RESULTS), length)
+    done = {(row["kind"], row["index"], row["arm"]): row for row in rows}
     # Windows of text come between prompts, so that an early stop has both.
     pairs = itertools.chain.from_iterable(itertools.zip_longest(enumerate(needles), enumerate(windows)))
     for index, x in tqdm([pair for pair in pairs if pair is not None]):
@@ -154,10 +156,15 @@ def run(folder: Path, prompts: int, names: list[str]) -> None:
             # What the source does not find nobody is asked for.
             if (kind, index, name) in done or not source.get("found", True):
                 continue
-            row = {"kind": kind, "index": index, "arm": name, **ARMS[name]._asdict()}
+            row = {"kind": kind, "index": index, "arm": name, **ARMS[name]._asdict(), "length": length}
             row |= {**figures_at(models, ARMS[name], x), "commit": current_commit()}
             append_row(RESULTS, row)
             done[kind, index, name] = row
+
+
+def of_length(rows: list[Row], length: int) -> list[Row]:
+    """The rows of prompts and windows of a length; rows without one are from when there was only `LENGTH`."""
+    return [row for row in rows if row.get("length", LENGTH) == length]
 
 
 def interval(found: int, asked: int) -> tuple[float, float]:
@@ -192,14 +199,20 @@ def arm_cells(name: str, rows: list[Row]) -> list[str]:
 
 
 def to_markdown(rows: list[Row]) -> str:
+    """A table for each length."""
+    lengths = sorted({row.get("length", LENGTH) for row in rows})
+    return "\n".join(table_of(of_length(rows, length), length) for length in lengths)
+
+
+def table_of(rows: list[Row], length: int) -> str:
     """A row for each arm that has results."""
     kinds = {(row["arm"], row["kind"]) for row in rows}
     lines = [arm_cells(name, rows) for name in ARMS | FORMER_ARMS if {(name, "needle"), (name, "text")} <= kinds]
     columns = ["heads", "asked for", "held (most)", "needles found", "loss of the answer", "loss of text"]
     source = [row["found"] for row in rows if row["arm"] == EVERYTHING and row["kind"] == "needle"]
     tail = (
-        f"Prompts of {LENGTH} tokens in which the source finds the number, as it does in {sum(source)} of "
-        f"{len(source)}, with 95% intervals; windows of text of {LENGTH} tokens; losses in nats a token. Held: tokens "
+        f"Prompts of {length} tokens in which the source finds the number, as it does in {sum(source)} of "
+        f"{len(source)}, with 95% intervals; windows of text of {length} tokens; losses in nats a token. Held: tokens "
         "in memory at the end of a prompt, those of window and sinks included, as the mean over prompts and the "
         "largest. ± is the standard error over windows, each compared with itself when everything is kept."
     )
@@ -217,13 +230,14 @@ def main() -> None:
     command = commands.add_parser("run", help="measure what has no row yet")
     command.add_argument("folder", type=Path, help="a checkpoint of ham-hf calibrate")
     command.add_argument("--prompts", type=int, default=100, help="needle prompts (default %(default)s)")
+    command.add_argument("--length", type=int, default=LENGTH, help="tokens of a prompt (default %(default)s)")
     command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to measure (default: all)")
     commands.add_parser("report", help="write needles.md")
     arguments = parser.parse_args()
     if arguments.command == "text":
         write_whole(arguments.output, halves()[0])
     elif arguments.command == "run":
-        run(arguments.folder, arguments.prompts, arguments.arms)
+        run(arguments.folder, arguments.prompts, arguments.arms, arguments.length)
     else:
         report = to_markdown(read_rows(RESULTS))
         print(report)

@@ -28,7 +28,8 @@ def test_the_page_shows_what_the_rows_say(name):
 
 def test_the_front_page_tells_the_same_needles():
     front = " ".join((ROOM.parents[1] / "README.md").read_text().split())
-    rows = {line.split(" | ")[0].strip("| "): line for line in (ROOM / "needles.md").read_text().splitlines()}
+    first = needles.table_of(needles.of_length(read_rows(ROOM / "needles.jsonl"), 1024), 1024)
+    rows = {line.split(" | ")[0].strip("| "): line for line in first.splitlines()}
     assert "with 38% of the tokens in memory" in front
     assert "finds 99 of 100 numbers" in front
     assert "0 of 100 if all heads keep alike" in front
@@ -62,6 +63,15 @@ def test_needles_count_where_the_source_finds_them():
     assert "| 32.5% (34.0%) |" in line
     assert "| 2.500 | 2.2000 | +10.0% ± 5.0% |" in line
     assert "in which the source finds the number, as it does in 4 of 5" in needles.to_markdown(rows)
+
+
+def test_needles_of_each_length_have_their_table():
+    rows = [needle(0, "everything", True, held=1.0), text(0, "everything", 2.0, held=1.0)]
+    longer = [row | {"length": 2048, "index": 0, "found": False} for row in rows]
+    short, long = needles.to_markdown([*longer, *rows, longer[0] | {"index": 1, "found": True}]).split("\n\n|")
+    assert "1 of 1" in short
+    assert "Prompts of 1024 tokens" in short
+    assert "Prompts of 2048 tokens in which the source finds the number, as it does in 1 of 2" in long
 
 
 def test_a_transfer_is_told_before_and_after():
