@@ -4,6 +4,7 @@
 Usage:
 
     python -m model_cards.smollm2.transfer run --steps 120 --distillation 60
+    python -m model_cards.smollm2.transfer run --steps 500 --distillation 2000 --rows 32 --text CORPUS  # on a GPU
     python -m model_cards.smollm2.transfer report
 
 Layer-wise transfer comes first, and distillation of the source end to end after it. `run` goes on where it was
@@ -16,7 +17,7 @@ import itertools
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -56,6 +57,43 @@ ARMS: dict[str, tuple[Row, float]] = {
 # Measured with an RNN whose read began as large as 1, and drowned attention's; the rows name the commit.
 FORMER_ARMS = ("l2, RNN at 1",)
 WINDOWS, PROMPTS = 6, 20
+# Tokens of a row of training.
+ROW = 512
+
+
+class Healing(NamedTuple):
+    """How much a model is trained, and on what.
+
+    Attributes:
+        steps: of layer-wise transfer.
+        distillation: steps after it.
+        rows: rows of `ROW` tokens in a step.
+        text: files that `data.files` of a recipe takes; `None` for the text of the calibration.
+    """
+
+    steps: int
+    distillation: int = 0
+    rows: int = 1
+    text: str | None = None
+
+    def folder(self, room: Path) -> Path:
+        """The folder of the transfer in an arm's room."""
+        return room / (f"steps-{self.steps}" if self.rows == 1 else f"steps-{self.steps}-rows-{self.rows}")
+
+    def recipe(self, room: Path) -> Row:
+        """The sections that both stages share. A GPU that is there is used, in bfloat16."""
+        text = self.text
+        if text is None:
+            text = str(room / "text.txt")
+            write_whole(room / "text.txt", halves()[0])
+        on_gpu = torch.cuda.is_available()
+        rows = {"per_device_train_batch_size": self.rows, "per_device_eval_batch_size": min(self.rows, 4)}
+        return {
+            "data": {"files": text},
+            "context": ROW,
+            "evaluation": {"rows": 4, "usages": []},
+            "trainer": {**rows, "bf16": on_gpu, "use_cpu": not on_gpu, "logging_steps": 10},
+        }
 
 
 def converted(arm: str, cache: Path) -> Path:
@@ -70,49 +108,40 @@ def converted(arm: str, cache: Path) -> Path:
     return folder
 
 
-def transferred(arm: str, before: Path, steps: int) -> Path:
-    """The folder of a converted model after so many steps of transfer."""
+def transferred(arm: str, before: Path, healing: Healing) -> Path:
+    """The folder of a converted model after its transfer."""
     room = before.parent
-    write_whole(room / "text.txt", halves()[0])
-    recipe = {
-        "output": str(room / f"steps-{steps}"),
+    output = healing.folder(room)
+    recipe = healing.recipe(room) | {
+        "output": str(output),
         "model": {"from": str(before)},
-        "data": {"files": str(room / "text.txt")},
         "steps": 0,
-        "context": 512,
-        "transfer": {"steps": steps, "usage": ARMS[arm][1], "learning_rate": 3e-3},
-        "evaluation": {"rows": 4, "usages": []},
-        "trainer": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 10},
+        "transfer": {"steps": healing.steps, "usage": ARMS[arm][1], "learning_rate": 3e-3},
     }
-    write_whole(room / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    train(read_recipe(room / "recipe.yaml"))
-    return room / f"steps-{steps}" / "model"
+    return trained(recipe, output)
 
 
-def distilled(arm: str, start: Path, source: Path, steps: int) -> Path:
-    """The folder of a transferred model after so many steps of distillation, all of its weights in training."""
-    output = start.parents[1] / f"{start.parent.name}-distilled-{steps}"
-    recipe = {
+def distilled(arm: str, start: Path, source: Path, healing: Healing) -> Path:
+    """The folder of a transferred model after its distillation, with all of its weights in training."""
+    room = start.parents[1]
+    output = room / f"{start.parent.name}-distilled-{healing.distillation}"
+    recipe = healing.recipe(room) | {
         "output": str(output),
         "model": {"from": str(start)},
-        "data": {"files": str(start.parents[1] / "text.txt")},
-        "steps": steps,
-        "context": 512,
+        "steps": healing.distillation,
         "seed": 1,  # rows in another order than those of the transfer
         "usage": {"schedule": [[0, ARMS[arm][1]]]},
         "distillation": {"teacher": str(source), "open_gates": None, "added_learning_rate": 1e-3},
-        "evaluation": {"every": steps, "rows": 4, "usages": []},
-        "trainer": {
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "learning_rate": 5e-5,
-            "warmup_steps": 5,
-            "logging_steps": 5,
-            "save_steps": steps,
-            "save_total_limit": 1,
-            "use_cpu": True,
-        },
     }
+    recipe["evaluation"] |= {"every": healing.distillation}
+    # A step is saved once in a while, as a GPU may be lent for minutes.
+    kept = {"save_steps": max(1, healing.distillation // 4), "save_total_limit": 1}
+    recipe["trainer"] |= kept | {"learning_rate": 5e-5, "warmup_steps": 5, "logging_steps": 5}
+    return trained(recipe, output)
+
+
+def trained(recipe: Row, output: Path) -> Path:
+    """Runs a recipe, or goes on with it; returns the folder of its model."""
     path = output.with_suffix(".yaml")
     write_whole(path, yaml.safe_dump(recipe, sort_keys=False))
     train(read_recipe(path))
@@ -155,6 +184,7 @@ def to_markdown(rows: list[Row]) -> str:
     lines = []
     for arm in (*ARMS, *FORMER_ARMS):
         for stage in sorted({stage_of(row)[1:] for row in rows if row["arm"] == arm}):
+            transfer, distillation, rows_of_step = stage
             own = [row for row in rows if stage_of(row) == (arm, *stage)]
             texts, needles = ([row for row in own if row["kind"] == kind] for kind in ("text", "needle"))
             if not texts or not needles:
@@ -162,7 +192,8 @@ def to_markdown(rows: list[Row]) -> str:
             lines.append(
                 [
                     arm,
-                    *stage,
+                    thousands(transfer * rows_of_step),
+                    thousands(distillation * rows_of_step),
                     f"{statistics.mean(x['held'] for x in texts):.1%}",
                     f"{statistics.mean(x['loss'] for x in texts):.4f}",
                     f"{statistics.mean(x['second_time'] for x in texts):.3f}",
@@ -182,26 +213,32 @@ def to_markdown(rows: list[Row]) -> str:
     ]
     tail = (
         f"Asked for {USAGE:.0%}; recency keeps the last {RECENT} tokens. {WINDOWS} windows of text and {PROMPTS} "
-        f"prompts of {CONTEXT} tokens; losses in nats/token. Transfer and distillation: steps of 512 tokens each."
+        f"prompts of {CONTEXT} tokens; losses in nats/token. Transfer and distillation: in thousands of tokens."
     )
     return f"{table(columns, lines)}\n\n{tail}\n{differences(rows)}"
 
 
-def stage_of(row: Row) -> tuple[str, int, int]:
-    """The arm of a row, and the steps of transfer and of distillation that its model had."""
-    return row["arm"], row["steps"], row.get("distillation", 0)
+def stage_of(row: Row) -> tuple[str, int, int, int]:
+    """The arm of a row, the steps of transfer and of distillation that its model had, and their rows."""
+    return row["arm"], row["steps"], row.get("distillation", 0), row.get("rows", 1)
+
+
+def thousands(rows: int) -> str:
+    """The tokens of so many rows of training, in thousands."""
+    return f"{rows * ROW / 1000:.0f}"
 
 
 def differences(rows: list[Row]) -> str:
     """A row for each pair of arms that were measured: how they differ, window by window; empty if there is none."""
     lines = []
     texts = [row for row in rows if row["kind"] == "text"]
-    last = {arm: max((stage_of(row) for row in texts if row["arm"] == arm), default=(arm, 0, 0)) for arm in ARMS}
+    last = {arm: max((stage_of(row) for row in texts if row["arm"] == arm), default=(arm, 0, 0, 1)) for arm in ARMS}
     stages = {arm: sorted({stage_of(row) for row in texts if row["arm"] == arm}) for arm in ARMS}
     pairs = [(stage, before) for arm in ARMS for before, stage in itertools.pairwise(stages[arm])]
     pairs += [(last["l2"], last["random"]), (last["l2"], last["recency"])]
     for first, second in pairs:
-        cells = [" - ".join(f"{arm}, {steps} + {more}" for arm, steps, more in (first, second))]
+        stages_of_both = ((arm, thousands(a * rows), thousands(b * rows)) for arm, a, b, rows in (first, second))
+        cells = [" - ".join(f"{arm}, {a} + {b}" for arm, a, b in stages_of_both)]
         for name in ("loss", "second_time"):
             one, other = (
                 {row["index"]: row[name] for row in texts if stage_of(row) == stage} for stage in (first, second)
@@ -221,25 +258,28 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="heal, and measure what has no row yet")
     command.add_argument(
-        "--steps", type=int, default=150, help="steps of transfer, of 512 tokens (default %(default)s)"
+        "--steps", type=int, default=150, help=f"steps of transfer, of {ROW} tokens a row (default %(default)s)"
     )
     command.add_argument("--distillation", type=int, default=0, help="steps after it (default: none)")
+    command.add_argument("--rows", type=int, default=1, help="rows in a step (default %(default)s)")
+    command.add_argument("--text", help="a file, folder or glob to train on (default: what the calibration saw)")
     command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to measure (default: all)")
     command.add_argument("--cache", type=Path, default=CACHE, help="folder of the HAM (default: %(default)s)")
     commands.add_parser("report", help="write transfer.md")
     arguments = parser.parse_args()
     if arguments.command == "run":
+        healing = Healing(arguments.steps, arguments.distillation, arguments.rows, arguments.text)
         for arm in arguments.arms:
             before, usage = converted(arm, arguments.cache), ARMS[arm][1]
             measure(before, {"arm": arm, "steps": 0}, usage, read_rows(RESULTS))
             if arm != EVERYTHING:
-                after = transferred(arm, before, arguments.steps)
+                after = transferred(arm, before, healing)
                 save_log(arm, after.parent)
-                labels = {"arm": arm, "steps": arguments.steps}
+                labels = {"arm": arm, "steps": healing.steps} | ({"rows": healing.rows} if healing.rows > 1 else {})
                 measure(after, labels, usage, read_rows(RESULTS))
-                if arguments.distillation:
-                    healed = distilled(arm, after, llama(arguments.cache), arguments.distillation)
-                    labels |= {"distillation": arguments.distillation}
+                if healing.distillation:
+                    healed = distilled(arm, after, llama(arguments.cache), healing)
+                    labels |= {"distillation": healing.distillation}
                     measure(healed, labels, usage, read_rows(RESULTS))
     report = to_markdown(read_rows(RESULTS))
     print(report)

@@ -92,13 +92,39 @@ def test_a_transfer_is_told_before_and_after():
     ]
     after = [row for row in rows if row["steps"]]
     rows += [row | {"distillation": 3, "loss": row["loss"] - 0.25} for row in after]
+    rows += [row | {"steps": 9, "rows": 32, "loss": row["loss"] - 0.5} for row in after]
     table = transfer.to_markdown(rows)
+    assert "| l2 | 147 | 0 | 26.0% | 2.0000 | 2.500 | 1 of 1 | 0.000 |" in table, "9 steps of 32 rows of 512 tokens"
     assert "| l2 | 0 | 0 | 26.0% | 3.0000 | 1.500 | 0 of 1 | 0.500 |" in table
-    assert "| l2 | 7 | 0 | 26.0% | 2.5000 | 2.500 | 1 of 1 | 0.500 |" in table
-    assert "| l2 | 7 | 3 | 26.0% | 2.2500 | 2.500 | 1 of 1 | 0.250 |" in table
+    assert "| l2 | 4 | 0 | 26.0% | 2.5000 | 2.500 | 1 of 1 | 0.500 |" in table
+    assert "| l2 | 4 | 2 | 26.0% | 2.2500 | 2.500 | 1 of 1 | 0.250 |" in table
     assert "random" not in table
-    assert "| l2, 7 + 0 - l2, 0 + 0 | -0.500 ± 0.250 (2 of 2) | +1.000 ± 0.000 (0 of 2) |" in table
-    assert "| l2, 7 + 3 - l2, 7 + 0 | -0.250 ± 0.000 (2 of 2) | +0.000 ± 0.000 (0 of 2) |" in table
+    assert "| l2, 4 + 0 - l2, 0 + 0 | -0.500 ± 0.250 (2 of 2) | +1.000 ± 0.000 (0 of 2) |" in table
+    assert "| l2, 4 + 2 - l2, 4 + 0 | -0.250 ± 0.000 (2 of 2) | +0.000 ± 0.000 (0 of 2) |" in table
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_healing_is_a_recipe_for_each_stage(tmp_path, monkeypatch, on_gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    read = []
+    monkeypatch.setattr(transfer, "train", lambda recipe: read.append(recipe))
+    before, text = tmp_path / "before", tmp_path / "mine.txt"
+    text.write_text("Some text.")
+    healing = transfer.Healing(steps=5, distillation=7, rows=3, text=str(text))
+    after = transfer.transferred("l2", before, healing)
+    healed = transfer.distilled("l2", after, tmp_path / "source", healing)
+    assert after.parent.name == "steps-5-rows-3"
+    assert healed.parent.name == "steps-5-rows-3-distilled-7"
+    first, second = read
+    assert (first.transfer.steps, first.transfer.usage, first.steps) == (5, 0.25, 0)
+    assert (second.steps, second.distillation.teacher) == (7, str(tmp_path / "source"))
+    for recipe in read:
+        assert recipe.data.files == str(text)
+        assert recipe.trainer["per_device_train_batch_size"] == 3
+        assert (recipe.trainer["bf16"], recipe.trainer["use_cpu"]) == (on_gpu, not on_gpu)
+    assert transfer.Healing(5).folder(tmp_path).name == "steps-5"
+    assert transfer.Healing(5).recipe(tmp_path)["data"]["files"] == str(tmp_path / "text.txt")
+    assert (tmp_path / "text.txt").read_text() == texts.halves()[0]
 
 
 def test_nothing_that_is_judged_was_calibrated_on():
