@@ -46,6 +46,10 @@ KVPRESS = ("kvpress==0.5.5", "transformers==5.2.0")
 # What the HAM's routers are asked for; presses hold as many bytes as it then does.
 LEVELS = (0.25, 0.1)
 HAM, EVERYTHING = "HAM, heads by importance", "everything"
+# The one press that reads the question before it drops tokens.
+SEES = "SnapKV, sees the question"
+# Bars of one colour each beside grey ones; colours that colour-blind people tell apart (doi 10.1038/nmeth.1618).
+COLOURS = {HAM: "#0072b2", "DuoAttention, our importance": "#e69f00"}
 PROMPTS, WINDOWS = 20, 6
 # Tokens at the end of a window that are read after the press.
 REST = 256
@@ -140,21 +144,27 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n\n".join([*parts, tail(everything)]) + "\n"
 
 
+def needles_of(arm: str, rows: list[Row], everything: dict[tuple[str, int], Row]) -> list[bool]:
+    """Whether an arm finds each number that is found with everything kept."""
+    needles = [row for row in rows if (row["arm"], row["kind"]) == (arm, "needle")]
+    return [row["found"] for row in needles if everything["needle", row["index"]]["found"]]
+
+
+def losses_above(arm: str, kind: str, rows: list[Row], everything: dict[tuple[str, int], Row]) -> list[float]:
+    """The losses of an arm above those with everything kept, window by window."""
+    own = [row for row in rows if (row["arm"], row["kind"]) == (arm, kind)]
+    return [row["loss"] - everything[kind, row["index"]]["loss"] for row in own]
+
+
 def line_of(arm: str, rows: list[Row], everything: dict[tuple[str, int], Row]) -> list[str]:
-    """The cells of an arm."""
-    cells = [arm]
-    for kind in KINDS:
-        own = [row for row in rows if (row["arm"], row["kind"]) == (arm, kind)]
-        if not own:
-            cells.append("")
-        elif kind == "needle":
-            asked = [row for row in own if everything[kind, row["index"]]["found"]]
-            found = sum(row["found"] for row in asked)
-            low, high = interval(found, len(asked))
-            cells.append(f"{found} of {len(asked)} ({low:.0%} to {high:.0%})")
-        else:
-            mean, error = mean_and_error([row["loss"] - everything[kind, row["index"]]["loss"] for row in own])
-            cells.append(f"{mean:+.3f} ± {error:.3f}")
+    """The cells of an arm; empty where it was not measured."""
+    found = needles_of(arm, rows, everything)
+    low, high = interval(sum(found), len(found))
+    cells = [arm, f"{sum(found)} of {len(found)} ({low:.0%} to {high:.0%})"]
+    for kind in ("text", "again"):
+        losses = losses_above(arm, kind, rows, everything)
+        mean, error = mean_and_error(losses) if losses else (0.0, 0.0)
+        cells.append(f"{mean:+.3f} ± {error:.3f}" if losses else "")
     return cells
 
 
@@ -171,6 +181,39 @@ def tail(everything: dict[tuple[str, int], Row]) -> str:
         f"{text:.3f} on the last {REST - 1} tokens of a window and {again:.3f} on a copy of its first eighth at its "
         "end; ± are standard errors over windows."
     )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draws what the first table says: each arm at the same bytes, as bars with intervals and standard errors."""
+    import matplotlib.pyplot as plt
+
+    everything = {(row["kind"], row["index"]): row for row in rows if row["arm"] == EVERYTHING}
+    here = [row for row in rows if row["level"] == LEVELS[0] and row["arm"] != SEES]
+    arms = list(dict.fromkeys(row["arm"] for row in here))
+    colours = [COLOURS.get(arm, "#999999") for arm in arms]
+    figure, (left, *others) = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    found = [needles_of(arm, here, everything) for arm in arms]
+    shares = [100 * statistics.mean(x) for x in found]
+    lows, highs = zip(*(interval(sum(x), len(x)) for x in found), strict=True)
+    below = [share - 100 * low for share, low in zip(shares, lows, strict=True)]
+    above = [100 * high - share for share, high in zip(shares, highs, strict=True)]
+    left.barh(arms, shares, xerr=[below, above], color=colours, error_kw={"elinewidth": 1})
+    left.set(xlabel="found (%)", title="Numbers told far back", xlim=(0, 100))
+    for axis, kind, title in zip(others, ("again", "text"), ("A passage read before", "Plain text"), strict=True):
+        means, deviations = zip(
+            *(mean_and_error(losses_above(arm, kind, here, everything)) for arm in arms), strict=True
+        )
+        axis.barh(arms, means, xerr=deviations, color=colours, error_kw={"elinewidth": 1})
+        axis.set(xlabel="loss above a full cache (nats/token)", title=title)
+    left.invert_yaxis()
+    for axis in (left, *others):
+        axis.grid(axis="x", alpha=0.3)
+    share = statistics.mean(row["bytes"] for row in here if row["arm"] == HAM)
+    figure.suptitle(f"SmolLM2-135M, untrained, with {share:.0%} of the bytes of its cache", fontsize=11)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=130)
+    plt.close(figure)
+    partial.replace(path)
 
 
 def run(cache: Path) -> None:
@@ -191,9 +234,11 @@ def main() -> None:
     arguments: Any = parser.parse_args()
     if arguments.command == "run":
         run(arguments.cache)
-    report = to_markdown(read_rows(RESULTS))
+    rows = read_rows(RESULTS)
+    report = to_markdown(rows)
     print(report)
     write_whole(ROOM / "presses.md", report)
+    draw(rows, ROOM / "presses.png")
 
 
 if __name__ == "__main__":
