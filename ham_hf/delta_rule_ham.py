@@ -8,6 +8,8 @@ from .routing_ham import error_score
 
 # Tokens, over all rows and heads, that the chunkwise delta rule handles at once: more do not fit in a CPU's cache.
 SEGMENT_TOKENS = 8192
+# A decay in log space from which nothing is left, also in float64. Sums of decays stay finite above it.
+FORGETS_ALL = -1000.0
 
 
 def gated_delta_rule_with_prediction(
@@ -33,7 +35,7 @@ def gated_delta_rule_with_prediction(
         q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
         k: `[B, T, Hk, K]`, L2-normalised by the caller.
         v: `[B, T, Hk, V]`.
-        g: `[B, T, Hk]` decay in log space, at most 0; 0 for padding.
+        g: `[B, T, Hk]` decay in log space, from `-inf` to 0; 0 for padding.
         beta: `[B, T, Hk]` write strength in (0, 1), or (0, 2) with negative eigenvalues; 0 for padding.
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
@@ -59,6 +61,7 @@ def gated_delta_rule_with_prediction(
     if initial_state is None:
         initial_state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype)
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    g = g.clamp(min=FORGETS_ALL)
     # Scores decide what is kept, so autocast must not lower the precision of the state they come from.
     with torch.autocast(q.device.type, enabled=False):
         prediction: torch.Tensor | None

@@ -196,11 +196,13 @@ def test_gradients_through_the_prediction(dtype, length, group, state, lengths, 
     compare(inputs, assert_error_within, seq_idx=seq_idx, chunk_size=16, through_prediction=True)
 
 
-@pytest.mark.parametrize("decay", ["strong", "mixed"])
+@pytest.mark.parametrize("decay", ["strong", "mixed", "infinite"])
 def test_decays_keep_their_digits_beside_those_that_forget_everything(decay, device):
     """A decay is the difference of two sums of up to 3,200, which float32 holds to 2e-4."""
     *inputs, g, beta, state = (x.detach() for x in random_inputs(1, 70, 2, 1, 32, 32, device=device))
     strong = -1 - 49 * torch.rand_like(g)
+    if decay == "infinite":
+        strong = torch.full_like(g, -torch.inf)
     g = strong if decay == "strong" else torch.where(torch.rand_like(g) < 0.3, strong, -1e-3 * torch.rand_like(g))
     inputs = [x.requires_grad_() for x in (*inputs, g, beta, state)]
     do, dprediction = torch.randn_like(inputs[0]), torch.randn_like(inputs[2])

@@ -153,6 +153,13 @@ def test_nothing_kept(columns, device, assert_error_within):
     torch.testing.assert_close(grads[2], torch.ones_like(out), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("columns", [1, 40])
+def test_a_span_ends_with_the_columns(columns, device, assert_error_within):
+    inputs = make_inputs(device, columns=columns)
+    begin, end = counted(torch.ones(1, 77, 2, dtype=torch.bool, device=device))
+    check(inputs, (begin, end + 5), assert_error_within)
+
+
 def test_heads_of_very_different_length_and_garbage_behind_them(device, assert_error_within):
     """One head keeps everything, one a single token; columns past a head's own count hold NaN."""
     length = 90

@@ -159,6 +159,19 @@ def test_delta_rule_survives_a_decay_that_forgets_everything(decay):
         assert_close(x, y, 2e-6 * max(1, largest(y)))
 
 
+@DTYPES
+@pytest.mark.usefixtures("segments")
+@pytest.mark.parametrize("length", [1, 70])
+def test_a_decay_may_be_infinite(length, dtype):
+    inputs = delta_inputs(length)
+    forgets = torch.rand_like(inputs["g"]) < 0.2
+    forgets[:, 0], forgets[:, length // 2 :, 0] = True, True
+    inputs["g"] = inputs["g"].detach().masked_fill(forgets, -torch.inf).requires_grad_()
+    assert_same_function(
+        gated_delta_rule_with_prediction, naive_gated_delta_rule_with_prediction, inputs, dtype, DELTA
+    )
+
+
 def test_delta_rule_in_pieces_equals_one_call():
     inputs = delta_inputs(100, with_state=False)
     whole = gated_delta_rule_with_prediction(**inputs)

@@ -16,6 +16,8 @@ from .wy import wy_fwd
 CHUNK_SIZES = (16, 32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCORES = ("cosine", "l2", "residual")
+# A decay in log space from which nothing is left. Sums of decays stay finite above it.
+FORGETS_ALL = -1000.0
 
 
 class GatedDeltaRuleWithPredictionFunction(torch.autograd.Function):
@@ -142,7 +144,7 @@ def gated_delta_rule_with_prediction(
         q: `[B, T, H, K]`, L2-normalised by the caller; `H` is a multiple of `Hk`.
         k: `[B, T, Hk, K]`, L2-normalised by the caller; `K` at most 256.
         v: `[B, T, Hk, V]` float32, float16 or bfloat16; `V` at most 256.
-        g: `[B, T, Hk]` decay in log space, at most 0; 0 for padding.
+        g: `[B, T, Hk]` decay in log space, from `-inf` to 0; 0 for padding.
         beta: `[B, T, Hk]` write strength in (0, 1); 0 for padding.
         scale: factor of the output; `K ** -0.5` if `None`.
         initial_state: `[B, Hk, K, V]` float32; zeros if `None`.
@@ -166,7 +168,7 @@ def gated_delta_rule_with_prediction(
     check_platform(v.device)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.to(v.dtype).contiguous() for x in (q, k, v))
-    g, beta = g.float().contiguous(), beta.float().contiguous()
+    g, beta = g.float().clamp(min=FORGETS_ALL).contiguous(), beta.float().contiguous()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     if v.shape[1] == 1 and not _needs_gradient(q, k, v, g, beta, initial_state):
         with torch.cuda.device_of(v):

@@ -136,7 +136,7 @@ def sparse_prefix_attention(
         k, v: `[B, L, Hk, K]` and `[B, L, Hk, V]`, the tokens' own keys and values, in the dtype of `q`; under autocast
             all five are cast. Query `t` always sees its own token `L - T + t`. `L` is `T` without `window_start`.
         k_kept, v_kept: `[B, Hk, M, K]` and `[B, Hk, M, V]` compacted keys and values, in the dtype of `q`.
-        begin, end: `[B, T, Hk]` int, query `t` sees columns `begin <= c < end`; both must not fall along `T`.
+        begin, end: `[B, T, Hk]` int, query `t` sees columns `begin <= c < min(end, M)`; both must not fall along `T`.
         until: `[B, Hk, M]` int, only queries `t < until` see column `c`; `None` if nothing is ever evicted.
         scale: positive factor of the logits; `K ** -0.5` if `None`.
         window_start: `[B, T]` int, query `t` also sees the tokens `window_start <= j < L - T + t` of `k` and `v`, none
@@ -160,7 +160,8 @@ def sparse_prefix_attention(
     if not 0 < scale < math.inf:
         raise ValueError(f"`scale` must be positive and finite, got {scale}.")
     check_platform(q.device)
-    begin, end = begin.long(), end.long()
+    # A tile that the last column ends within would take what lies behind it for columns.
+    begin, end = begin.long(), end.long().clamp(max=k_kept.shape[2])
     until, window_start = (None if x is None else x.long() for x in (until, window_start))
     shown_until = None if real is None else real.int() * q.shape[1]
     if q.shape[0] * q.shape[1] == 0:
