@@ -414,7 +414,8 @@ def _register_for_label_shift(model_class: type) -> None:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.__name__, model_class.__name__)
 
 
-class HAMForCausalLM(HAMPreTrainedModel, HAMGenerationMixin, GenerationMixin):
+# The mixin is first, as it overrides a method of PreTrainedModel.
+class HAMForCausalLM(HAMGenerationMixin, HAMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

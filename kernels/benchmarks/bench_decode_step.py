@@ -32,7 +32,7 @@ from timing import captured, main, median_ms, row
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from ham_hf import HAMCache, HAMConfig, HAMForCausalLM
-from ham_hf.cuda_graph import CapturedStep
+from ham_hf.cuda_graph_ham import CapturedStep
 from ham_hf.inputs_ham import CACHE_NAME
 from ham_hf.layer_step_ham import LayerStep
 

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 import ham_kernels
-from ham_hf import HAMCache, HAMForCausalLM, cuda_graph, paged_store_ham
-from ham_hf.cuda_graph import CapturedStep
+from ham_hf import HAMCache, HAMForCausalLM, cuda_graph_ham, paged_store_ham
+from ham_hf.cuda_graph_ham import CapturedStep
+from ham_hf.evaluation import calibrate
 
 # The package gives the function this name.
 attention = importlib.import_module("ham_kernels.ragged_decode_attention")
@@ -353,14 +354,108 @@ def graphs(monkeypatch, device):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(cuda_graph, "DEVICE", device)
+    monkeypatch.setattr(cuda_graph_ham, "DEVICE", device)
 
-    def make(model, cache, **options):
+    def make(model, cache, *arguments, **options):
         caches.append(cache)
-        Graph.step = CapturedStep(model, cache, **options)
+        Graph.step = CapturedStep(model, cache, *arguments, **options)
         return Graph.step
 
     return make, captures
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generated(tiny_config, on_kernels, graphs, small_pages, device, monkeypatch):
+    """A function: what `generate` makes, as the model's own steps do, and how many captures and replays it took."""
+    make, captures = graphs
+    monkeypatch.setattr(cuda_graph_ham, "CapturedStep", make)
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    model = make_model(tiny_config, device)
+    calibrate(model, [torch.randint(1, 97, (2, 40), device=device)])
+    ids = torch.randint(1, 97, (2, PROMPT), generator=torch.Generator().manual_seed(3)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def run(rows=2, change=None, new_tokens=7, **options):
+        if change is not None:
+            change(model)
+        found = []
+        for disable in (False, True):
+            torch.manual_seed(0)
+            settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0} | options
+            # 97 is no token, so that no row ends unless the options say so.
+            settings = {"eos_token_id": 97} | settings
+            text = model.generate(ids[:rows], attention_mask=mask[:rows], disable_compile=disable, **settings)
+            found.append((text, len(captures), len(replays)))
+            captures.clear()
+            replays.clear()
+        (text, captured, replayed), (wanted, *nothing) = found
+        assert nothing == [0, 0]
+        assert torch.equal(text, wanted)
+        return text, captured, replayed
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": torch.tensor([0.45, 0.0])},
+        {"kv_usage": 0.5, "do_sample": True, "top_k": 20},
+        {"rows": 1},
+    ],
+    ids=["a threshold a row", "sampling at a usage", "learned thresholds"],
+)
+def test_generate_replays_steps(options, generated):
+    text, captured, replayed = generated(**options)
+    assert text.shape[1] == PROMPT + 7
+    # The prompt, a step of the model's own, and one that rehearses; after growth one rehearses, too.
+    assert 1 <= captured <= 2
+    assert 3 <= replayed <= 4
+
+
+@pytest.mark.slow
+def test_generate_captures_again_when_the_cache_has_grown(generated):
+    _, captured, replayed = generated(threshold=0.0, new_tokens=40)
+    assert 2 <= captured <= 6
+    assert replayed >= 25
+
+
+def test_rows_that_have_ended_are_left_to_the_model(generated):
+    text, _, _ = generated(threshold=0.0)
+    last = text[0, PROMPT + 3].item()
+    text, _, replayed = generated(threshold=0.0, eos_token_id=last)
+    assert (text[0, PROMPT + 4 :] == 0).all()
+    assert replayed <= 2
+
+
+def with_a_hook(model):
+    model.lm_head.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_budget": 9},
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"cache_implementation": "offloaded"},
+        {"change": with_a_hook},
+        {"change": lambda model: setattr(model.config, "output_hidden_states", True)},
+        {"rows": 1, "prompt_lookup_num_tokens": 2},
+    ],
+    ids=["budget", "beams", "no cache", "offloaded", "hook", "hidden states", "drafts"],
+)
+def test_what_a_graph_does_not_cover_is_left_to_the_model(options, generated):
+    assert generated(threshold=0.45, new_tokens=4, **options)[1:] == (0, 0)
+
+
+# --- a step of the user's own ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [{}, {"attention_window": 5, "attention_sinks": 2}], ids=str)
@@ -438,7 +533,7 @@ def test_what_cannot_be_captured_is_refused(tiny_config, on_kernels, graphs, mon
         choose_kernels(lambda op, *tensors: None, patch)
         refused("`model` must run on the kernels")
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_graph, "DEVICE", "cuda")
+        patch.setattr(cuda_graph_ham, "DEVICE", "cuda")
         refused("`model` must be on one CUDA device, got cpu", model=make_model(tiny_config, "cpu"))
 
     step = make(model, cache)
@@ -472,3 +567,17 @@ def test_a_graph_replays_the_model_s_own_steps(tiny_config):
                 recordings.append(step._recording)
     assert 2 <= len(recordings) < steps // 4, "captured again when the cache has grown, and replayed in between"
     assert_same_caches(cache, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sampling"])
+def test_generate_makes_the_same_text_from_graphs(options, tiny_config):
+    model = make_model(tiny_config, "cuda", head_dim=16, value_head_dim=32)
+    ids = torch.randint(1, 97, (2, PROMPT), device="cuda")
+    texts = []
+    for disable in (False, True):
+        torch.manual_seed(0)
+        settings = {"max_new_tokens": 200, "eos_token_id": 97, "pad_token_id": 0, "threshold": 0.45} | options
+        texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), disable_compile=disable, **settings))
+    assert torch.equal(*texts)

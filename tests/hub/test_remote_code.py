@@ -178,6 +178,8 @@ PRIVATE = {
     "model_kwargs assistant_model target_tokenizer assistant_tokenizer",
     "GenerationMixin._prepare_cache_for_generation": "self generation_config model_kwargs generation_mode batch_size "
     "max_cache_length",
+    "GenerationMixin._valid_auto_compile_criteria": "self model_kwargs generation_config",
+    "PreTrainedModel.get_compiled_call": "self compile_config",
     "GenerationMixin._sample": "self input_ids logits_processor stopping_criteria generation_config synced_gpus "
     "streamer model_kwargs",
     "GenerationMixin._assisted_decoding": "self input_ids logits_processor stopping_criteria generation_config "

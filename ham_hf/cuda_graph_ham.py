@@ -1,18 +1,25 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """A decoding step as a CUDA graph: a small model spends more time on kernel launches than on arithmetic."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .cache_ham import HAMCache
+from .configuration_ham import HAMConfig
 from .decode_step_ham import has_decoding_kernels
-from .modeling_ham import HAMForCausalLM
+from .inputs_ham import CACHE_NAME
 from .ops_ham import decode_kernel
+
+if TYPE_CHECKING:
+    from .modeling_ham import HAMForCausalLM
 
 # Kinds of RoPE whose frequencies change with the length, which they read on the host.
 GROWING_ROPE = ("dynamic", "longrope")
 DEVICE = "cuda"
+# Arguments of a forward call that a graph has baked in, or that say what it assumes.
+REPLAYED = {"input_ids", "attention_mask", "position_ids", "threshold", "kv_usage", "logits_to_keep", "return_dict"}
+REPLAYED |= {"use_cache", CACHE_NAME}
 
 
 # Tensors whose addresses a captured step has baked in; `None` for those that a layer does not have.
@@ -60,14 +67,13 @@ class CapturedStep:
 
     def __init__(
         self,
-        model: HAMForCausalLM,
+        model: "HAMForCausalLM",
         cache: HAMCache,
         threshold: float | list[float] | torch.Tensor | None = None,
         kv_usage: float | None = None,
     ):
-        _check_model(model)
-        _check_cache(cache)
-        _check_kernels(model, cache)
+        if error := obstacle_of_model(model) or _obstacle_of_cache(cache) or _obstacle_of_kernels(model, cache):
+            raise error
         self.model, self.cache = model, cache
         self._threshold = self._resolved(threshold, kv_usage)
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
@@ -85,7 +91,8 @@ class CapturedStep:
         Returns:
             `[B, vocabulary]` logits, which the next call overwrites.
         """
-        _check_cache(self.cache, rows=len(self._tokens))
+        if error := _obstacle_of_cache(self.cache, rows=len(self._tokens)):
+            raise error
         self._check_tokens(tokens)
         with torch.cuda.device_of(self._tokens):
             return self._next(tokens)
@@ -103,7 +110,8 @@ class CapturedStep:
                     layer.count_step()
             recording.graph.replay()
             return recording.logits
-        _check_kernels(self.model, self.cache)
+        if error := _obstacle_of_kernels(self.model, self.cache):
+            raise error
         if not _same(addressed, self._rehearsed):
             self._rehearsed = addressed
             return self._step()
@@ -147,47 +155,106 @@ def _same(tensors: Addressed, others: Addressed) -> bool:
     return len(tensors) == len(others) and all(x is y for x, y in zip(tensors, others, strict=True))
 
 
-def _check_model(model: HAMForCausalLM) -> None:
-    if not isinstance(model, HAMForCausalLM):
-        raise TypeError(f"`model` must be a HAMForCausalLM, got {type(model).__name__}.")
+class CapturedForward:
+    """A model's forward call within `generate`, which replays steps of one token a row from a CUDA graph.
+
+    The first call, and every call that the graph does not cover, is the model's own: several tokens, a row that has
+    ended, a `kv_budget`, requested hidden states or attention weights, no cache, or one that is offloaded or keeps
+    drafts.
+
+    Args:
+        model: one that `obstacle_of_model` has nothing against.
+    """
+
+    def __init__(self, model: "HAMForCausalLM"):
+        self.model = model
+        self._step: CapturedStep | None = None
+        self._output_class: Any = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Takes and returns what the model's own call does."""
+        if self._output_class is None or inputs.get(CACHE_NAME) is None or not self._covers(inputs):
+            outputs = self.model(**inputs)
+            self._output_class = type(outputs)
+            return outputs
+        cache = inputs[CACHE_NAME]
+        if self._step is None or self._step.cache is not cache:
+            self._step = CapturedStep(self.model, cache, inputs.get("threshold"), inputs.get("kv_usage"))
+        # The next replay writes its logits to the same memory.
+        logits = self._step(inputs["input_ids"][:, -1]).clone()
+        return self._output_class(logits=logits[:, None], cache=cache)
+
+    def _covers(self, inputs: dict[str, Any]) -> bool:
+        """True if a replay gives what the model would; waits for the device if one of several rows may have ended."""
+        config, ids, cache = self.model.config, inputs.get("input_ids"), inputs[CACHE_NAME]
+        others = [name for name, value in inputs.items() if name not in REPLAYED and value not in (None, False)]
+        if others or config.output_attentions or config.output_hidden_states or inputs.get("return_dict") is False:
+            return False
+        if ids is None or ids.shape[1] != 1 or _obstacle_of_cache(cache, rows=len(ids)) is not None:
+            return False
+        if _obstacle_of_kernels(self.model, cache) is not None:
+            return False
+        mask = inputs.get("attention_mask")
+        # The only row of a batch has not ended, or there would be no call.
+        return mask is None or len(ids) == 1 or bool(mask[:, -1].all())
+
+
+def has_hooks(model: torch.nn.Module) -> bool:
+    """True if a module calls functions of its user, which a replay would not.
+
+    Transformers' own stay on a model that was once asked for hidden states, and do nothing in other calls.
+    """
+    hooks = [hook for x in model.modules() for hook in (*x._forward_hooks.values(), *x._forward_pre_hooks.values())]
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+
+
+def obstacle_of_model(model: Any) -> Exception | None:
+    """The error that says why a model's steps cannot be captured; `None` if they can."""
+    if getattr(getattr(model, "config", None), "model_type", None) != HAMConfig.model_type or not hasattr(
+        model, "lm_head"
+    ):
+        return TypeError(f"`model` must be a HAMForCausalLM, got {type(model).__name__}.")
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) > 1 or model.device.type != DEVICE:
-        raise ValueError(f"`model` must be on one CUDA device, got {', '.join(devices)}.")
+        return ValueError(f"`model` must be on one CUDA device, got {', '.join(devices)}.")
     if model.training:
-        raise ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
+        return ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
     if "full_attention" in model.config.layer_types:
-        raise ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
+        return ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
     if not all(has_decoding_kernels(layer.mixer) for layer in model.model.layers):
-        raise ValueError(
+        return ValueError(
             "`model` must have as many key heads as value heads in every layer, and `qk_norm` per head or none: other "
             "layers have no kernels."
         )
     rope = (model.config.rope_parameters or {}).get("rope_type", "default")
     if rope in GROWING_ROPE:
-        raise ValueError(f"`model` must have a RoPE of constant frequencies, got {rope!r}.")
+        return ValueError(f"`model` must have a RoPE of constant frequencies, got {rope!r}.")
+    return None
 
 
-def _check_cache(cache: HAMCache, rows: int | None = None) -> None:
+def _obstacle_of_cache(cache: Any, rows: int | None = None) -> Exception | None:
     if not isinstance(cache, HAMCache):
-        raise TypeError(f"`cache` must be a HAMCache, got {type(cache).__name__}.")
+        return TypeError(f"`cache` must be a HAMCache, got {type(cache).__name__}.")
     if not cache.is_initialized:
-        raise ValueError("`cache` must hold a prompt, got an empty one: run the model with it first.")
+        return ValueError("`cache` must hold a prompt, got an empty one: run the model with it first.")
     if rows not in (None, cache.batch_size):
-        raise ValueError(f"`cache` must hold {rows} rows as it did, got {cache.batch_size}.")
+        return ValueError(f"`cache` must hold {rows} rows as it did, got {cache.batch_size}.")
     if cache.offload_layers or cache.layers[0].record_past:
-        raise ValueError("`cache` must be neither offloaded nor recording for assisted generation.")
+        return ValueError("`cache` must be neither offloaded nor recording for assisted generation.")
+    return None
 
 
 @torch.no_grad()
-def _check_kernels(model: HAMForCausalLM, cache: HAMCache) -> None:
+def _obstacle_of_kernels(model: "HAMForCausalLM", cache: HAMCache) -> Exception | None:
     for layer, block in zip(cache.layers, model.model.layers, strict=True):
         state, conv_state = layer.recurrent_state, layer.conv_state
         fits = state is not None and decode_kernel("decode_mix_append", state) is not None
         if not fits or conv_state is None or conv_state.dtype != block.mixer.conv.weight.dtype:
-            raise ValueError(
+            return ValueError(
                 "`model` must run on the kernels: `ham_kernels` for this GPU, no autocast, no float64, heads of at "
                 "most 256 and projections of one dtype."
             )
+    return None
 
 
-__all__ = ["CapturedStep"]
+__all__ = ["CapturedForward", "CapturedStep", "has_hooks", "obstacle_of_model"]
