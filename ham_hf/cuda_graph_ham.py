@@ -208,6 +208,16 @@ def has_hooks(model: torch.nn.Module) -> bool:
     return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
+def counts_positions(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
+    """True if positions `[B, T]` number the real tokens of each row, as a replay does; waits for the device."""
+    if position_ids is None:
+        return True
+    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    if real.shape != position_ids.shape:
+        return False
+    return bool((position_ids == real.long().cumsum(-1) - 1)[real.bool()].all())
+
+
 def obstacle_of_model(model: Any) -> Exception | None:
     """The error that says why a model's steps cannot be captured; `None` if they can."""
     if getattr(getattr(model, "config", None), "model_type", None) != HAMConfig.model_type or not hasattr(
@@ -257,4 +267,4 @@ def _obstacle_of_kernels(model: "HAMForCausalLM", cache: HAMCache) -> Exception 
     return None
 
 
-__all__ = ["CapturedForward", "CapturedStep", "has_hooks", "obstacle_of_model"]
+__all__ = ["CapturedForward", "CapturedStep", "counts_positions", "has_hooks", "obstacle_of_model"]

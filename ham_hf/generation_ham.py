@@ -23,7 +23,7 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from .cache_ham import HAMCache
 from .configuration_ham import HAMConfig
-from .cuda_graph_ham import CapturedForward, has_hooks, obstacle_of_model
+from .cuda_graph_ham import CapturedForward, counts_positions, has_hooks, obstacle_of_model
 from .inputs_ham import CACHE_NAME, given_cache, name_cache
 
 # Arguments that decide which tokens are kept, in a call of `generate` or `forward` or in a generation configuration.
@@ -266,13 +266,15 @@ class HAMGenerationMixin(GenerationMixin):
         """True if steps are replayed from a CUDA graph, which `disable_compile=True` turns off as it does compilation.
 
         Beams change the cache at every step, and drafts are several tokens: they are left to the model's own call, as
-        are models with hooks.
+        are models with hooks, and positions of the caller's own.
         """
         if generation_config.compile_config is not None:
             return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))  # type: ignore[misc]
         plain = generation_config.num_beams in (None, 1) and not generation_config.is_assistant
         plain = plain and not generation_config.disable_compile
-        return plain and obstacle_of_model(self) is None and not has_hooks(self)  # type: ignore[arg-type]
+        if not plain or obstacle_of_model(self) is not None or has_hooks(self):  # type: ignore[arg-type]
+            return False
+        return counts_positions(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask"))
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """The call that replays steps; with a `compile_config`, that of Transformers, by `torch.compile`."""

@@ -80,19 +80,23 @@ def token_layout(
     position_ids: torch.Tensor | None,
     cache: HAMCache | None,
     seq_idx: torch.Tensor | None = None,
+    in_one_graph: bool = False,
 ) -> TokenLayout:
-    """Computes the layout of `[batch, length]` new tokens from the checked arguments of `HAMModel.forward`."""
+    """Computes the layout of `[batch, length]` new tokens from the checked arguments of `HAMModel.forward`.
+
+    With `in_one_graph` nothing waits for values: a mask may have padding, and positions may restart.
+    """
     seen = 0 if cache is None else cache.get_seq_length()
     seen_real = None if cache is None else cache.real_tokens
     past_real = None if cache is None else cache.past_real()
     real = None
     if attention_mask is not None:
         real = attention_mask[:, seen:].bool()
-        if reads_mask(attention_mask, length) and bool(real.all()):
+        if not in_one_graph and reads_mask(attention_mask, length) and bool(real.all()):
             real = None
     positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.cumsum(1) - 1
     if seq_idx is None and position_ids is not None and length > 1:
-        seq_idx = restarts(position_ids.expand(batch, -1), real)
+        seq_idx = restarts(position_ids.expand(batch, -1), real, in_one_graph)
     if seen and seen_real is not None:
         return TokenLayout(positions + seen_real.to(device)[:, None], real, seq_idx, past_real)
     if seq_idx is not None:
@@ -108,7 +112,7 @@ def reads_mask(attention_mask: torch.Tensor, length: int) -> bool:
     return (length > 1 or attention_mask.device.type == "cpu") and not exporting()
 
 
-def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+def restarts(position_ids: torch.Tensor, real: torch.Tensor | None, in_one_graph: bool = False) -> torch.Tensor | None:
     """`[B, T]` document of each token, a new one where positions of real tokens fail to rise; `None` if all rise."""
     if real is None:
         starts = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
@@ -117,8 +121,8 @@ def restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Ten
         # The column of the last real token before each, -1 if there is none: padding may stand between two documents.
         last = F.pad(torch.where(real, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
         starts = real & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
-    if exporting():
-        # An exported program must serve packed rows and others alike.
+    if exporting() or in_one_graph:
+        # A program must serve packed rows and others alike.
         return starts.long().cumsum(1)
     documents = int(starts.sum())
     if not documents:
@@ -350,12 +354,14 @@ def packed_documents(kwargs: dict[str, Any], batch: int, length: int, device: to
     seq_idx, lengths, key_lengths = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
     if seq_idx is not None:
         _check_integers("seq_idx", seq_idx, [(batch, length)])
-        if bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+        if not torch.compiler.is_compiling() and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
             raise ValueError("`seq_idx` must not fall along a row: it numbers the documents in order.")
         seq_idx = seq_idx.long().to(device)
     if lengths is None and key_lengths is None:
         return seq_idx
     documents = _documents_of_lengths(lengths, key_lengths, batch, length, device)
+    if torch.compiler.is_compiling():
+        return documents
     if seq_idx is not None and not torch.equal(seq_idx.diff() > 0, documents.diff() > 0):
         raise ValueError("`seq_idx` and `cu_seq_lens_q` must begin documents at the same tokens, or give one of them.")
     return documents
@@ -366,6 +372,9 @@ def _documents_of_lengths(
 ) -> torch.Tensor:
     """`[1, T]` document of each token from cumulative lengths."""
     lengths = _check_integers("cu_seq_lens_q", lengths, [(None,)])
+    columns = torch.arange(length, device=device)
+    if torch.compiler.is_compiling():
+        return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
     if key_lengths is not None and not torch.equal(torch.as_tensor(key_lengths), lengths):
         raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: queries and keys are the same tokens.")
     ends = [0, *lengths.tolist(), length]
@@ -374,7 +383,6 @@ def _documents_of_lengths(
             f"`cu_seq_lens_q` must rise from 0 to {length} and needs a single row, got "
             f"{lengths.tolist()} for {batch} rows."
         )
-    columns = torch.arange(length, device=device)
     return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
 
 

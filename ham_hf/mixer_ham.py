@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .attention_ham import attend_new
 from .cache_ham import HAMCache
 from .cache_layer_ham import HAMCacheLayer
+from .compiled_attention_ham import attend_in_graph
 from .configuration_ham import LEARNED_ROUTERS, HAMConfig
 from .decode_step_ham import decode_step, decoding_kernels
 from .delta_rule_ham import gated_delta_rule_with_prediction
@@ -524,6 +525,8 @@ class HAMMixer(nn.Module):
             cache: the layer's cache, or `None`.
             budget: most tokens that a head may hold, or `None`.
         """
+        if cache is None and torch.compiler.is_compiling():
+            return attend_in_graph(q, k, v, keep, scores, budget, tokens.seq_idx, self.window, tokens.real)
         if cache is None:
             return attend_new(
                 q, k, v, keep, scores, budget, seq_idx=tokens.seq_idx, window=self.window, real=tokens.real

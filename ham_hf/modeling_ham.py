@@ -287,7 +287,9 @@ class HAMModel(HAMPreTrainedModel):
         # Copied here, not in each layer, where a blocking copy would stall a GPU once per layer.
         retention = [rule.to(device, non_blocking=device.type == "cuda") for rule in retention]
         seq_idx = packed_documents(kwargs, batch, length, device)
-        tokens = token_layout(batch, length, device, attention_mask, position_ids, cache, seq_idx)
+        # Elsewhere a compiled call may need a cache, for which the host must know of padding and of documents.
+        in_one_graph = torch.compiler.is_compiling() and cache is None and (self.training or use_cache is False)
+        tokens = token_layout(batch, length, device, attention_mask, position_ids, cache, seq_idx, in_one_graph)
         if tokens.real is not None:
             # Embeddings of padding may be NaN, and must not reach a sum, not even times zero.
             inputs_embeds = inputs_embeds.masked_fill(~tokens.real[..., None], 0)

@@ -219,11 +219,12 @@ def check_threshold(threshold: object, num_layers: int, batch_size: int, num_hea
             raise ValueError(f"`threshold` has {len(threshold)} entries; expected {expected}.")
         if any(isinstance(x, int) and abs(x) > LARGEST_THRESHOLD for x in numbers):
             raise ValueError(f"`threshold` must be between -2**53 and 2**53, or infinite; expected {expected}.")
-        tensor = torch.tensor([float(x) for x in numbers if x is not None], dtype=torch.float32, device="cpu").view(
-            -1, 1, 1
-        )
+        if any(x != x for x in numbers):
+            raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
+        values = [float(x) for x in numbers if x is not None]
+        return torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)
     # The capture of a CUDA graph forbids reading values on the GPU; the caller has had them checked before.
-    unreadable = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    unreadable = torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     if not unreadable and torch.isnan(tensor).any():
         raise ValueError(f"`threshold` must not be NaN; expected {expected}.")
     return tensor

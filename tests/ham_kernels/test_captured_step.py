@@ -448,8 +448,9 @@ def with_a_hook(model):
         {"change": with_a_hook},
         {"change": lambda model: setattr(model.config, "output_hidden_states", True)},
         {"rows": 1, "prompt_lookup_num_tokens": 2},
+        {"rows": 1, "position_ids": 2 * torch.arange(PROMPT)[None]},
     ],
-    ids=["budget", "beams", "no cache", "offloaded", "hook", "hidden states", "drafts"],
+    ids=["budget", "beams", "no cache", "offloaded", "hook", "hidden states", "drafts", "positions"],
 )
 def test_what_a_graph_does_not_cover_is_left_to_the_model(options, generated):
     assert generated(threshold=0.45, new_tokens=4, **options)[1:] == (0, 0)
