@@ -20,7 +20,7 @@ class Job:
     """One model to train and measure.
 
     Attributes:
-        part: `"recall"`, `"gradients"`, `"routers"`, `"routers_pattern"`, `"repairs"`, `"language"` or `"selection"`.
+        part: `"recall"`, `"gradients"`, `"routers"`, `"repairs"`, `"language"` or `"selection"`.
         task: the task's name in the study file.
         arm: the model's name there.
         seed: seed of weights and data.

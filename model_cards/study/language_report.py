@@ -16,7 +16,7 @@ SELECTIONS = (
     ("cosine", "random"),
     ("cosine-window", "all-kept"),
     ("cosine-window", "cosine"),
-    ("cosine-frozen", "cosine"),
+    ("frozen", "cosine"),
     ("cosine-ramp", "cosine"),
     ("l2", "cosine"),
     ("cosine", "gdn"),

@@ -22,11 +22,11 @@ from .recall_study import run_recall
 from .results import result_file, results_by_name
 
 STUDIES = Path(__file__).parent
-PARTS = ("recall", "gradients", "routers", "routers_pattern", "repairs", "language", "selection")
+PARTS = ("recall", "gradients", "routers", "repairs", "language", "selection")
 # Parts whose models read text.
 OF_TEXT = ("language", "selection")
 # Parts whose models are told in one table, and compared where they share a task.
-COMPARED = ("recall", "gradients", "routers", "routers_pattern")
+COMPARED = ("recall", "gradients", "routers")
 PLAN_KEYS = {"seeds", "arms", "tasks", "model", "training", "usages"}
 
 

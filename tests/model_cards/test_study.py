@@ -479,6 +479,7 @@ class TestSelection:
         monkeypatch.setattr(language, "NEEDLES", 2)
         monkeypatch.setattr(language, "CALIBRATION_BATCHES", 2)
         plan = study.read_study("cpu")
+        plan["selection"]["arms"] = ["cosine", "all-kept", "gdn"]
         plan["selection"]["training"] = {"steps": 4, "rows": 1, "learning_rate": 1e-3, "warmup": 2}
         plan["selection"]["tasks"]["english"] |= {"context": 32, "distances": [16]}
         plan["selection"]["model"] |= {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
