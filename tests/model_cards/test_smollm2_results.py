@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from ham_hf.files import read_rows
-from model_cards.smollm2 import needles, presses, report, texts, transfer
+from model_cards.smollm2 import chat, needles, presses, report, texts, transfer
 
 ROOM = Path(report.__file__).parent
 PAGE = (ROOM / "README.md").read_text()
 TABLES = {
     "loss": (report.to_markdown, "results"),
+    "chat": (chat.to_markdown, "chat"),
     "needles": (needles.to_markdown, "needles"),
     "presses": (presses.to_markdown, "presses"),
     "transfer": (transfer.to_markdown, "transfer"),
