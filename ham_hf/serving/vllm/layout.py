@@ -93,9 +93,7 @@ class MemoryLayout:
         fields, state_bytes = _fields(state)
         page_fields, page_bytes = _fields(page)
         hybrid = config.num_hybrid_layers * heads
-        return cls(
-            fields, page_fields, layers, heads, hybrid, len(layers) * heads - hybrid, state_bytes, page_bytes
-        )
+        return cls(fields, page_fields, layers, heads, hybrid, len(layers) * heads - hybrid, state_bytes, page_bytes)
 
     @property
     def block_bytes(self) -> int:

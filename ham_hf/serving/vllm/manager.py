@@ -185,9 +185,7 @@ class HAMManager(SingleTypeKVCacheManager):
             needed = self.required(request_id, num_tokens)
         return max(needed - len(self.req_to_blocks.get(request_id, ())), 0)
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Gives a request the blocks for a step after which it has seen `num_tokens`; returns none, see the module."""
         life = self.lives.get(request_id)
         if life is None:

@@ -140,6 +140,8 @@ class LayerMemory(HAMCacheLayer):
         return False
 
     def _make_stores(self, num_streams: int, key_dim: int, value_dim: int) -> None:
+        if self.held is None:
+            raise ValueError("A linear layer keeps no tokens.")
         self.store = ArenaStore(self.group, self.layer_idx, self.held, key_dim, value_dim)
         if self.window > 1:
             self.recent = RecentTokens(num_streams, self.window - 1, key_dim, value_dim, self.dtype, self.device)

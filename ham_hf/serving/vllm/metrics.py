@@ -1,7 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """What requests held, in vLLM's log and in the metrics of its server: tokens seen, tokens held, and bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -23,6 +23,8 @@ MEANINGS = {
 @dataclass
 class HAMStats(KVConnectorStats):
     """`data` holds a list for each of `ENDED`, and a number for each of `RUNNING`."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -13,9 +13,9 @@ from ...inputs_ham import TokenLayout
 from ...modeling_ham import HAMForCausalLM
 from ...routing_ham import Retention
 from .arena import ARENA, Arena
+from .manager import Row
 from .memory import GroupMemory
 from .metadata import HAMMetadata
-from .manager import Row
 
 
 class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
@@ -47,13 +47,13 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states `[T, D]` of the tokens of a step, `[T]`, request by request."""
+        """Hidden states `[T, D]` of the tokens of a step `[T]`, or of their embeddings `[T, D]`, by request."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         metadata = get_forward_context().attn_metadata
         if metadata is None:
@@ -101,9 +101,7 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
             for mixer in self.mixers
         ]
 
-    def _run(
-        self, hidden: torch.Tensor, positions: torch.Tensor, memory: Any, rules: list[Retention]
-    ) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, positions: torch.Tensor, memory: Any, rules: list[Retention]) -> torch.Tensor:
         """`[R, T, D]` through every layer, for tokens at `positions` `[R, T]`."""
         model = self.ham.model
         angles = None if model.rotary_emb is None else model.rotary_emb(hidden, positions)

@@ -68,7 +68,7 @@ class Served:
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
             folder = Path(snapshot_download(self.model, revision=self.revision, allow_patterns=patterns))
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for path in find_weights(folder):
             with open_weights(path) as file:
                 names = [name for name in file.keys() if name.endswith(".score_quantiles")]  # noqa: SIM118, not a dict

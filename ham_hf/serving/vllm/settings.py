@@ -81,6 +81,8 @@ def _defaults(vllm_config: VllmConfig) -> dict[str, Any]:
     given = routing_defaults(vllm_config)
     unknown = sorted(set(given) - set(ROUTING_ARGUMENTS))
     if unknown:
-        raise ValueError(f"`additional_config[{DEFAULTS!r}]` takes {', '.join(ROUTING_ARGUMENTS)}, got {unknown[0]!r}.")
+        raise ValueError(
+            f"`additional_config[{DEFAULTS!r}]` takes {', '.join(ROUTING_ARGUMENTS)}, got {unknown[0]!r}."
+        )
     generation = GenerationConfig(**vllm_config.model_config.try_get_generation_config())
     return first_routing(given, own_routing(config, generation))
