@@ -76,7 +76,7 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
         spans = zip(metadata.starts, metadata.starts[1:], strict=False)
         for block, (first, last) in zip(metadata.first_blocks, spans, strict=True):
             row = self.arena.rows[block]
-            if row.fresh:
+            if not row.changes.start:
                 self._take_in(row)
             rows, places = groups.setdefault((last - first, row.fresh, self.budgets[row.changes.slot]), ([], []))
             rows.append(row)
