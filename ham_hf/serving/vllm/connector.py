@@ -42,12 +42,13 @@ class Reports(KVConnectorWorkerMetadata):
     kept: dict[int, Report] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Reports":
-        """The largest numbers of all workers, which hold different heads and take the same blocks."""
+        """Of workers that hold different heads in blocks of the same numbers: the largest numbers, and all tokens."""
         if not isinstance(other, Reports):
             raise TypeError(f"`other` must be Reports, got {type(other).__name__}.")
-        both = {
-            key: Report(*map(max, self.kept[key], other.kept[key])) for key in self.kept.keys() & other.kept.keys()
-        }
+        both = {}
+        for epoch in self.kept.keys() & other.kept.keys():
+            ours, theirs = self.kept[epoch], other.kept[epoch]
+            both[epoch] = Report(*map(max, ours, theirs))._replace(held=ours.held + theirs.held)
         return Reports(self.kept | other.kept | both)
 
 

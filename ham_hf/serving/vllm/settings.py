@@ -11,6 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from ...configuration_ham import HAMConfig
 from ...generation_ham import ROUTING_ARGUMENTS, first_routing, own_routing
 from .requests import HAMArguments, Served
+from .sharding import Shard
 
 logger = init_logger(__name__)
 
@@ -73,11 +74,12 @@ class HAMSettings(VerifyAndUpdateConfig):
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if getattr(parallel, name) != 1:
-            raise ValueError(
-                f"`{name}` must be 1 for a HAM model, got {getattr(parallel, name)}: use `data_parallel_size`."
-            )
+    if parallel.pipeline_parallel_size != 1:
+        raise ValueError(
+            f"`pipeline_parallel_size` must be 1 for a HAM model, got {parallel.pipeline_parallel_size}: use "
+            "`tensor_parallel_size` or `data_parallel_size`."
+        )
+    Shard(0, parallel.tensor_parallel_size).config(vllm_config.model_config.hf_config)
     for name in ("speculative_config", "lora_config", "kv_transfer_config"):
         given = getattr(vllm_config, name)
         if given is not None and getattr(given, "kv_connector", None) != CONNECTOR:

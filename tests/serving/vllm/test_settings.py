@@ -51,7 +51,7 @@ def test_defaults_of_the_server_are_kept_and_checked(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"tensor_parallel_size": 2}, "`tensor_parallel_size` must be 1 for a HAM model, got 2"),
+        ({"tensor_parallel_size": 3}, "`tensor_parallel_size` must divide `num_attention_heads`, 4 in this model"),
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size` must be 1"),
         ({"enable_lora": True}, "`lora_config` must be left out"),
         (
