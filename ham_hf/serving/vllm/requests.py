@@ -63,7 +63,7 @@ class Served:
 
     @cached_property
     def quantiles(self) -> list[torch.Tensor]:
-        """The score quantiles `[Hk, Q]` of each hybrid layer, read from the checkpoint's files; zero if it has none."""
+        """The score quantiles `[Hk, Q]` of each hybrid layer, from the checkpoint's files; zero if it has none."""
         folder = Path(self.model)
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
