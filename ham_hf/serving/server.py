@@ -1,0 +1,59 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""vLLM's OpenAI server for a HAM: whether it can be started here, and by which command."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+# vLLM's own command looks for a distribution named "vllm", which a CPU's is not; its module does not.
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
+GIB = 2**30
+
+
+def vllm_is_installed() -> bool:
+    """True if vLLM can be imported; imports nothing."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def server_command(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    max_model_len: int | None = None,
+    memory: float | None = None,
+    kv_budget: int | None = None,
+    tensor_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    further: Sequence[str] = (),
+) -> list[str]:
+    """The command that starts vLLM's server.
+
+    Args:
+        model: folder of a checkpoint, or its name on the Hub.
+        host: address to listen on.
+        port: port to listen on.
+        max_model_len: most tokens of a request, prompt and answer; `None`: what the checkpoint allows.
+        memory: GiB for the memories of all requests in each process; `None`: what vLLM finds free.
+        kv_budget: most tokens that a head holds; `None`: no bound.
+        tensor_parallel_size: processes that share the layers of one copy of the model.
+        data_parallel_size: copies of the model.
+        further: more of vLLM's flags, which win over those above.
+    """
+    flags: dict[str, object] = {"model": model, "host": host, "port": port}
+    if max_model_len is not None:
+        flags["max-model-len"] = max_model_len
+    if memory is not None:
+        flags["kv-cache-memory-bytes"] = round(memory * GIB)
+    if kv_budget is not None:
+        flags["additional-config"] = json.dumps({"kv_budget": kv_budget})
+    flags |= {"tensor-parallel-size": tensor_parallel_size, "data-parallel-size": data_parallel_size}
+    own = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", SERVER, *own, *further]
+
+
+def server_environment() -> dict[str, str]:
+    """The environment of the server: this process's, but vLLM reports no usage unless it is told to."""
+    return {"VLLM_NO_USAGE_STATS": "1", **os.environ}
