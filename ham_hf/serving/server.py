@@ -37,7 +37,7 @@ def server_command(
         port: port to listen on.
         max_model_len: most tokens of a request, prompt and answer; `None`: what the checkpoint allows.
         memory: GiB for the memories of all requests in each process; `None`: what vLLM finds free.
-        kv_budget: most tokens that a head holds; `None`: no bound.
+        kv_budget: most tokens that a head holds for a request that says nothing else; `None`: the checkpoint's default.
         tensor_parallel_size: processes that share the layers of one copy of the model.
         data_parallel_size: copies of the model.
         further: more of vLLM's flags, which win over those above.
@@ -48,7 +48,7 @@ def server_command(
     if memory is not None:
         flags["kv-cache-memory-bytes"] = round(memory * GIB)
     if kv_budget is not None:
-        flags["additional-config"] = json.dumps({"kv_budget": kv_budget})
+        flags["additional-config"] = json.dumps({"ham": {"kv_budget": kv_budget}})
     flags |= {"tensor-parallel-size": tensor_parallel_size, "data-parallel-size": data_parallel_size}
     own = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", SERVER, *own, *further]

@@ -48,7 +48,7 @@ def test_options_and_further_flags_reach_vllm(started, checkpoint, port, monkeyp
     (_, command, environment) = started.pop()
     assert command[-4:] == ["--max-num-seqs", "8", "--port", "9"], "the last of two flags counts"
     pairs = dict(zip(command[3:-4:2], command[4:-4:2], strict=True))
-    assert json.loads(pairs.pop("--additional-config")) == {"kv_budget": 64}
+    assert json.loads(pairs.pop("--additional-config")) == {"ham": {"kv_budget": 64}}
     assert pairs == {
         "--model": checkpoint,
         "--host": "localhost",
