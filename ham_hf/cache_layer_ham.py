@@ -102,6 +102,11 @@ class HAMCacheLayer(CacheLayerMixin):
         self._steps: list[LayerStep] = []
 
     @property
+    def kernels_may_write(self) -> bool:
+        """True if the kernels of a decoding step may update states in place: a rollback needs the old ones."""
+        return not self.record_past
+
+    @property
     def batch_size(self) -> int:
         """Number of rows, -1 before the first token."""
         return len(self.real_tokens) if self.is_initialized else -1
@@ -319,12 +324,7 @@ class HAMCacheLayer(CacheLayerMixin):
             return
         self.changes += 1
         tokens = self.store.tokens()
-        # Tokens are ordered by stream and position, so stable sorts by score and then by stream put the oldest first.
-        order = tokens.scores.argsort(stable=True)
-        order = order[tokens.streams[order].argsort(stable=True)]
-        streams = tokens.streams[order]
-        survives = torch.zeros_like(streams, dtype=torch.bool)
-        survives[order] = ranks(streams, self.store.counts) >= (self.store.counts - self._page_budget(budget))[streams]
+        survives = strongest(tokens, self.store.counts, self._page_budget(budget))
         self.store = self.store.rebuilt(tokens.select(survives))
 
     def open_pages(self) -> tuple[torch.Tensor, ...] | None:
@@ -549,6 +549,23 @@ class HAMCacheLayer(CacheLayerMixin):
             self.to(self.device)
 
 
+def strongest(tokens: KeptTokens, counts: torch.Tensor, number: int) -> torch.Tensor:
+    """`[n]` bool: the `number` tokens of each stream with the highest scores; the oldest of equal ones leaves first.
+
+    Args:
+        tokens: ordered by stream and position.
+        counts: `[N]` tokens of each stream.
+        number: tokens to remain.
+    """
+    # Stable sorts by score and then by stream put the oldest first.
+    order = tokens.scores.argsort(stable=True)
+    order = order[tokens.streams[order].argsort(stable=True)]
+    streams = tokens.streams[order]
+    survives = torch.zeros_like(streams, dtype=torch.bool)
+    survives[order] = ranks(streams, counts) >= (counts - number)[streams]
+    return survives
+
+
 def _check_crop(tokens_to_remove: object) -> int:
     # Some releases of Transformers give the number as a tensor.
     if isinstance(tokens_to_remove, torch.Tensor) and tokens_to_remove.ndim == 0:
@@ -580,4 +597,4 @@ def checked_rows(indices: object, batch: int) -> torch.Tensor:
     return rows
 
 
-__all__ = ["HAMCacheLayer", "checked_rows"]
+__all__ = ["HAMCacheLayer", "checked_rows", "strongest"]

@@ -38,8 +38,7 @@ def decoding_kernels(
         appends: False if the host appends, because a full head drops tokens or an offloaded layer moves its pages.
     """
     one_token = hidden_states.shape[1] == 1 and tokens.seq_idx is None
-    # The kernels update states in place; a cache that may be rolled back needs the old states.
-    if not one_token or not has_decoding_kernels(mixer) or mixer.training or cache.record_past:
+    if not one_token or not has_decoding_kernels(mixer) or mixer.training or not cache.kernels_may_write:
         return None
     if cache.conv_state is None or cache.recurrent_state is None:
         return None

@@ -62,6 +62,31 @@ def with_routing(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return kwargs | routing
 
 
+def own_routing(config: HAMConfig, generation_config: GenerationConfig) -> dict[str, Any]:
+    """The routing arguments that a checkpoint's generation configuration sets.
+
+    It sets neither `threshold` nor `kv_usage` beside `config.threshold`: otherwise a checkpoint's own default would
+    override `from_pretrained(path, threshold=...)`.
+    """
+    names = ROUTING_ARGUMENTS if config.fixed_threshold is None else ("kv_budget",)
+    own = vars(generation_config)
+    return {name: own[name] for name in names if own.get(name) is not None}
+
+
+def first_routing(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The routing arguments in force: each from the first of `sources` that sets it; `None` sets nothing.
+
+    `threshold` and `kv_usage` decide the same thing, so the first one found hides the other in later sources, too.
+    """
+    routing: dict[str, Any] = {}
+    for source in sources:
+        found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
+        if "threshold" in routing or "kv_usage" in routing:
+            found = {name: value for name, value in found.items() if name == "kv_budget"}
+        routing = found | routing
+    return routing
+
+
 def _threshold_of_rows(threshold: Any, batch: int) -> Any:
     """A threshold for the rows of a call made within `generate`, which repeats rows side by side."""
     if not isinstance(threshold, torch.Tensor) or threshold.ndim not in (1, 3):
@@ -194,18 +219,9 @@ class HAMGenerationMixin(GenerationMixin):
         configuration. `None` sets nothing. `threshold` and `kv_usage` decide the same thing, so the first one found
         hides the other, too.
         """
-        own = vars(self.generation_config)
-        if self.config.fixed_threshold is not None:
-            # Otherwise a checkpoint's own generation default would override `from_pretrained(path, threshold=...)`.
-            own = {name: value for name, value in own.items() if name not in ("threshold", "kv_usage")}
+        own = own_routing(self.config, self.generation_config)
         configuration = {} if generation_config is None else vars(generation_config)
-        routing: dict[str, Any] = {}
-        for source in (given, configuration, _routing.get().get(self, own)):
-            found = {name: source[name] for name in ROUTING_ARGUMENTS if source.get(name) is not None}
-            if "threshold" in routing or "kv_usage" in routing:
-                found = {name: value for name, value in found.items() if name == "kv_budget"}
-            routing = found | routing
-        return routing
+        return first_routing(given, configuration, _routing.get().get(self, own))
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Loads the generation configuration, and clears its mark `_from_model_config`, see `HAMForCausalLM`."""
@@ -349,4 +365,4 @@ class HAMGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
 
-__all__ = ["HAMGenerationMixin", "with_routing"]
+__all__ = ["HAMGenerationMixin", "first_routing", "own_routing", "with_routing"]
