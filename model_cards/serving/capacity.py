@@ -5,7 +5,7 @@ Usage, in the environment of ``make test-vllm``:
 
     .venv-vllm/bin/python -m model_cards.serving.capacity
 
-appends a row to capacity.jsonl for each arm; `model_cards.serving.report` writes serving.md. More requests are
+writes capacity.jsonl, a row for each arm; `model_cards.serving.report` writes serving.md. More requests are
 queued than the pool can hold; what counts is how many run while others wait.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ham_hf.files import append_row
+from ham_hf.files import append_row, write_whole
 
 from ..benchmarks.bench import in_fresh_process
 from ..rows import Row, current_commit
@@ -114,6 +114,7 @@ def reserved(scheduler: Any) -> int:
 
 def main() -> None:
     """Measures every arm, each in a process of its own."""
+    write_whole(RESULTS, "")
     with tempfile.TemporaryDirectory() as folder:
         llama = save_llama(Path(folder))
         for model, usage in [(llama, None), *((HAM, usage) for usage in USAGES)]:

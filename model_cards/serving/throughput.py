@@ -1,12 +1,12 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Measures tokens per second of CPU at several numbers of clients: `ham-hf serve` beside other servers.
 
-Usage, in the environment of ``make test-vllm``:
+Usage, in the environment of ``make test-vllm`` with accelerate, which `transformers serve` needs:
 
     .venv-vllm/bin/python -m model_cards.serving.throughput
 
-starts all servers on loopback and asks them in turn, so that what else the machine does falls on all; it appends a row
-to throughput.jsonl for each server, number of clients and round. `model_cards.serving.report` writes serving.md.
+starts all servers on loopback and asks them in turn, so that what else the machine does falls on all; it writes
+throughput.jsonl, a row for each server, number of clients and round. `model_cards.serving.report` writes serving.md.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ham_hf import HAMForCausalLM
-from ham_hf.files import append_row
+from ham_hf.files import append_row, write_whole
 from ham_hf.serving.server import SERVER
 
 from ..rows import Row, current_commit
@@ -148,11 +148,12 @@ def main() -> None:
     """Measures every server at every number of clients, in turn, `ROUNDS` times."""
     tokenizer = AutoTokenizer.from_pretrained(HAM)
     texts = [tokenizer.decode(x) for x in prompts(max(*CLIENTS, FEWEST_REQUESTS), PROMPT)]
+    write_whole(RESULTS, "")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, servers = Path(name), []
         for i, arm in enumerate(arms(folder)):
             servers.append((arm, *stack.enter_context(running(arm, folder / f"{i}.log"))))
-            ask(servers[-1][1], arm, texts[0])  # what a server does once, it has done now
+            measure(*servers[-1], max(CLIENTS), texts)  # what a server does once, it has done then
         for round_number in range(ROUNDS):
             for clients in CLIENTS:
                 for arm, address, server in servers:
