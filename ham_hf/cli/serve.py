@@ -49,7 +49,9 @@ def add_to(commands: Any) -> None:
     memory = number("GiB from 0.001 to 100000", 0.001, 100_000)
     help_text = "memory of all requests in a process (default: what vLLM finds free)"
     parser.add_argument("--memory", metavar="GIB", type=memory, help=help_text)
-    help_text = "hold at most N tokens per head for a request that says nothing else; a full head drops the lowest score"
+    help_text = (
+        "hold at most N tokens per head, unless a request says another; a full head drops the lowest score"
+    )
     parser.add_argument("--kv-budget", metavar="N", type=positive, help=help_text)
     help_text = "processes that share one copy of the model (default: %(default)s)"
     parser.add_argument("--tensor-parallel-size", metavar="N", type=positive, default=1, help=help_text)

@@ -37,7 +37,7 @@ def server_command(
         port: port to listen on.
         max_model_len: most tokens of a request, prompt and answer; `None`: what the checkpoint allows.
         memory: GiB for the memories of all requests in each process; `None`: what vLLM finds free.
-        kv_budget: most tokens that a head holds for a request that says nothing else; `None`: the checkpoint's default.
+        kv_budget: most tokens that a head holds, unless a request says another; `None`: the checkpoint's default.
         tensor_parallel_size: processes that share the layers of one copy of the model.
         data_parallel_size: copies of the model.
         further: more of vLLM's flags, which win over those above.

@@ -77,8 +77,8 @@ def to_markdown(capacity: list[Row], throughput: list[Row]) -> str:
         capacity_table(capacity),
         f"Of {first['requests']} requests with prompts of {first['prompt']} tokens and answers of {first['answer']}, "
         f"all queued at the start, in a pool of {first['pool'] / 2**20:.0f} MiB: the mean number that ran while "
-        "others waited, from the end of the first answer on. HAM is `ham-tiny` asked for a `kv_usage`; Llama has its shape "
-        "and random weights, and vLLM's own pages; both in float32, without a prefix cache, "
+        "others waited, from the end of the first answer on. HAM is `ham-tiny` asked for a `kv_usage`; Llama has its "
+        "shape and random weights, and vLLM's own pages; both in float32, without a prefix cache, "
         f'{first["chunk"]} tokens a step. "Held" counts the tokens that running requests hold, over those that they '
         "have seen. The states of the RNN, pages that are not full and what is reserved for a step are part of the "
         "pool. Preempted requests start again.",

@@ -147,7 +147,7 @@ def measure(arm: Arm, address: str, server: psutil.Process, clients: int, texts:
 def main() -> None:
     """Measures every server at every number of clients, in turn, `ROUNDS` times."""
     tokenizer = AutoTokenizer.from_pretrained(HAM)
-    texts = [tokenizer.decode(x) for x in prompts(max(*CLIENTS, FEWEST_REQUESTS), PROMPT)]
+    texts = [str(tokenizer.decode(x)) for x in prompts(max(*CLIENTS, FEWEST_REQUESTS), PROMPT)]
     write_whole(RESULTS, "")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, servers = Path(name), []

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+STORY = (
+    "The captain looked at the sea, and the sea looked at him. He had sailed for forty years, and in all of them he"
+)
+NEW_TOKENS = 12
 # vLLM would serve float32 as bfloat16. Small steps, so that a prompt takes several.
 VLLM_FLAGS = ["--dtype", "float32", "--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
 
@@ -34,6 +38,12 @@ class Server:
             content = json.loads(reply.read())
         return content if reply.status == 200 else (reply.status, content["error"]["message"])
 
+    def complete(self, text: str, **arguments):
+        """The likeliest `NEW_TOKENS` after a text, at these routing arguments; or status and message of a refusal."""
+        body = {"prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0}
+        reply = self.post("/v1/completions", **body, **({"vllm_xargs": arguments} if arguments else {}))
+        return reply if isinstance(reply, tuple) else reply["choices"][0]["text"]
+
     def open(self, path: str, **body):
         """The open reply to a request, whatever its status."""
         content = json.dumps({"model": self.model, **body}).encode()
@@ -42,6 +52,15 @@ class Server:
             return urllib.request.urlopen(request, timeout=60)
         except urllib.error.HTTPError as error:
             return error
+
+    def healthy(self) -> bool:
+        """True if the server answers; fails if it has ended."""
+        assert self.process.poll() is None, self.log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(f"{self.address}/health", timeout=10).close()
+        except OSError:
+            return False
+        return True
 
     def metrics(self) -> dict[str, float]:
         """The numbers of the server's metrics, summed over labels."""
@@ -61,29 +80,24 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, *options: str):
-    """A `Server` of `ham-hf serve` with further `options`, which ends with the block."""
-    port = str(free_port())
-    command = [sys.executable, "-m", "ham_hf.cli", "serve", str(model), "--port", port, *options, "--", *VLLM_FLAGS]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT)
-    server = Server(process, f"http://127.0.0.1:{port}", str(model), log)
+def serving(model: Path, log: Path, *options: str, flags: tuple[str, ...] = (), port: int | None = None):
+    """A `Server` of `ham-hf serve` with these options and further flags of vLLM, which ends with the block."""
+    number = str(port or free_port())
+    command = [sys.executable, "-m", "ham_hf.cli", "serve", str(model), "--port", number, *options, "--", *VLLM_FLAGS]
+    with log.open("a") as output:
+        process = subprocess.Popen([*command, *flags], stdout=output, stderr=output, env=ENVIRONMENT)
+    server = Server(process, f"http://127.0.0.1:{number}", str(model), log)
     try:
-        wait_until_healthy(server)
+        wait_for(server.healthy, 300)
         yield server
     finally:
         process.terminate()
         process.wait(60)
 
 
-def wait_until_healthy(server: Server, seconds: int = 300) -> None:
-    """Returns when the server answers."""
+def wait_for(condition, seconds: int = 30) -> None:
+    """Returns when the condition is true; fails after `seconds`."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        assert server.process.poll() is None, server.log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(f"{server.address}/health", timeout=10).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"no answer in {seconds} s:\n{server.log.read_text()[-4000:]}")
+    while not condition():
+        assert time.monotonic() < until, f"not true in {seconds} s"
+        time.sleep(0.05)

@@ -1,42 +1,13 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """`ham-hf serve` over HTTP: clients get what `generate` gives, bad values are refused, who leaves frees memory."""
 
-import os
-import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
-import torch
-from transformers import AutoTokenizer
 
-import ham_hf
-from ham_hf import HAMForCausalLM
-from tests.serving.servers import serving
+from tests.serving.servers import NEW_TOKENS, STORY, serving, wait_for
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
-
-STORY = (
-    "The captain looked at the sea, and the sea looked at him. He had sailed for forty years, and in all of them he"
-)
-NEW_TOKENS = 12
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Path:
-    """The embedded checkpoint in float32 with a chat template, which keeps nothing unless it is asked to."""
-    folder = tmp_path_factory.mktemp("served") / "ham"
-    source = Path(ham_hf.__path__[0]) / "checkpoints" / "ham-tiny"
-    model = HAMForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model.generation_config.threshold = 2.0
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +17,13 @@ def server(served, tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="module")
-def generated(served):
-    """A function that goes on with a text by `generate` itself."""
-    model, tokenizer = HAMForCausalLM.from_pretrained(served).eval(), AutoTokenizer.from_pretrained(served)
-
-    def go_on(text, **routing):
-        inputs = tokenizer(text, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **routing)
-        return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-    return go_on
-
-
-def complete(server, text, **arguments):
-    body = {"max_tokens": NEW_TOKENS, "temperature": 0, "prompt": text}
-    reply = server.post("/v1/completions", **body, **({"vllm_xargs": arguments} if arguments else {}))
-    return reply if isinstance(reply, tuple) else reply["choices"][0]["text"]
-
-
 def test_completions_and_the_default_of_the_checkpoint(server, generated):
     expected = [generated(STORY, threshold=x) for x in (0.4, 2.0)]
     assert expected[0] != expected[1]
-    assert complete(server, STORY, threshold=0.4) == expected[0]
-    assert complete(server, STORY) == expected[1]
-    assert complete(server, STORY, kv_usage=0.5) == generated(STORY, kv_usage=0.5)
-    assert complete(server, STORY, threshold=0, kv_budget=9) == generated(STORY, threshold=0, kv_budget=9)
+    assert server.complete(STORY, threshold=0.4) == expected[0]
+    assert server.complete(STORY) == expected[1]
+    assert server.complete(STORY, kv_usage=0.5) == generated(STORY, kv_usage=0.5)
+    assert server.complete(STORY, threshold=0, kv_budget=9) == generated(STORY, threshold=0, kv_budget=9)
 
 
 def test_chat(server, generated):
@@ -84,7 +36,7 @@ def test_clients_at_once_each_get_what_they_get_alone(server, generated):
     words = STORY.split()
     asked = [(" ".join(words[i:] * (1 + i % 3)), i / 8) for i in range(9)]
     with ThreadPoolExecutor(len(asked)) as pool:
-        replies = list(pool.map(lambda x: complete(server, x[0], threshold=x[1]), asked))
+        replies = list(pool.map(lambda x: server.complete(x[0], threshold=x[1]), asked))
     assert replies == [generated(text, threshold=threshold) for text, threshold in asked]
     assert len(set(replies)) > 4
 
@@ -102,21 +54,14 @@ def test_clients_at_once_each_get_what_they_get_alone(server, generated):
     ],
 )
 def test_bad_values_are_answered_with_400_and_say_what_is_taken(server, arguments, expected):
-    status, message = complete(server, STORY, **arguments)
+    status, message = server.complete(STORY, **arguments)
     assert status == 400, message
     assert all(part in message for part in expected), message
 
 
-def wait_for(condition, seconds=30):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not true in {seconds} s"
-        time.sleep(0.05)
-
-
 def test_metrics_tell_what_requests_held(server):
     before = server.metrics()
-    complete(server, STORY, threshold=0)
+    server.complete(STORY, threshold=0)
     after = server.metrics()
     gained = {name: after[name] - before.get(name, 0.0) for name in after}
     assert gained["ham:tokens_seen_count"] == 1
@@ -137,25 +82,6 @@ def test_a_client_that_leaves_frees_its_memory(server):
     reply.close()
     wait_for(lambda: server.metrics()["vllm:num_requests_running"] == 0)
     # The gauges are those of the last step, so a short request brings them up to date.
-    complete(server, "The sea", threshold=2)
+    server.complete("The sea", threshold=2)
     wait_for(lambda: server.metrics()["vllm:kv_cache_usage_perc"] == 0)
     assert server.metrics()["vllm:generation_tokens_total"] < before + 900
-
-
-@pytest.mark.slow
-def test_a_killed_worker_ends_the_server_for_a_supervisor_to_start_again(served, tmp_path):
-    with serving(served, tmp_path / "log", "--memory", "0.05") as server, ThreadPoolExecutor(1) as pool:
-        body = {"prompt": STORY, "max_tokens": 1000, "temperature": 0, "ignore_eos": True}
-        reply = pool.submit(server.post, "/v1/completions", **body, vllm_xargs={"threshold": 0})
-        wait_for(lambda: server.metrics()["vllm:num_requests_running"] == 1)
-        (worker,) = [x for x in psutil.Process(server.process.pid).children(recursive=True) if is_engine(x)]
-        os.kill(worker.pid, signal.SIGKILL)
-        status, _ = reply.result(timeout=60)
-        assert status == 500
-        server.process.wait(60)  # with status 0, so a supervisor must start it again whatever the status
-    with serving(served, tmp_path / "log", "--memory", "0.05") as again:
-        assert complete(again, STORY)
-
-
-def is_engine(process):
-    return "EngineCore" in process.name() or any("EngineCore" in part for part in process.cmdline())

@@ -1,0 +1,94 @@
+# Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
+"""Several processes of `ham-hf serve`: copies of the model, a killed worker, servers replaced while in use."""
+
+import os
+import signal
+import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from tests.serving.servers import STORY, free_port, serving, wait_for
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+pytestmark = pytest.mark.slow
+
+LONG = {"prompt": STORY, "max_tokens": 900, "temperature": 0, "ignore_eos": True, "vllm_xargs": {"threshold": 0}}
+# On SIGTERM a server ends the requests that it has, for this many seconds at most, and takes no more.
+DRAIN = ("--shutdown-timeout", "60")
+
+
+def is_engine(process):
+    return "EngineCore" in process.name() or any("EngineCore" in part for part in process.cmdline())
+
+
+def test_a_killed_worker_ends_the_server_for_a_supervisor_to_start_again(served, tmp_path):
+    port = free_port()
+    with serving(served, tmp_path / "log", "--memory", "0.05", port=port) as server, ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(server.post, "/v1/completions", **LONG)
+        wait_for(lambda: server.metrics()["vllm:num_requests_running"] == 1)
+        (worker,) = [x for x in psutil.Process(server.process.pid).children(recursive=True) if is_engine(x)]
+        os.kill(worker.pid, signal.SIGKILL)
+        status, _ = reply.result(timeout=60)
+        assert status == 500
+        server.process.wait(60)  # with status 0, so a supervisor must start it again whatever the status
+    with serving(served, tmp_path / "log", "--memory", "0.05", port=port) as again:
+        assert again.complete(STORY)
+
+
+def test_two_copies_share_the_requests(served, generated, tmp_path):
+    thresholds = [i / 8 for i in range(8)]
+    with (
+        serving(served, tmp_path / "log", "--memory", "0.05", "--data-parallel-size", "2") as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        replies = list(pool.map(lambda x: server.complete(STORY, threshold=x), thresholds))
+        with urllib.request.urlopen(f"{server.address}/metrics", timeout=10) as reply:
+            lines = [x for x in reply.read().decode().splitlines() if x.startswith("vllm:request_success_total")]
+    assert replies == [generated(STORY, threshold=x) for x in thresholds]
+    answered = {engine: sum(float(x.split()[-1]) for x in lines if f'engine="{engine}"' in x) for engine in (0, 1)}
+    assert sum(answered.values()) == 8
+    assert min(answered.values()) > 0
+
+
+def test_servers_replaced_one_after_the_other_lose_no_request(served, generated, tmp_path):
+    """Two servers and a client that goes to the other one when one does not take its request."""
+    expected, ports = generated(STORY, threshold=0.4), (free_port(), free_port())
+    servers, replies, stop = {}, [], threading.Event()
+
+    def ask(i):
+        for port in (ports[i % 2], ports[1 - i % 2]):
+            try:
+                return servers[port].complete(STORY, threshold=0.4)
+            except OSError:  # refused or cut off
+                continue
+        return None
+
+    def keep_asking():
+        while not stop.wait(0.05):
+            replies.append(ask(len(replies)))
+
+    def start(port):
+        context = serving(served, tmp_path / str(port), "--memory", "0.05", flags=DRAIN, port=port)
+        servers[port] = context.__enter__()
+        return context
+
+    contexts = {port: start(port) for port in ports}
+    with ThreadPoolExecutor(2) as pool:
+        client = pool.submit(keep_asking)
+        for port in ports:
+            old = servers[port]
+            long = pool.submit(old.post, "/v1/completions", **LONG)
+            wait_for(lambda old=old: old.metrics()["vllm:num_requests_running"] >= 1)
+            old.process.terminate()
+            assert long.result(timeout=60)["usage"]["completion_tokens"] == 900, "what was begun was ended"
+            contexts[port].__exit__(None, None, None)
+            contexts[port] = start(port)
+        stop.set()
+        client.result(timeout=60)
+    for context in contexts.values():
+        context.__exit__(None, None, None)
+    assert len(replies) > 20
+    assert set(replies) == {expected}
