@@ -58,7 +58,7 @@ test-oldest: $(DEV) $(OLDEST)/.installed ## run what depends on Transformers wit
 
 # A later -m takes the place of this one: ARGS="-m slow" runs the slow tests.
 test-vllm: $(VLLM)/.installed ## run the tests of serving with vLLM on a CPU (Linux, x86-64), without the slow ones
-	@OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -m "not slow" tests/serving $(ARGS)
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -n $(JOBS) --dist loadfile -m "not slow" tests/serving $(ARGS)
 
 lint: $(DEV) ## check style, format and types; changes nothing
 	@$(BIN)/ruff check .

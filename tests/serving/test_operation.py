@@ -20,17 +20,15 @@ LONG = {"prompt": STORY, "max_tokens": 900, "temperature": 0, "ignore_eos": True
 DRAIN = ("--shutdown-timeout", "60")
 
 
-def is_engine(process):
-    return "EngineCore" in process.name() or any("EngineCore" in part for part in process.cmdline())
-
-
-def test_a_killed_worker_ends_the_server_for_a_supervisor_to_start_again(served, tmp_path):
+@pytest.mark.parametrize("name", ["VLLM::EngineCore", "VLLM::Worker"])
+def test_a_killed_process_ends_the_server_for_a_supervisor_to_start_again(served, tmp_path, name):
     port = free_port()
     with serving(served, tmp_path / "log", "--memory", "0.05", port=port) as server, ThreadPoolExecutor(1) as pool:
         reply = pool.submit(server.post, "/v1/completions", **LONG)
         wait_for(lambda: server.metrics()["vllm:num_requests_running"] == 1)
-        (worker,) = [x for x in psutil.Process(server.process.pid).children(recursive=True) if is_engine(x)]
-        os.kill(worker.pid, signal.SIGKILL)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        (killed,) = [x for x in children if " ".join(x.cmdline()).startswith(name)]
+        os.kill(killed.pid, signal.SIGKILL)
         status, _ = reply.result(timeout=60)
         assert status == 500
         server.process.wait(60)  # with status 0, so a supervisor must start it again whatever the status
