@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """Several processes of `ham-hf serve`: copies of the model, a killed worker, servers replaced while in use."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 pytestmark = pytest.mark.slow
 
 LONG = {"prompt": STORY, "max_tokens": 900, "temperature": 0, "ignore_eos": True, "vllm_xargs": {"threshold": 0}}
-# On SIGTERM a server ends the requests that it has, for this many seconds at most, and takes no more.
+# On SIGTERM a server ends the requests that it has, for this many seconds at most.
 DRAIN = ("--shutdown-timeout", "60")
 
 
@@ -52,16 +53,17 @@ def test_two_copies_share_the_requests(served, generated, tmp_path):
 
 
 def test_servers_replaced_one_after_the_other_lose_no_request(served, generated, tmp_path):
-    """Two servers and a client that goes to the other one when one does not take its request."""
+    """Two servers and a client that goes to the other one when one refuses its request, or answers that it failed."""
     expected, ports = generated(STORY, threshold=0.4), (free_port(), free_port())
     servers, replies, stop = {}, [], threading.Event()
 
     def ask(i):
         for port in (ports[i % 2], ports[1 - i % 2]):
-            try:
-                return servers[port].complete(STORY, threshold=0.4)
-            except OSError:  # refused or cut off
-                continue
+            with contextlib.suppress(OSError):  # refused or cut off
+                reply = servers[port].complete(STORY, threshold=0.4)
+                if isinstance(reply, str):
+                    return reply
+                assert reply[0] in (500, 503), reply  # vLLM fails requests that come while it ends
         return None
 
     def keep_asking():
