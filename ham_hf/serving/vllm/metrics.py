@@ -16,7 +16,7 @@ RUNNING = tuple(f"running_{name}" for name in ENDED)
 MEANINGS = {
     "tokens_seen": "tokens of prompt and answer",
     "token_slots_held": "tokens in memory, summed over layers and key/value heads",
-    "bytes_held": "memory of a request, states included",
+    "bytes_held": "blocks of a request, with its state and what is reserved for its next token",
 }
 
 

@@ -65,9 +65,8 @@ class Engine:
         else:
             folder = model
         defaults = {"dtype": "float32", "max_model_len": 192, "max_num_batched_tokens": 64, "max_num_seqs": 8}
-        self.llm = LLM(
-            str(folder), **({"num_gpu_blocks_override": 400, "disable_log_stats": True} | defaults | options)
-        )
+        defaults |= {"num_gpu_blocks_override": 400, "disable_log_stats": True}
+        self.llm = LLM(str(folder), **(defaults | options))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool

@@ -51,7 +51,11 @@ def expected(model, asked):
     return [generated(model, tokens, length, **routing) for tokens, length, routing in asked]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# An engine takes seconds to start.
+QUICK = ("paper", "window and sinks", "every kind of layer", "no short convolution before attention")
+
+
+@pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in MODELS])
 def test_each_model_answers_as_generate_does(engines, name):
     model = small_model(**MODELS[name])
     engine, asked = engines(model), requests()
@@ -60,7 +64,7 @@ def test_each_model_answers_as_generate_does(engines, name):
     assert not engine.manager.lives
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("window", [7, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_budget_a_usage_and_a_threshold_run_side_by_side(engines, window):
     model = small_model(attention_window=window, attention_sinks=2)
     asked = requests(kv_budget=20)
@@ -72,7 +76,7 @@ def test_a_budget_a_usage_and_a_threshold_run_side_by_side(engines, window):
     assert engine.lost_blocks == 0
 
 
-@pytest.mark.parametrize("chunk", [16, 23])
+@pytest.mark.parametrize("chunk", [23, pytest.param(16, marks=pytest.mark.slow)])
 def test_prompts_may_be_cut_anywhere(engines, chunk):
     model = small_model(attention_window=6, attention_sinks=1, layer_types=["hybrid", "full_attention"])
     engine, asked = engines(model, max_num_batched_tokens=chunk), requests()
@@ -85,14 +89,18 @@ def test_a_preempted_request_starts_again_and_answers_the_same(engines, monkeypa
     engine = engines(model, num_gpu_blocks_override=14)
     preempted = []
     preempt = engine.scheduler._preempt_request
-    monkeypatch.setattr(
-        engine.scheduler, "_preempt_request", lambda *a, **k: (preempted.append(a[0]), preempt(*a, **k))
-    )
+
+    def noted(request, *args, **kwargs):
+        preempted.append(request)
+        preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(engine.scheduler, "_preempt_request", noted)
     assert engine.answers(asked) == expected(model, asked)
     assert preempted
     assert engine.lost_blocks == 0
 
 
+@pytest.mark.slow
 def test_more_requests_fit_where_less_is_kept(engines):
     model = small_model(num_hidden_layers=4, num_key_value_heads=4)
     engine = engines(model, num_gpu_blocks_override=40)
@@ -143,6 +151,7 @@ def test_defaults_come_from_the_server_then_from_the_checkpoint(engines):
     assert engine.answers(asked[:1]) == [generated(model, tokens, 20, threshold=0.35, kv_budget=40)]
 
 
+@pytest.mark.slow
 def test_the_threshold_of_a_configuration_hides_that_of_generation(engines):
     model = small_model(threshold=0.35)
     model.generation_config.threshold = 2.0
