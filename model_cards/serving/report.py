@@ -86,7 +86,8 @@ def to_markdown(capacity: list[Row], throughput: list[Row]) -> str:
         throughput_table(throughput),
         f"Prompts of {asked['prompt']} tokens, answers of {asked['answer']}; HAM is `ham-tiny` at `kv_usage` "
         f"{asked['kv_usage']}, Llama has its shape. All servers run at once, on one thread each, and are asked in "
-        f"turn; CPU time is that of all processes of a server. Medians of {rounds} rounds; in brackets the smallest "
+        "turn; CPU time is that of all processes of a server, where vLLM's worker is in the process of its engine "
+        f"(`VLLM_ENABLE_V1_MULTIPROCESSING=0`). Medians of {rounds} rounds; in brackets the smallest "
         "and the largest ratio of a round. `transformers serve` handles one request after another. The model is "
         "small, so what a server does besides the model weighs more than with a large one.",
     ]
