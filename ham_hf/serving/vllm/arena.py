@@ -25,7 +25,7 @@ class Arena(nn.Module, MambaBase):
         pages: the fields of every page in it, `[blocks * BLOCK_PAGES, ...]`.
         table: `[slots, most blocks of a request]` int64, the blocks of each request; block 0 belongs to none.
         rows: the requests of the running step, by their first blocks.
-        reports: what the scheduler is to be told, by request and epoch.
+        reports: what the scheduler is to be told, by the epoch of each request.
     """
 
     def __init__(self, config: HAMConfig, vllm_config: Any):
@@ -38,7 +38,7 @@ class Arena(nn.Module, MambaBase):
         )
         self.table = torch.zeros(vllm_config.scheduler_config.max_num_seqs, most, dtype=torch.long)
         self.rows: dict[int, Row] = {}
-        self.reports: dict[tuple[str, int], Report] = {}
+        self.reports: dict[int, Report] = {}
         self.kv_cache = (torch.empty(0),)
         vllm_config.compilation_config.static_forward_context[ARENA] = self
 
@@ -91,7 +91,7 @@ class Arena(nn.Module, MambaBase):
         block = self.table[slots, self.layout.state_blocks + number // BLOCK_PAGES]
         return block * BLOCK_PAGES + number % BLOCK_PAGES
 
-    def take_reports(self) -> dict[tuple[str, int], Report]:
+    def take_reports(self) -> dict[int, Report]:
         """The reports since the last call."""
         reports, self.reports = self.reports, {}
         return reports

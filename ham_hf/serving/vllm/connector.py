@@ -15,13 +15,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from .arena import ARENA
+from .conversations import group_of
 from .manager import Expectation, HAMManager, Report, Row
 from .metrics import HAMPromMetrics, HAMStats
 from .requests import expected_usage, routing_of
-from .settings import routing_defaults
+from .settings import keeps_conversations, routing_defaults
+
+# How a request ends whose answer is whole.
+ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 @dataclass
@@ -33,17 +37,18 @@ class Step(KVConnectorMetadata):
 
 @dataclass
 class Reports(KVConnectorWorkerMetadata):
-    """What a worker tells the scheduler after a step, by request and epoch."""
+    """What a worker tells the scheduler after a step, by the epoch of each request."""
 
-    kept: dict[tuple[str, int], Report] = field(default_factory=dict)
+    kept: dict[int, Report] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Reports":
-        """The largest numbers of all workers, which hold different heads and take the same blocks."""
+        """Of workers that hold different heads in blocks of the same numbers: the largest numbers, and all tokens."""
         if not isinstance(other, Reports):
             raise TypeError(f"`other` must be Reports, got {type(other).__name__}.")
-        both = {
-            key: Report(*map(max, self.kept[key], other.kept[key])) for key in self.kept.keys() & other.kept.keys()
-        }
+        both = {}
+        for epoch in self.kept.keys() & other.kept.keys():
+            ours, theirs = self.kept[epoch], other.kept[epoch]
+            both[epoch] = Report(*map(max, ours, theirs))._replace(held=ours.held + theirs.held)
         return Reports(self.kept | other.kept | both)
 
 
@@ -54,6 +59,7 @@ class HAMConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self.config = vllm_config.model_config.hf_config
         self.defaults = routing_defaults(vllm_config)
+        self.keeps_conversations = keeps_conversations(vllm_config)
         self.routing: dict[str, dict[str, Any]] = {}
         self.stats = HAMStats()
 
@@ -103,15 +109,24 @@ class HAMConnector(KVConnectorBase_V1, SupportsHMA):
         self.manager.expect(request.request_id, Expectation(usage, routing.get("kv_budget")))
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """No token is known from elsewhere."""
-        return 0, False
+        """The tokens that a conversation has seen, which the request then need not read."""
+        if not self._may_go_on(request):
+            return 0, False
+        return self.manager.find(request.request_id, self._group(request), request.all_token_ids), False
+
+    def _may_go_on(self, request: Request) -> bool:
+        # Embeddings in the place of tokens are not among the tokens that a conversation is found by.
+        return self.keeps_conversations and request.prompt_embeds is None
+
+    def _group(self, request: Request) -> str:
+        return group_of(self.routing[request.request_id], request.cache_salt)
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         """Does nothing: `build_connector_meta` tells of the blocks."""
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         """The requests of the step; each change of a request's blocks is told once."""
-        seen = dict.fromkeys((new.req_id for new in scheduler_output.scheduled_new_reqs), 0)
+        seen = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         seen |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         rows = []
@@ -125,15 +140,18 @@ class HAMConnector(KVConnectorBase_V1, SupportsHMA):
         """Passes the workers' reports to the manager."""
         reports = connector_output.kv_connector_worker_meta
         if isinstance(reports, Reports):
-            for (request_id, epoch), report in reports.kept.items():
-                self.manager.report(request_id, epoch, report)
+            for epoch, report in reports.kept.items():
+                self.manager.report(epoch, report)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Counts what the request held; its blocks may be freed at once."""
+        """Counts what the request held, and keeps its memory if the conversation may go on; else it may be freed."""
         life = self.manager.lives.get(request.request_id)
         if life is not None and life.report is not None:
-            blocks = len(self.manager.req_to_blocks[request.request_id])
-            self.stats.add(life.report, blocks * self.manager.kv_cache_spec.page_size_bytes)
+            self.stats.add(life.report, len(life.blocks) * self.manager.kv_cache_spec.page_size_bytes)
+            # A step that was scheduled before the end was known has read the last token, too.
+            if self._may_go_on(request) and request.status in ANSWERED and life.promised <= request.num_tokens:
+                tokens = request.all_token_ids[: life.promised]
+                self.manager.keep(request.request_id, self._group(request), tokens)
         self.routing.pop(request.request_id, None)
         self.manager.forget(request.request_id)
         return False, None
@@ -143,6 +161,11 @@ class HAMConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished`: there is one group of layers."""
         return self.request_finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool:
+        """Forgets every conversation."""
+        self.manager.drop_conversations()
+        return True
 
     @property
     def requires_kv_delivery(self) -> bool:

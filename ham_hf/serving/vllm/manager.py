@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from ...paged_store_ham import PAGE_SIZE
+from .conversations import Conversations, Key
 from .layout import BLOCK_PAGES
 
 
@@ -86,8 +87,8 @@ class Changes(NamedTuple):
     """What the worker must know of a request to find its memory in a step.
 
     Attributes:
-        epoch: number of this life of the request: a preempted request that starts again has another.
-        slot: row of the worker's table of blocks.
+        epoch: number of this life of the request.
+        slot: row of the worker's tables.
         start: entries of that row that still hold.
         blocks: the entries behind them.
         shrunk: true if entries behind `start` have gone.
@@ -105,10 +106,10 @@ class Row(NamedTuple):
 
     Attributes:
         request_id: its name.
-        changes: where its memory is; its first block is `first_block`.
+        changes: where its memory is.
         first_block: the first of its blocks, by which a worker finds it in a batch.
-        fresh: true if the step has its first tokens.
-        routing: its routing arguments; read in its first step.
+        fresh: true if it has seen no token yet.
+        routing: its routing arguments; read when its slot is new.
     """
 
     request_id: str
@@ -119,26 +120,45 @@ class Row(NamedTuple):
 
 
 @dataclass
-class _Life:
-    """A request between its first block and the return of its blocks."""
+class Life:
+    """A request's memory between its first block and the return of the last.
+
+    Attributes:
+        epoch: a number that no other life has: a preempted request that starts again begins another.
+        slot: row of the workers' tables.
+        blocks: the same list as in the manager's `req_to_blocks`.
+        budget: most tokens that a hybrid head may hold, or `None`.
+        promised: tokens for which steps were given memory.
+        sent: blocks that the workers know of, and which the request still has.
+        shrunk: true if they know of others.
+        report: what the workers said last.
+    """
 
     epoch: int
     slot: int
-    promised: int = 0  # tokens for which steps were given memory
-    sent: int = 0  # blocks that the worker knows of, and still holds
-    shrunk: bool = False  # whether it knows of others
+    blocks: list[KVCacheBlock]
+    budget: int | None
+    promised: int = 0
+    sent: int = 0
+    shrunk: bool = False
     report: Report | None = None
 
 
 class HAMManager(SingleTypeKVCacheManager):
-    """Reserves the worst case of a step on top of what was reported, and takes back what the step did not need."""
+    """Reserves the worst case of a step on top of what was reported, and takes back what the step did not need.
+
+    Memories of requests that have ended stay as `conversations` while nobody else needs their blocks.
+    """
 
     kv_cache_spec: HAMSpec
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.lives: dict[str, _Life] = {}
+        self.lives: dict[str, Life] = {}  # of the requests that run
+        self.conversations: Conversations[Life] = Conversations()
         self.expectations: dict[str, Expectation] = {}
+        self._by_epoch: dict[int, Life] = {}  # of both
+        self._resumes: dict[str, Key] = {}  # requests that may take over a conversation
         self._epochs = 0
         self._slots: list[int] = []  # free ones; with those in use they are 0 to their number
 
@@ -147,14 +167,14 @@ class HAMManager(SingleTypeKVCacheManager):
         self.expectations[request_id] = expectation
 
     def forget(self, request_id: str) -> None:
-        """Drops what `expect` noted, when the request has ended."""
+        """Drops what was noted of a request that has ended."""
         self.expectations.pop(request_id, None)
+        self._resumes.pop(request_id, None)
 
-    def required(self, request_id: str, tokens: int) -> int:
+    def required(self, life: Life | None, budget: int | None, tokens: int) -> int:
         """Blocks that surely suffice when the request has seen `tokens`."""
-        spec, budget = self.kv_cache_spec, self.expectations.get(request_id, Expectation()).budget
+        spec = self.kv_cache_spec
         most = spec.pages(tokens, tokens if budget is None else min(tokens, budget))
-        life = self.lives.get(request_id)
         if life is None or life.report is None:
             return spec.blocks(most)
         new, closed = max(tokens - life.report.tokens, 0), life.report.closed
@@ -176,50 +196,61 @@ class HAMManager(SingleTypeKVCacheManager):
     ) -> int:
         """Blocks that a step needs; with `apply_admission_cap`, those that a whole prompt is expected to need.
 
-        vLLM asks both before it admits a request. An expectation that was too low costs a preemption.
+        vLLM asks both before it admits a request. An expectation that was too low costs a preemption. Conversations
+        give way to what is needed, but for the one that the request goes on with.
         """
+        life, key = self.lives.get(request_id), None
+        if life is None and total_computed_tokens:
+            key = self._resumes[request_id]
+            life = self.conversations.get(key)
+        expectation = self.expectations.get(request_id, Expectation())
         if apply_admission_cap:
-            kept = self.expectations.get(request_id, Expectation()).kept(num_tokens)
-            needed = self.kv_cache_spec.blocks(self.kv_cache_spec.pages(num_tokens, kept))
+            needed = self.kv_cache_spec.blocks(self.kv_cache_spec.pages(num_tokens, expectation.kept(num_tokens)))
         else:
-            needed = self.required(request_id, num_tokens)
-        return max(needed - len(self.req_to_blocks.get(request_id, ())), 0)
+            needed = self.required(life, expectation.budget, num_tokens)
+        new = max(needed - (0 if life is None else len(life.blocks)), 0)
+        while new > self.block_pool.get_num_free_blocks() and (old := self.conversations.take_oldest(but=key)):
+            self._end(old)
+        return new
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Gives a request the blocks for a step after which it has seen `num_tokens`; returns none, see the module."""
         life = self.lives.get(request_id)
         if life is None:
             self._epochs += 1
-            slot = self._slots.pop() if self._slots else len(self.lives)
-            life = self.lives[request_id] = _Life(self._epochs, slot)
+            budget = self.expectations.get(request_id, Expectation()).budget
+            life = Life(self._epochs, self._free_slot(), self.req_to_blocks[request_id], budget)
+            self.lives[request_id] = self._by_epoch[life.epoch] = life
         life.promised = max(life.promised, num_tokens)
-        blocks = self.req_to_blocks[request_id]
-        blocks.extend(self.block_pool.get_new_blocks(max(self.required(request_id, num_tokens) - len(blocks), 0)))
+        missing = self.required(life, life.budget, num_tokens) - len(life.blocks)
+        life.blocks.extend(self.block_pool.get_new_blocks(max(missing, 0)))
         return []
 
-    def report(self, request_id: str, epoch: int, report: Report) -> None:
-        """Takes a worker's report, and gives back the blocks at the end that no token needs, nor can need.
+    def _free_slot(self) -> int:
+        return self._slots.pop() if self._slots else len(self.lives)
 
-        A report of an earlier life, or of a request that has ended meanwhile, changes nothing.
+    def report(self, epoch: int, report: Report) -> None:
+        """Takes the workers' report, and gives back the blocks at the end that no token needs, nor can need.
+
+        A report of a life that has ended meanwhile changes nothing.
         """
-        life = self.lives.get(request_id)
-        if life is None or life.epoch != epoch:
+        life = self._by_epoch.get(epoch)
+        if life is None:
             return
         life.report = report
-        blocks = self.req_to_blocks[request_id]
         # Steps that were scheduled since need their worst case still.
-        needed = self.required(request_id, life.promised)
-        self.block_pool.free_blocks(reversed(blocks[needed:]))
-        del blocks[needed:]
-        if life.sent > len(blocks):
-            life.sent, life.shrunk = len(blocks), True
+        needed = self.required(life, life.budget, life.promised)
+        self.block_pool.free_blocks(reversed(life.blocks[needed:]))
+        del life.blocks[needed:]
+        if life.sent > len(life.blocks):
+            life.sent, life.shrunk = len(life.blocks), True
 
     def changes_of(self, request_id: str) -> Changes:
         """What changed in a request's list of blocks since the last call."""
-        life, blocks = self.lives[request_id], self.req_to_blocks[request_id]
-        new = [block.block_id for block in blocks[life.sent :]]
+        life = self.lives[request_id]
+        new = [block.block_id for block in life.blocks[life.sent :]]
         changes = Changes(life.epoch, life.slot, life.sent, new, life.shrunk)
-        life.sent, life.shrunk = len(blocks), False
+        life.sent, life.shrunk = len(life.blocks), False
         return changes
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -227,7 +258,44 @@ class HAMManager(SingleTypeKVCacheManager):
         life = self.lives.pop(request_id, None)
         if life is not None:
             self._slots.append(life.slot)
+            del self._by_epoch[life.epoch]
         return super().pop_blocks_for_free(request_id)
+
+    def _end(self, life: Life) -> None:
+        """Gives back the blocks of a conversation."""
+        del self._by_epoch[life.epoch]
+        self.block_pool.free_blocks(reversed(life.blocks))
+
+    def keep(self, request_id: str, group: str, tokens: Sequence[int]) -> None:
+        """Makes a conversation of a request that has ended after it has seen `tokens`."""
+        life = self.lives.pop(request_id)
+        self._slots.append(life.slot)
+        # Its blocks are in the list of no request; the life has them.
+        super().pop_blocks_for_free(request_id)
+        if (old := self.conversations.add(group, tokens, life)) is not None:
+            self._end(old)
+
+    def find(self, request_id: str, group: str, tokens: Sequence[int]) -> int:
+        """How many of a request's `tokens` a conversation has seen; the request may go on with it at once."""
+        self._resumes.pop(request_id, None)
+        if (key := self.conversations.longest(group, tokens)) is None:
+            return 0
+        self._resumes[request_id] = key
+        return key.tokens
+
+    def allocate_external_computed_blocks(
+        self, request_id: str, num_local_computed_tokens: int, num_external_computed_tokens: int, *args: Any, **kw: Any
+    ) -> None:
+        """Gives a request the conversation that `find` found."""
+        life = self.conversations.take(self._resumes.pop(request_id))
+        life.slot, life.sent = self._free_slot(), 0
+        self.lives[request_id] = life
+        self.req_to_blocks[request_id] = life.blocks
+
+    def drop_conversations(self) -> None:
+        """Gives back the blocks of all conversations."""
+        while (life := self.conversations.take_oldest()) is not None:
+            self._end(life)
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: there is no prefix cache."""

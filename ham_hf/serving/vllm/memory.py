@@ -105,7 +105,7 @@ class GroupMemory:
             blocks = row.changes.start + len(row.changes.blocks) - arena.layout.state_blocks
             if report.pages > blocks * BLOCK_PAGES:
                 raise RuntimeError(f"Request {row.request_id} took {report.pages} pages, and has {blocks} blocks.")
-            arena.reports[row.request_id, row.changes.epoch] = report
+            arena.reports[row.changes.epoch] = report
 
 
 class LayerMemory(HAMCacheLayer):

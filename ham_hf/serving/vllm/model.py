@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 
+from ...configuration_ham import HAMConfig
 from ...inputs_ham import TokenLayout
 from ...modeling_ham import HAMForCausalLM
 from ...routing_ham import Retention
@@ -16,6 +18,10 @@ from .arena import ARENA, Arena
 from .manager import Row
 from .memory import GroupMemory
 from .metadata import HAMMetadata
+from .sharding import Shard
+
+# Tensors by which the thresholds of requests are found.
+LEARNED = (".threshold", ".score_quantiles")
 
 
 class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
@@ -31,13 +37,17 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        self.ham = HAMForCausalLM(config).eval()
-        self.arena = Arena(config, vllm_config)
+        self.config: HAMConfig = vllm_config.model_config.hf_config
+        self.shard = Shard(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        part = self.shard.config(self.config)
+        self.ham = HAMForCausalLM(part).eval()
+        self.shard.prepare(self.ham)
+        self.arena = Arena(part, vllm_config)
         self.mixers = [layer.mixer for layer in self.ham.model.layers]
-        hybrid = [mixer for mixer in self.mixers if mixer.layer_type == "hybrid"]
+        # Learned thresholds and score quantiles of all heads, by their names in a checkpoint.
+        self.learned: dict[str, torch.Tensor] = {}
         # Of the request at each slot: its thresholds `[hybrid layers, Hk]`, and its budget.
-        shape = (len(self.arena.table), len(hybrid), config.num_key_value_heads)
+        shape = (len(self.arena.table), part.num_hybrid_layers, part.num_key_value_heads)
         self.thresholds = torch.zeros(shape, dtype=torch.float32)
         self.budgets: list[int | None] = [None] * len(self.arena.table)
 
@@ -76,7 +86,7 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
         spans = zip(metadata.starts, metadata.starts[1:], strict=False)
         for block, (first, last) in zip(metadata.first_blocks, spans, strict=True):
             row = self.arena.rows[block]
-            if row.fresh:
+            if not row.changes.start:
                 self._take_in(row)
             rows, places = groups.setdefault((last - first, row.fresh, self.budgets[row.changes.slot]), ([], []))
             rows.append(row)
@@ -85,12 +95,14 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
 
     def _take_in(self, row: Row) -> None:
         """Notes by which rule a request keeps tokens."""
-        rules = self.ham.model.retention(1, **row.routing)
-        hybrid = [(m, rule) for m, rule in zip(self.mixers, rules, strict=True) if m.layer_type == "hybrid"]
-        for n, (mixer, rule) in enumerate(hybrid):
-            threshold = mixer.threshold_in_force(rule.threshold, mixer.threshold.device)[0]
-            self.thresholds[row.changes.slot, n] = threshold.to(self.thresholds.device)
-        self.budgets[row.changes.slot] = hybrid[0][1].budget if hybrid else None
+        hybrid = [i for i, kind in enumerate(self.config.layer_types) if kind == "hybrid"]
+        quantiles = [self.learned[f"model.layers.{i}.mixer.score_quantiles"] for i in hybrid]
+        rules = Retention.resolve(self.config, quantiles, 1, **row.routing)
+        for n, i in enumerate(hybrid):
+            name, asked = f"model.layers.{i}.mixer.threshold", rules[i].threshold
+            threshold = self.learned[name] if asked is None else asked[0].expand(self.config.num_key_value_heads)
+            self.thresholds[row.changes.slot, n] = self.shard.part(name, threshold, self.config)
+        self.budgets[row.changes.slot] = rules[hybrid[0]].budget if hybrid else None
 
     def _rules(self, slots: list[int], budget: int | None) -> list[Retention]:
         """The rule of each layer for the requests at `slots`."""
@@ -131,7 +143,9 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
             for name, weight in weights:
                 if name not in own:
                     raise ValueError(f"The checkpoint holds {name!r}, which a model of its configuration has not.")
-                own[name].copy_(weight)
+                if name.endswith(LEARNED):
+                    self.learned[name] = weight.to("cpu", torch.float32, copy=True)
+                own[name].copy_(self.shard.part(name, weight, self.config))
                 loaded.add(f"ham.{name}")
         self.ham.tie_weights()
         self.ham.requires_grad_(False)

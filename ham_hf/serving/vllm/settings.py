@@ -11,26 +11,38 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from ...configuration_ham import HAMConfig
 from ...generation_ham import ROUTING_ARGUMENTS, first_routing, own_routing
 from .requests import HAMArguments, Served
+from .sharding import Shard
 
 logger = init_logger(__name__)
 
 CONNECTOR, CONNECTOR_MODULE = "HAMConnector", "ham_hf.serving.vllm.connector"
 PROCESSOR = "ham_hf.serving.vllm.requests:HAMArguments"
-# Key of `--additional-config` with the server's own defaults of the routing arguments.
-DEFAULTS = "ham"
+# Key of `--additional-config` with the plugin's own settings: defaults of the routing arguments, and this switch.
+KEY = "ham"
+CONVERSATIONS = "conversations"
+
+
+def _own(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    return additional.get(KEY, {}) if isinstance(additional, dict) else {}
 
 
 def routing_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
     """The routing arguments of requests that give none, once `HAMSettings` has completed the configuration."""
-    additional = vllm_config.additional_config
-    return additional.get(DEFAULTS, {}) if isinstance(additional, dict) else {}
+    return {name: value for name, value in _own(vllm_config).items() if name in ROUTING_ARGUMENTS}
+
+
+def keeps_conversations(vllm_config: VllmConfig) -> bool:
+    """True if a request may go on with the memory of one that has ended."""
+    return _own(vllm_config).get(CONVERSATIONS, False)
 
 
 class HAMSettings(VerifyAndUpdateConfig):
     """What vLLM's configuration must say to serve a HAM model.
 
     A server needs no flags for it. `--additional-config '{"ham": {"kv_budget": 1024}}'` sets defaults of the routing
-    arguments, before those of the checkpoint's generation configuration.
+    arguments, before those of the checkpoint's generation configuration; `"conversations": true` has the next turn of
+    a conversation go on with the memory of the last, which stays in blocks that are free otherwise.
     """
 
     @staticmethod
@@ -52,20 +64,22 @@ class HAMSettings(VerifyAndUpdateConfig):
         )
         others = [x for x in model_config.logits_processors or [] if x != PROCESSOR]
         model_config.logits_processors = [*others, PROCESSOR]
-        defaults = _defaults(vllm_config)
+        own = _checked(vllm_config)
+        defaults = {name: value for name, value in own.items() if name in ROUTING_ARGUMENTS}
         served = Served(model_config.hf_config, defaults, model_config.model, model_config.revision, bool(others))
         served.check(None)
-        vllm_config.additional_config = {**vllm_config.additional_config, DEFAULTS: defaults}
+        vllm_config.additional_config = {**vllm_config.additional_config, KEY: own}
         HAMArguments.served = served
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if getattr(parallel, name) != 1:
-            raise ValueError(
-                f"`{name}` must be 1 for a HAM model, got {getattr(parallel, name)}: use `data_parallel_size`."
-            )
+    if parallel.pipeline_parallel_size != 1:
+        raise ValueError(
+            f"`pipeline_parallel_size` must be 1 for a HAM model, got {parallel.pipeline_parallel_size}: use "
+            "`tensor_parallel_size` or `data_parallel_size`."
+        )
+    Shard(0, parallel.tensor_parallel_size).config(vllm_config.model_config.hf_config)
     for name in ("speculative_config", "lora_config", "kv_transfer_config"):
         given = getattr(vllm_config, name)
         if given is not None and getattr(given, "kv_connector", None) != CONNECTOR:
@@ -76,13 +90,16 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
         raise ValueError("The V2 model runner cannot serve HAM models: set the variable VLLM_USE_V2_MODEL_RUNNER=0.")
 
 
-def _defaults(vllm_config: VllmConfig) -> dict[str, Any]:
+def _checked(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The plugin's own settings, with the routing arguments of the checkpoint's generation configuration."""
     config: HAMConfig = vllm_config.model_config.hf_config
-    given = routing_defaults(vllm_config)
-    unknown = sorted(set(given) - set(ROUTING_ARGUMENTS))
+    given = _own(vllm_config)
+    names = (*ROUTING_ARGUMENTS, CONVERSATIONS)
+    unknown = sorted(set(given) - set(names))
     if unknown:
-        raise ValueError(
-            f"`additional_config[{DEFAULTS!r}]` takes {', '.join(ROUTING_ARGUMENTS)}, got {unknown[0]!r}."
-        )
+        raise ValueError(f"`additional_config[{KEY!r}]` takes {', '.join(names)}, got {unknown[0]!r}.")
+    switch = given.get(CONVERSATIONS, False)
+    if not isinstance(switch, bool):
+        raise ValueError(f"`additional_config[{KEY!r}][{CONVERSATIONS!r}]` must be true or false, got {switch!r}.")
     generation = GenerationConfig(**vllm_config.model_config.try_get_generation_config())
-    return first_routing(given, own_routing(config, generation))
+    return first_routing(given, own_routing(config, generation)) | {CONVERSATIONS: switch}

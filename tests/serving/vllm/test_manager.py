@@ -44,9 +44,9 @@ class Worker:
     def __init__(self, manager):
         self.manager, self.tables, self.counts, self.tokens = manager, {}, {}, {}
 
-    def run(self, name, changes, new, kept, budget):
+    def run(self, changes, new, kept, budget):
         """`new` tokens of a request, of which stream `n` keeps `kept[n]`; returns the report."""
-        spec, key = self.manager.kv_cache_spec, (name, changes.epoch)
+        spec, key = self.manager.kv_cache_spec, changes.epoch
         self.tables[changes.slot] = self.tables.get(changes.slot, [])[: changes.start] + changes.blocks
         counts = self.counts.setdefault(key, [0] * (spec.hybrid_streams + spec.full_streams))
         limits = [budget or 10**9] * spec.hybrid_streams + [10**9] * spec.full_streams
@@ -55,18 +55,17 @@ class Worker:
         pages = sum(-(-c // PAGE_SIZE) for c in counts)
         blocks = self.tables[changes.slot]
         assert pages <= (len(blocks) - spec.state_blocks) * BLOCK_PAGES, "the manager reserved too little"
-        life = self.manager.lives.get(name)
-        if life is not None and life.epoch == changes.epoch:
+        life = self.manager._by_epoch.get(changes.epoch)
+        if life is not None:
             # What the request uses is its own, in the same order, whatever went back meanwhile.
-            own = [block.block_id for block in self.manager.req_to_blocks[name]]
             used = spec.blocks(pages)
-            assert own[:used] == blocks[:used]
+            assert [block.block_id for block in life.blocks][:used] == blocks[:used]
         closed = sum(c % PAGE_SIZE == 0 and c < limit for c, limit in zip(counts, limits, strict=True))
         return Report(self.tokens[key], pages, closed, sum(counts))
 
 
 class Programs(RuleBasedStateMachine):
-    """Requests come, run in steps whose reports arrive late, are preempted, start again and end."""
+    """Requests come, run in steps whose reports arrive late, are preempted, start again, end, and go on."""
 
     @initialize(hybrid=st.sampled_from([0, 1, 16, 48]), full=st.sampled_from([0, 3, 16]))
     def start(self, hybrid, full):
@@ -96,21 +95,56 @@ class Programs(RuleBasedStateMachine):
         assert self.manager.allocate_new_blocks(name, self.seen[name] + new, self.seen[name] + new) == []
         assert before - self.pool.get_num_free_blocks() == blocks
         self.seen[name] += new
-        self.steps.append((name, self.manager.changes_of(name), new, self.budgets[name]))
+        self.steps.append((self.manager.changes_of(name), new, self.budgets[name]))
 
     @precondition(lambda self: self.steps)
     @rule(share=st.sampled_from([0.0, 0.3, 1.0, 1.0]), random=st.randoms(use_true_random=False))
     def run(self, share, random):
-        name, changes, new, budget = self.steps.popleft()
+        changes, new, budget = self.steps.popleft()
         spec = self.manager.kv_cache_spec
         kept = [sum(random.random() < share for _ in range(new)) for _ in range(spec.hybrid_streams)]
-        report = self.worker.run(name, changes, new, kept + [new] * spec.full_streams, budget)
-        self.reports.append((name, changes.epoch, report))
+        report = self.worker.run(changes, new, kept + [new] * spec.full_streams, budget)
+        self.reports.append((changes.epoch, report))
 
     @precondition(lambda self: self.reports)
     @rule()
     def deliver(self):
         self.manager.report(*self.reports.popleft())
+
+    @precondition(lambda self: any(self.seen.values()))
+    @rule(data=st.data())
+    def end_as_a_conversation(self, data):
+        name = data.draw(st.sampled_from(sorted(name for name, seen in self.seen.items() if seen)))
+        self.manager.keep(name, str(self.budgets[name]), [7] * self.seen[name])
+        self.manager.free(name)
+        self.manager.forget(name)
+        del self.seen[name]
+
+    @precondition(lambda self: len(self.seen) < 3 and len(self.manager.conversations))
+    @rule(budget=st.none() | st.integers(1, 40), new=st.sampled_from([1, 17]))
+    def go_on(self, budget, new):
+        name = next(self.names)
+        budget = self.budgets[list(self.budgets)[-1]] if budget is None else budget
+        self.manager.expect(name, Expectation(1.0, budget))
+        found = self.manager.find(name, str(budget), [7] * 500)
+        if not found:
+            self.manager.forget(name)
+            return
+        self.seen[name], self.budgets[name] = 0, budget
+        free = self.pool.get_num_free_blocks()
+        kept = sum(len(life.blocks) for life in self.manager._by_epoch.values())
+        blocks = self.manager.get_num_blocks_to_allocate(name, found + new, [], found, 0, found + new)
+        freed = kept - sum(len(life.blocks) for life in self.manager._by_epoch.values())
+        assert self.pool.get_num_free_blocks() == free + freed
+        if blocks > self.pool.get_num_free_blocks():
+            assert len(self.manager.conversations) == 1, "all others gave way"
+            return
+        self.manager.add_local_computed_blocks(name, [], 0, found)
+        self.manager.allocate_external_computed_blocks(name, 0, found)
+        self.manager.allocate_new_blocks(name, found + new, found + new)
+        assert self.pool.get_num_free_blocks() == free + freed - blocks
+        self.seen[name] = found + new
+        self.steps.append((self.manager.changes_of(name), new, budget))
 
     @precondition(lambda self: self.seen)
     @rule(data=st.data())
@@ -131,7 +165,9 @@ class Programs(RuleBasedStateMachine):
     def each_block_has_one_owner(self):
         if not hasattr(self, "manager"):
             return
-        owned = [block.block_id for blocks in self.manager.req_to_blocks.values() for block in blocks]
+        owned = [block.block_id for life in self.manager._by_epoch.values() for block in life.blocks]
+        running = [block.block_id for blocks in self.manager.req_to_blocks.values() for block in blocks]
+        assert set(running) <= set(owned)
         assert len(set(owned)) == len(owned)
         assert 0 not in owned
         assert len(owned) + self.pool.get_num_free_blocks() == BLOCKS - 1
@@ -148,7 +184,9 @@ class Programs(RuleBasedStateMachine):
             self.manager.forget(name)
         for late in self.reports:
             self.manager.report(*late)
+        self.manager.drop_conversations()
         assert self.pool.get_num_free_blocks() == BLOCKS - 1
+        assert not self.manager._by_epoch
         assert not self.manager.lives
         assert not self.manager.req_to_blocks
         assert not self.manager.expectations
@@ -167,7 +205,7 @@ def test_a_chunk_reserves_its_worst_case_and_gives_back_what_it_did_not_keep():
     # 10 pages for each of 8 streams, 16 pages a block, and 2 blocks for the state.
     assert BLOCKS - 1 - pool.get_num_free_blocks() == 2 + 5
     first = manager.changes_of("a")
-    manager.report("a", first.epoch, Report(160, 16, 0, 200))
+    manager.report(first.epoch, Report(160, 16, 0, 200))
     assert BLOCKS - 1 - pool.get_num_free_blocks() == 2 + 1
     # 16 pages are full, and each of the 8 streams has room for one token more.
     assert needed(manager, "a", 161) == 0
@@ -184,9 +222,9 @@ def test_a_late_report_of_an_earlier_life_changes_nothing():
     manager.free("a")
     manager.allocate_new_blocks("a", 160, 160)
     free = pool.get_num_free_blocks()
-    manager.report("a", old, Report(160, 8, 8, 128))
+    manager.report(old, Report(160, 8, 8, 128))
     assert pool.get_num_free_blocks() == free
-    manager.report("a", manager.changes_of("a").epoch, Report(160, 8, 8, 128))
+    manager.report(manager.changes_of("a").epoch, Report(160, 8, 8, 128))
     assert pool.get_num_free_blocks() > free
 
 
@@ -195,7 +233,7 @@ def test_a_report_leaves_what_a_scheduled_step_may_need():
     manager.allocate_new_blocks("a", 16, 16)
     manager.allocate_new_blocks("a", 32, 32)
     assert len(manager.req_to_blocks["a"]) == 2 + 2
-    manager.report("a", 1, Report(16, 0, 16, 0))
+    manager.report(1, Report(16, 0, 16, 0))
     assert len(manager.req_to_blocks["a"]) == 2 + 1, "the second 16 tokens may all be kept"
 
 
@@ -225,6 +263,6 @@ def test_a_budget_bounds_what_is_reserved():
     manager.expect("a", Expectation(1.0, budget=32))
     manager.allocate_new_blocks("a", 400, 400)
     assert BLOCKS - 1 - pool.get_num_free_blocks() == 2 + 2
-    manager.report("a", 1, Report(400, 32, 0, 512))
+    manager.report(1, Report(400, 32, 0, 512))
     assert needed(manager, "a", 401) == 0
     assert needed(manager, "a", 800) == 0

@@ -31,25 +31,27 @@ def test_a_server_needs_no_flags(folder):
     assert config.kv_transfer_config.kv_connector == "HAMConnector"
     assert not config.cache_config.enable_prefix_caching
     assert config.model_config.logits_processors == ["ham_hf.serving.vllm.requests:HAMArguments"]
-    assert config.additional_config == {"ham": {}}
+    assert config.additional_config == {"ham": {"conversations": False}}
     assert HAMArguments.served.model == str(folder)
 
 
 def test_defaults_of_the_server_are_kept_and_checked(folder):
     assert configured(folder, additional_config={"ham": {"kv_budget": 9}, "x": 1}).additional_config == {
-        "ham": {"kv_budget": 9},
+        "ham": {"kv_budget": 9, "conversations": False},
         "x": 1,
     }
     with pytest.raises(ValueError, match="`kv_budget` must be a positive int"):
         configured(folder, additional_config={"ham": {"kv_budget": -9}})
-    with pytest.raises(ValueError, match="takes threshold, kv_usage, kv_budget, got 'budget'"):
+    with pytest.raises(ValueError, match="takes threshold, kv_usage, kv_budget, conversations, got 'budget'"):
         configured(folder, additional_config={"ham": {"budget": 9}})
+    with pytest.raises(ValueError, match="must be true or false, got 1"):
+        configured(folder, additional_config={"ham": {"conversations": 1}})
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"tensor_parallel_size": 2}, "`tensor_parallel_size` must be 1 for a HAM model, got 2"),
+        ({"tensor_parallel_size": 3}, "`tensor_parallel_size` must divide `num_attention_heads`, 4 in this model"),
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size` must be 1"),
         ({"enable_lora": True}, "`lora_config` must be left out"),
         (
