@@ -49,10 +49,10 @@ def add_to(commands: Any) -> None:
     memory = number("GiB from 0.001 to 100000", 0.001, 100_000)
     help_text = "memory of all requests in a process (default: what vLLM finds free)"
     parser.add_argument("--memory", metavar="GIB", type=memory, help=help_text)
-    help_text = (
-        "hold at most N tokens per head, unless a request says another; a full head drops the lowest score"
-    )
+    help_text = "hold at most N tokens per head, unless a request says another; a full head drops the lowest score"
     parser.add_argument("--kv-budget", metavar="N", type=positive, help=help_text)
+    help_text = "have a conversation's next turn go on with the memory of the last, in blocks that nobody else needs"
+    parser.add_argument("--conversations", action="store_true", help=help_text)
     help_text = "processes that share one copy of the model (default: %(default)s)"
     parser.add_argument("--tensor-parallel-size", metavar="N", type=positive, default=1, help=help_text)
     help_text = "copies of the model, each with its own memory (default: %(default)s)"
@@ -69,8 +69,8 @@ def execute(arguments: argparse.Namespace) -> None:
         raise CommandError(NOT_INSTALLED)
     check_port(arguments.host, arguments.port)
     check_model(arguments)
-    names = "host port max_model_len memory kv_budget tensor_parallel_size data_parallel_size further".split()
-    command = server_command(arguments.model, **{name: getattr(arguments, name) for name in names})
+    names = "host port max_model_len memory kv_budget conversations tensor_parallel_size data_parallel_size further"
+    command = server_command(arguments.model, **{name: getattr(arguments, name) for name in names.split()})
     os.execve(command[0], command, server_environment())
 
 

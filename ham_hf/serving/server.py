@@ -25,6 +25,7 @@ def server_command(
     max_model_len: int | None = None,
     memory: float | None = None,
     kv_budget: int | None = None,
+    conversations: bool = False,
     tensor_parallel_size: int = 1,
     data_parallel_size: int = 1,
     further: Sequence[str] = (),
@@ -38,6 +39,7 @@ def server_command(
         max_model_len: most tokens of a request, prompt and answer; `None`: what the checkpoint allows.
         memory: GiB for the memories of all requests in each process; `None`: what vLLM finds free.
         kv_budget: most tokens that a head holds, unless a request says another; `None`: the checkpoint's default.
+        conversations: has a conversation's next turn go on with the memory of the last.
         tensor_parallel_size: processes that share the layers of one copy of the model.
         data_parallel_size: copies of the model.
         further: more of vLLM's flags, which win over those above.
@@ -47,11 +49,14 @@ def server_command(
         flags["max-model-len"] = max_model_len
     if memory is not None:
         flags["kv-cache-memory-bytes"] = round(memory * GIB)
-    if kv_budget is not None:
-        flags["additional-config"] = json.dumps({"ham": {"kv_budget": kv_budget}})
+    own: dict[str, object] = {"kv_budget": kv_budget} if kv_budget is not None else {}
+    if conversations:
+        own |= {"conversations": True}
+    if own:
+        flags["additional-config"] = json.dumps({"ham": own})
     flags |= {"tensor-parallel-size": tensor_parallel_size, "data-parallel-size": data_parallel_size}
-    own = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", SERVER, *own, *further]
+    parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", SERVER, *parts, *further]
 
 
 def server_environment() -> dict[str, str]:

@@ -43,12 +43,12 @@ def test_the_command_becomes_the_server(started, checkpoint, port, monkeypatch):
 def test_options_and_further_flags_reach_vllm(started, checkpoint, port, monkeypatch):
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     options = f"--host localhost --port {port} --max-model-len 512 --memory 0.5 --kv-budget 64".split()
-    options += ["--tensor-parallel-size", "2", "--data-parallel-size", "3"]
+    options += ["--conversations", "--tensor-parallel-size", "2", "--data-parallel-size", "3"]
     assert cli.main(["serve", *options, checkpoint, "--", "--max-num-seqs", "8", "--port", "9"]) == 0
     (_, command, environment) = started.pop()
     assert command[-4:] == ["--max-num-seqs", "8", "--port", "9"], "the last of two flags counts"
     pairs = dict(zip(command[3:-4:2], command[4:-4:2], strict=True))
-    assert json.loads(pairs.pop("--additional-config")) == {"ham": {"kv_budget": 64}}
+    assert json.loads(pairs.pop("--additional-config")) == {"ham": {"kv_budget": 64, "conversations": True}}
     assert pairs == {
         "--model": checkpoint,
         "--host": "localhost",
