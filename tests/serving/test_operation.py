@@ -1,5 +1,5 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
-"""Several processes of `ham-hf serve`: copies of the model, a killed worker, servers replaced while in use."""
+"""How `ham-hf serve` is run: several processes, one that is killed, servers replaced while in use, conversations."""
 
 import contextlib
 import os
@@ -50,6 +50,29 @@ def test_two_copies_share_the_requests(served, generated, tmp_path):
     answered = {engine: sum(float(x.split()[-1]) for x in lines if f'engine="{engine}"' in x) for engine in (0, 1)}
     assert sum(answered.values()) == 8
     assert min(answered.values()) > 0
+
+
+def test_two_processes_share_a_model(served, generated, tmp_path):
+    """Each has one of the two key/value heads of a layer."""
+    with serving(served, tmp_path / "log", "--memory", "0.05", "--tensor-parallel-size", "2") as server:
+        for routing in ({"threshold": 0.4}, {"kv_usage": 0.5}):
+            assert server.complete(STORY, **routing) == generated(STORY, **routing)
+
+
+def test_the_next_turn_reads_only_what_is_new(served, tmp_path):
+    body = {"max_tokens": 8, "temperature": 0, "return_token_ids": True, "vllm_xargs": {"threshold": 0.4}}
+    with serving(served, tmp_path / "log", "--memory", "0.05", "--conversations") as server:
+        first = server.post("/v1/completions", prompt=STORY, **body)["choices"][0]
+        past = [*first["prompt_token_ids"], *first["token_ids"]]
+        before = server.metrics()
+        second = server.post("/v1/completions", prompt=[*past, *past[:5]], **body)["choices"][0]
+        after = server.metrics()
+    with serving(served, tmp_path / "log", "--memory", "0.05") as server:
+        assert (
+            server.post("/v1/completions", prompt=[*past, *past[:5]], **body)["choices"][0]["text"] == second["text"]
+        )
+    # The last token of an answer was never read.
+    assert after["vllm:prompt_tokens_cached_total"] - before["vllm:prompt_tokens_cached_total"] == len(past) - 1
 
 
 def test_servers_replaced_one_after_the_other_lose_no_request(served, generated, tmp_path):
