@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
@@ -40,7 +41,8 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
         self.config: HAMConfig = vllm_config.model_config.hf_config
         self.shard = Shard(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
         part = self.shard.config(self.config)
-        self.ham = HAMForCausalLM(part).eval()
+        with no_init_weights():
+            self.ham = HAMForCausalLM(part).eval()
         self.shard.prepare(self.ham)
         self.arena = Arena(part, vllm_config)
         self.mixers = [layer.mixer for layer in self.ham.model.layers]
