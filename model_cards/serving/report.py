@@ -89,8 +89,8 @@ def to_markdown(capacity: list[Row], throughput: list[Row]) -> str:
         "turn; CPU time is that of all processes of a server, where vLLM's worker is in the process of its engine "
         f"(`VLLM_ENABLE_V1_MULTIPROCESSING=0`). Medians of {rounds} rounds; in brackets the smallest "
         "and the largest ratio of a round. `transformers serve` handles one request after another. The model is "
-        "small, so what a server does besides the model weighs more than with a large one. The HAM computes in PyTorch's "
-        "operations, vLLM's Llama in kernels of its own.",
+        "small, so what a server does besides the model weighs more than with a large one. The HAM computes in "
+        "PyTorch's operations, vLLM's Llama in kernels of its own.",
     ]
     return "\n\n".join(parts) + "\n"
 
