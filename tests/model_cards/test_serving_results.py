@@ -1,6 +1,7 @@
 # Copyright 2026 The HAM authors. Licensed under the Apache License, Version 2.0.
 """The tables of serving: their numbers are those of the rows, and the rows are compared at equal bytes and shape."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_the_page_is_what_its_rows_say():
     assert (ROOM / "serving.md").read_text() == report.to_markdown(capacity, throughput)
     commits = {row["commit"] for row in capacity + throughput}
     assert all(len(commit) == 40 for commit in commits), "measured with changed code"
+
+
+def test_the_guide_tells_the_measured_ratios():
+    guide = " ".join((ROOM.parents[1] / "ham_hf/serving/README.md").read_text().split())
+    running = {(x["arm"], x["kv_usage"]): x["running"] for x in read_rows(ROOM / "capacity.jsonl")}
+    assert "four times as many as vLLM runs of a Llama when `kv_usage` is 0.25" in guide
+    assert round(running["ham", 0.25] / running["llama", None]) == 4
+    lines = report.throughput_table(read_rows(ROOM / "throughput.jsonl")).splitlines()[2:]
+    median = {cells[1].strip(): float(cells[5].split()[0]) for cells in (line.split("|") for line in lines)}
+    many, one = re.search(r"makes ([\d.]+) times the tokens .* at one client ([\d.]+) times", guide).groups()
+    assert (many, one) == (f"{median['8']:.1f}", f"{median['1']:.1f}")
 
 
 def test_the_targets_are_met():
