@@ -22,12 +22,12 @@ DEV := $(VENV)/.installed-dev
 GGUF := $(VENV)/.installed-gguf
 # The oldest Transformers that is supported; tests put this folder before the environment's own.
 OLDEST := $(VENV)/oldest
-# vLLM pins what it needs, so it has an environment of its own.
-VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)
 OLDEST_TESTS := tests/model/transformers_contract tests/model/test_generation.py tests/model/common_suite \
 	tests/model/exactness tests/cache tests/hub/test_remote_code.py tests/training \
 	tests/model_cards/test_cost.py tests/model_cards/test_healing.py
+# vLLM pins what it needs, so it has an environment of its own.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
 PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS) --dist worksteal
