@@ -74,8 +74,8 @@ def to_markdown(capacity: list[Row], throughput: list[Row]) -> str:
     rounds = len({row["round"] for row in throughput})
     parts = [
         "# Serving, measured",
-        "`ham-hf serve` on two cores of a CPU, one thread a server. `capacity.py` and `throughput.py` make the rows, in "
-        "the environment of `make test-vllm`, and `report.py` writes this page from them. How to serve: "
+        "`ham-hf serve` on two cores of a CPU, one thread a server. `capacity.py` and `throughput.py` make the rows, "
+        "in the environment of `make test-vllm`, and `report.py` writes this page from them. How to serve: "
         "[ham_hf/serving](../../ham_hf/serving/README.md).",
         "## Requests at once",
         capacity_table(capacity),
