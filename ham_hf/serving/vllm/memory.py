@@ -10,6 +10,8 @@ States are read at the start of a step and written at its end, for all rows and 
 and layers are found by one index, and read and written by one a layer: no loop runs over rows, heads or tokens.
 """
 
+from functools import cached_property
+
 import torch
 
 from ...cache_layer_ham import HAMCacheLayer, strongest
@@ -158,6 +160,8 @@ class LayerMemory(HAMCacheLayer):
             old = self._state(name)
             if old is not None and new is not None:
                 old.copy_(new.view(old.shape))
+        if isinstance(self.store, ArenaStore):
+            self.store.release()
 
     def _keep(self, store: PagedStore, kept: KeptTokens, budget: int | None, length: int) -> None:
         """As in HAMCacheLayer, but a call of many tokens drops the lowest scores before they could take a page."""
@@ -180,7 +184,7 @@ class LayerMemory(HAMCacheLayer):
 
 
 class ArenaStore(PagedStore):
-    """A `PagedStore` whose pages lie in an arena: copies of them are read, and tokens are written in place.
+    """A `PagedStore` whose pages lie in an arena: a layer's step reads copies of them, and writes tokens in place.
 
     Args:
         group: the requests.
@@ -196,10 +200,10 @@ class ArenaStore(PagedStore):
         self.key_dim, self.value_dim, self.dtype = key_dim, value_dim, group.arena.dtype
         self.counts = group.state["counts"][:, self.layer_number].flatten().long()
         self._shared = []
-        self._read()
 
-    def _read(self) -> None:
-        """Copies the pages: full ones to a slab, and each stream's open one to the tail, its unused slots zero."""
+    @cached_property
+    def _copies(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Each stream's open page, its unused slots zero, and the full pages, with their places in the arena."""
         taken = _pages_for(self.counts)
         owner = torch.repeat_interleave(taken, output_size=len(self.held))
         full = ranks(owner, taken) < (self.counts // PAGE_SIZE)[owner]
@@ -208,17 +212,26 @@ class ArenaStore(PagedStore):
         # Scores decide what leaves a full head, and nothing else.
         fields = self.FIELDS if self.group.budget is not None else ("keys", "values")
         pages = self.group.arena.pages
-        self.tail = {name: pages[name][tail] for name in fields} | {"ids": tail}
+        opened = {name: pages[name][tail] for name in fields} | {"ids": tail}
         unused = torch.arange(PAGE_SIZE, device=owner.device) >= self.fill[:, None]
         for name in ("keys", "values"):
             # They may hold anything, and not even zero times NaN is zero.
-            self.tail[name].masked_fill_(unused[..., None], 0)
+            opened[name].masked_fill_(unused[..., None], 0)
         ids = self.held[full]
-        self.slabs = [{name: pages[name][ids] for name in fields} | {"ids": ids, "owner": owner[full].int()}]
+        return opened, {name: pages[name][ids] for name in fields} | {"ids": ids, "owner": owner[full].int()}
+
+    @property
+    def tail(self) -> dict[str, torch.Tensor]:  # type: ignore[override]  # PagedStore has it as an attribute
+        """A copy of each stream's open page, as the layer's step found it."""
+        return self._copies[0]
 
     def pages(self) -> list[dict[str, torch.Tensor]]:
-        """The full pages."""
-        return self.slabs
+        """Copies of the full pages, as the layer's step found them."""
+        return [self._copies[1]]
+
+    def release(self) -> None:
+        """Frees the copies when the layer's step is done, so that those of one layer exist at a time."""
+        vars(self).pop("_copies", None)
 
     def index(self) -> None:
         """`None`: no kernel reads the arena in place."""

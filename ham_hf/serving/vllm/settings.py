@@ -20,6 +20,8 @@ PROCESSOR = "ham_hf.serving.vllm.requests:HAMArguments"
 # Key of `--additional-config` with the plugin's own settings: defaults of the routing arguments, and this switch.
 KEY = "ham"
 CONVERSATIONS = "conversations"
+# Types of RoPE whose frequencies change with the length of what is read.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def _own(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -73,19 +75,32 @@ class HAMSettings(VerifyAndUpdateConfig):
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
+    parallel, config = vllm_config.parallel_config, vllm_config.model_config.hf_config
     if parallel.pipeline_parallel_size != 1:
         raise ValueError(
             f"`pipeline_parallel_size` must be 1 for a HAM model, got {parallel.pipeline_parallel_size}: use "
             "`tensor_parallel_size` or `data_parallel_size`."
         )
-    Shard(0, parallel.tensor_parallel_size).config(vllm_config.model_config.hf_config)
+    Shard(0, parallel.tensor_parallel_size).config(config)
     for name in ("speculative_config", "lora_config", "kv_transfer_config"):
         given = getattr(vllm_config, name)
         if given is not None and getattr(given, "kv_connector", None) != CONNECTOR:
             raise ValueError(f"`{name}` must be left out for a HAM model, got {given}.")
-    if vllm_config.model_config.quantization is not None:
-        raise ValueError(f"`quantization` must be left out, got {vllm_config.model_config.quantization!r}.")
+    cache_config = vllm_config.cache_config
+    plain = {
+        "quantization": (vllm_config.model_config.quantization, None),
+        "kv_cache_dtype": (cache_config.cache_dtype, "auto"),
+        "kv_offloading_size": (cache_config.kv_offloading_size, None),
+    }
+    for name, (value, accepted) in plain.items():
+        if value != accepted:
+            raise ValueError(f"`{name}` must be left out for a HAM model, got {value!r}.")
+    kind = (config.rope_parameters or {}).get("rope_type")
+    if kind in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"A model with RoPE of the type {kind!r} cannot be served: its frequencies depend on the longest request "
+            "of a batch, so that requests would change each other's answers."
+        )
     if vllm_config.use_v2_model_runner:
         raise ValueError("The V2 model runner cannot serve HAM models: set the variable VLLM_USE_V2_MODEL_RUNNER=0.")
 

@@ -108,6 +108,13 @@ class Server:
             request["report"] = report = reports[request["epoch"]]
             cache = request["cache"]
             stored = [layer.store.counts for layer in cache.layers if layer.store is not None]
+            limits = [
+                LONGEST if budget is None or kind == "full_attention" else budget - max(layer.window - 1, 0)
+                for kind, layer in zip(self.model.config.layer_types, cache.layers, strict=True)
+                if kind != "linear_attention"
+            ]
+            closed = [((n % 16 == 0) & (n < limit)).sum() for n, limit in zip(stored, limits, strict=True)]
+            assert report.closed == sum(closed)
             assert report.tokens == request["tokens"]
             assert report.held == int(cache.held_tokens().sum())
             assert report.pages == sum(int((counts + 15).div(16, rounding_mode="floor").sum()) for counts in stored)
@@ -120,7 +127,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("budget", [None, 20])
+@pytest.mark.parametrize("budget", [None, 21, 32])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_request_in_the_arena_equals_a_cache_of_its_own(name, budget):
     server = Server(small_model(**MODELS[name]))
@@ -142,8 +149,10 @@ def test_pages_without_blocks_are_an_error_and_touch_no_other_request():
     server.start(0, 0.0)
     server.start(1, 0.0)
     server.step({0: 40, 1: 40})
+    # The request's list has shrunk, and what was behind belongs to the other one now.
     server.give = lambda slot, tokens: Changes(1, 0, 1, [], True)
+    server.arena.table[0, 1:4] = torch.tensor(server.requests[1]["blocks"] * 2)[:3]
     before = server.pool[server.requests[1]["blocks"]].clone()
-    with pytest.raises(RuntimeError, match="Request at 0 took 12 pages, and has 0 blocks"):
-        server.step({0: 1})
+    with pytest.raises(RuntimeError, match="Request at 0 took 16 pages, and has 0 blocks"):
+        server.step({0: 16})
     assert server.pool[server.requests[1]["blocks"]].equal(before)

@@ -54,6 +54,11 @@ def test_defaults_of_the_server_are_kept_and_checked(folder):
         ({"tensor_parallel_size": 3}, "`tensor_parallel_size` must divide `num_attention_heads`, 4 in this model"),
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size` must be 1"),
         ({"enable_lora": True}, "`lora_config` must be left out"),
+        ({"kv_offloading_size": 1.0}, "`kv_offloading_size` must be left out for a HAM model, got 1.0"),
+        (
+            {"hf_overrides": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+            "RoPE of the type 'dynamic' cannot be served",
+        ),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "`kv_transfer_config` must be left out",
