@@ -112,6 +112,6 @@ $(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@$(VLLM_PIP) --no-deps --require-hashes -r constraints-vllm.txt
 	@$(if $(strip $(TORCH)),:,$(HINT))
-	@$(VLLM_PIP) $(or $(strip $(TORCH)),$(shell grep ^torch== constraints.txt))
+	@$(VLLM_PIP) --no-warn-conflicts $(or $(strip $(TORCH)),$(shell grep ^torch== constraints.txt))
 	@$(VLLM_PIP) --no-deps --no-build-isolation -e .
 	@touch $@
