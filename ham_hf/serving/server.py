@@ -60,5 +60,9 @@ def server_command(
 
 
 def server_environment() -> dict[str, str]:
-    """The environment of the server: this process's, but vLLM reports no usage unless it is told to."""
-    return {"VLLM_NO_USAGE_STATS": "1", **os.environ}
+    """The environment of the server: this process's, which wins over two defaults.
+
+    vLLM reports no usage, and takes its first model runner: where it finds Triton it would take the second, which
+    cannot serve a HAM.
+    """
+    return {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", **os.environ}

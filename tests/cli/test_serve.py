@@ -31,13 +31,14 @@ def started(monkeypatch):
 
 
 def test_the_command_becomes_the_server(started, checkpoint, port, monkeypatch):
-    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.delenv(name, raising=False)
     assert cli.main(["serve", checkpoint, "--port", str(port)]) == 0
     (program, command, environment) = started.pop()
     assert program == sys.executable
     start = [sys.executable, "-m", server.SERVER, "--model", checkpoint, "--host", "127.0.0.1", "--port", str(port)]
     assert command == [*start, "--tensor-parallel-size", "1", "--data-parallel-size", "1"]
-    assert environment == os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    assert environment == os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 def test_options_and_further_flags_reach_vllm(started, checkpoint, port, monkeypatch):
