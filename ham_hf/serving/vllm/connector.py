@@ -106,7 +106,8 @@ class HAMConnector(KVConnectorBase_V1, SupportsHMA):
         routing = routing_of(request.sampling_params.extra_args, self.defaults)
         self.routing[request.request_id] = routing
         usage = expected_usage(self.config, routing)
-        self.manager.expect(request.request_id, Expectation(usage, routing.get("kv_budget")))
+        expectation = Expectation(usage, routing.get("kv_budget"), request.num_prompt_tokens)
+        self.manager.expect(request.request_id, expectation)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """The tokens that a conversation has seen, which the request then need not read."""

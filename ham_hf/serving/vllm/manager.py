@@ -56,10 +56,12 @@ class Expectation(NamedTuple):
     Attributes:
         usage: fraction of the tokens that hybrid layers keep, for admission.
         budget: most tokens that their heads may hold, or `None`.
+        prompt: tokens of the prompt, which it takes in chunk by chunk.
     """
 
     usage: float = 1.0
     budget: int | None = None
+    prompt: int = 0
 
     def kept(self, tokens: int) -> int:
         """Tokens expected to be kept, of `tokens`, in each hybrid head."""
@@ -196,8 +198,9 @@ class HAMManager(SingleTypeKVCacheManager):
     ) -> int:
         """Blocks that a step needs; with `apply_admission_cap`, those that a whole prompt is expected to need.
 
-        vLLM asks both before it admits a request. An expectation that was too low costs a preemption. Conversations
-        give way to what is needed, but for the one that the request goes on with.
+        vLLM asks both before it admits a request. Prompts that others still read count, too. An expectation that was
+        too low costs a preemption. Conversations give way to what is needed, but for the one that the request goes on
+        with.
         """
         life, key = self.lives.get(request_id), None
         if life is None and total_computed_tokens:
@@ -205,13 +208,26 @@ class HAMManager(SingleTypeKVCacheManager):
             life = self.conversations.get(key)
         expectation = self.expectations.get(request_id, Expectation())
         if apply_admission_cap:
-            needed = self.kv_cache_spec.blocks(self.kv_cache_spec.pages(num_tokens, expectation.kept(num_tokens)))
+            needed = self._expected(expectation, num_tokens) + self._outstanding()
         else:
             needed = self.required(life, expectation.budget, num_tokens)
         new = max(needed - (0 if life is None else len(life.blocks)), 0)
         while new > self.block_pool.get_num_free_blocks() and (old := self.conversations.take_oldest(but=key)):
             self._end(old)
         return new
+
+    def _expected(self, expectation: Expectation, tokens: int) -> int:
+        """Blocks that a request is expected to need when it has seen `tokens`."""
+        return self.kv_cache_spec.blocks(self.kv_cache_spec.pages(tokens, expectation.kept(tokens)))
+
+    def _outstanding(self) -> int:
+        """Blocks that running requests are expected to need still for their prompts."""
+        outstanding = 0
+        for request_id, life in self.lives.items():
+            expectation = self.expectations.get(request_id, Expectation())
+            if life.promised < expectation.prompt:
+                outstanding += max(self._expected(expectation, expectation.prompt) - len(life.blocks), 0)
+        return outstanding
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Gives a request the blocks for a step after which it has seen `num_tokens`; returns none, see the module."""

@@ -252,6 +252,21 @@ def test_a_prompt_is_admitted_by_what_it_is_expected_to_keep(expectation, pages)
     assert needed(manager, "a", 160, admission=True) == 2 + -(-pages // BLOCK_PAGES)
 
 
+def test_prompts_that_are_still_read_count_in_admission():
+    manager, _ = make(hybrid=8, full=0)
+    manager.expect("a", Expectation(0.5, prompt=640))
+    manager.expect("b", Expectation(0.5, prompt=640))
+    alone = needed(manager, "b", 640, admission=True)
+    assert alone == 2 + 8 * 20 // BLOCK_PAGES
+    manager.allocate_new_blocks("a", 64, 64)
+    # The first chunk of the other has the worst case of 64 tokens.
+    held = 2 + 8 * 4 // BLOCK_PAGES
+    assert needed(manager, "b", 640, admission=True) == alone + alone - held
+    manager.allocate_new_blocks("a", 640, 640)
+    manager.report(1, Report(640, 10, 0, 100))
+    assert needed(manager, "b", 640, admission=True) == alone, "it has read its prompt, and kept less than expected"
+
+
 def test_layers_that_keep_everything_are_admitted_whole():
     manager, _ = make(hybrid=8, full=16)
     manager.expect("a", Expectation(0.0))
