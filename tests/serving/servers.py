@@ -21,7 +21,7 @@ STORY = (
     "The captain looked at the sea, and the sea looked at him. He had sailed for forty years, and in all of them he"
 )
 NEW_TOKENS = 12
-# vLLM would serve float32 as bfloat16. Small steps, so that a prompt takes several.
+# vLLM would serve float32 in 16 bits. Small steps, so that a prompt takes several.
 VLLM_FLAGS = ["--dtype", "float32", "--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
 
 
