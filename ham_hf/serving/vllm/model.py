@@ -98,7 +98,9 @@ class HAMForServing(nn.Module, HasInnerState, IsAttentionFree):
     def _take_in(self, row: Row) -> None:
         """Notes by which rule a request keeps tokens."""
         hybrid = [i for i, kind in enumerate(self.config.layer_types) if kind == "hybrid"]
-        quantiles = [self.learned[f"model.layers.{i}.mixer.score_quantiles"] for i in hybrid]
+        # A checkpoint may have none; then no request with `kv_usage` comes this far.
+        asks = row.routing.get("kv_usage") is not None
+        quantiles = [self.learned[f"model.layers.{i}.mixer.score_quantiles"] for i in hybrid if asks]
         rules = Retention.resolve(self.config, quantiles, 1, **row.routing)
         for n, i in enumerate(hybrid):
             name, asked = f"model.layers.{i}.mixer.threshold", rules[i].threshold

@@ -16,7 +16,7 @@ from ...configuration_ham import HAMConfig
 from ...conversion.shards import find_weights
 from ...generation_ham import ROUTING_ARGUMENTS, first_routing
 from ...loading_ham import open_weights
-from ...routing_ham import Retention
+from ...routing_ham import NUM_QUANTILES, Retention
 
 # Arguments of vLLM's own that travel in the same place.
 OTHER_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
@@ -63,7 +63,7 @@ class Served:
 
     @cached_property
     def quantiles(self) -> list[torch.Tensor]:
-        """The score quantiles `[Hk, Q]` of each hybrid layer, read from the checkpoint's files."""
+        """The score quantiles `[Hk, Q]` of each hybrid layer, from the checkpoint's files; zero if it has none."""
         folder = Path(self.model)
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
@@ -74,7 +74,8 @@ class Served:
                 names = [name for name in file.keys() if name.endswith(".score_quantiles")]  # noqa: SIM118, not a dict
                 found |= {name: file.get_tensor(name) for name in names}
         hybrid = [i for i, kind in enumerate(self.config.layer_types) if kind == "hybrid"]
-        return [found[f"model.layers.{i}.mixer.score_quantiles"] for i in hybrid]
+        none = torch.zeros(self.config.num_key_value_heads, NUM_QUANTILES)
+        return [found.get(f"model.layers.{i}.mixer.score_quantiles", none) for i in hybrid]
 
     def check(self, extra_args: dict[str, Any] | None) -> None:
         """Raises `ValueError` for arguments that the model would refuse, and for unknown ones."""

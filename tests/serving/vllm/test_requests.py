@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ham_hf import HAMConfig
 from ham_hf.serving.vllm.requests import HAMArguments, Served, expected_usage, routing_of
@@ -76,6 +77,18 @@ def test_a_usage_needs_a_calibrated_checkpoint(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`kv_usage` needs score quantiles"):
         Served(model.config, {}, str(tmp_path)).check({"kv_usage": 0.5})
+
+
+def test_a_checkpoint_without_quantiles_is_not_calibrated(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("score_quantiles") for name in weights)
+    kept = {name: x for name, x in weights.items() if not name.endswith("score_quantiles")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="`kv_usage` needs score quantiles"):
+        Served(model.config, {}, str(tmp_path)).check({"kv_usage": 0.5})
+    Served(model.config, {}, str(tmp_path)).check({"threshold": 0.5})
 
 
 def test_quantiles_are_those_of_the_model(served, folder):
