@@ -94,8 +94,8 @@ def to_markdown(capacity: list[Row], throughput: list[Row]) -> str:
         f"(`VLLM_ENABLE_V1_MULTIPROCESSING=0`). Medians of {rounds} rounds; in brackets the smallest "
         "and the largest ratio of a round. `transformers serve` handles one request after another. The model is "
         "small, so what a server does besides the model weighs more than with a large one. The HAM computes in "
-        "PyTorch's operations, vLLM's Llama in kernels of its own. Other work ran on the machine meanwhile: tokens per "
-        "second show it, CPU time hardly.",
+        "PyTorch's operations, vLLM's Llama in kernels of its own. Other work ran on the machine meanwhile: tokens "
+        "per second show it, CPU time hardly.",
     ]
     return "\n\n".join(parts) + "\n"
 
