@@ -25,12 +25,15 @@ OLDEST := $(VENV)/oldest
 OLDEST_TESTS := tests/model/transformers_contract tests/model/test_generation.py tests/model/common_suite \
 	tests/model/exactness tests/cache tests/hub/test_remote_code.py tests/training \
 	tests/model_cards/test_cost.py tests/model_cards/test_healing.py
+# vLLM pins what it needs, so it has an environment of its own.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)
 HINT := if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	echo "No NVIDIA GPU seen: if pip should not fetch CUDA libraries, see Set-up in CONTRIBUTING.md"; fi
 PYTEST := OMP_NUM_THREADS=1 HAM_OLDEST_TRANSFORMERS="$(CURDIR)/$(OLDEST)" $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 test test-slow test-oldest lint format bench gpu-check clean
+.PHONY: help demo demo-smollm2 test test-slow test-oldest test-vllm lint format bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +56,10 @@ test-oldest: $(DEV) $(OLDEST)/.installed ## run what depends on Transformers wit
 	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
 	@PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) tests/training/test_scale_out.py $(ARGS)
 
+# A later -m takes the place of this one: ARGS="-m slow" runs the slow tests.
+test-vllm: $(VLLM)/.installed ## run the tests of serving with vLLM on a CPU (Linux, x86-64), without the slow ones
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/pytest -n $(JOBS) --dist loadfile -m "not slow" tests/serving $(ARGS)
+
 lint: $(DEV) ## check style, format and types; changes nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -69,8 +76,8 @@ bench: $(BASE) ## measure speed and memory on this machine
 gpu-check: ## test and measure the kernels on this machine's NVIDIA GPU; installs nothing
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/benchmarks/gpu_check.py $(ARGS)
 
-clean: ## remove the environment, the caches and what was built
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environments, the caches and what was built
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -98,4 +105,13 @@ $(OLDEST)/.installed: constraints-oldest.txt | $(BIN)/python
 	@echo "Installing the oldest supported Transformers into $(OLDEST)"
 	@rm -rf $(OLDEST)
 	@$(PIP) --no-deps --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@
+
+$(VLLM)/.installed: pyproject.toml constraints.txt constraints-vllm.txt
+	@echo "Making $(VLLM) with $(PYTHON): about 0.5 GB to download, 2 GB on disk"
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM_PIP) --no-deps --require-hashes -r constraints-vllm.txt
+	@$(if $(strip $(TORCH)),:,$(HINT))
+	@$(VLLM_PIP) --no-warn-conflicts $(or $(strip $(TORCH)),$(shell grep ^torch== constraints.txt))
+	@$(VLLM_PIP) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -15,7 +15,22 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that explains an error in one line, without the usage."""
+    """A parser that explains an error in one line, without the usage.
+
+    Attributes:
+        rest: name of the argument that takes all that follows `--`; `None`: argparse's own meaning of `--`.
+    """
+
+    rest: str | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Also takes the rest: argparse itself would end it at the first option before it."""
+        if self.rest is None:
+            return super().parse_known_args(args, namespace)
+        cut = args.index("--") if "--" in args else len(args)
+        namespace, unknown = super().parse_known_args(args[:cut], namespace)
+        setattr(namespace, self.rest, args[cut + 1 :])
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raises the error for `main` to print."""

@@ -118,13 +118,13 @@ def memories(arguments: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
             kind = model.config.model_type
             raise CommandError(f"argument --threshold, --kv-usage or --kv-budget: a model of type {kind!r} takes none")
         return [{}]
-    check_budgets(model, arguments.kv_budget)
+    check_budgets(model.config, arguments.kv_budget)
     asked: list[dict[str, Any]] = [{"kv_usage": x} for x in arguments.kv_usage]
     asked += [{"threshold": x} for x in arguments.threshold]
     if model.config.router == "recency":
         # Its scores are positions, which no threshold can tell apart.
         budgets = arguments.kv_budget or [arguments.length // part for part in BUDGETS]
-        check_budgets(model, budgets)
+        check_budgets(model.config, budgets)
         return [*asked, *({"kv_budget": x} for x in budgets)]
     asked += [{"threshold": 0.0, "kv_budget": x} for x in arguments.kv_budget]
     if arguments.kv_usage and not calibrated(model):

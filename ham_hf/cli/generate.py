@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.threshold and arguments.kv_usage:
         raise CommandError("argument --kv-usage: got it beside --threshold, takes its place: give one of the two")
     model, tokenizer = load(arguments)
-    check_budgets(model, [arguments.kv_budget])
+    check_budgets(model.config, [arguments.kv_budget])
     settings = settings_of(arguments)
     if settings[0].name == "kv_usage" and not calibrated(model):
         raise CommandError(

@@ -48,7 +48,7 @@ def execute(arguments: argparse.Namespace) -> None:
     with failing_as("the pictures need matplotlib (pip install 'ham-hf[eval]')"):
         import matplotlib  # noqa: F401
     model, tokenizer = load(arguments)
-    check_budgets(model, [arguments.kv_budget])
+    check_budgets(model.config, [arguments.kv_budget])
     if arguments.kv_usage and not calibrated(model):
         raise CommandError("argument --kv-usage: this checkpoint is not calibrated: ham-hf calibrate MODEL")
     from rich.console import Console

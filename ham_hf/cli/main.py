@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from .. import __version__
-from . import calibrate, card, demo, evaluate, generate, inspect, push, ruler, run, sweep, train
+from . import calibrate, card, demo, evaluate, generate, inspect, push, ruler, run, serve, sweep, train
 from .arguments import CommandError, Parser, exit_status
 
 DESCRIPTION = """\
@@ -22,10 +22,11 @@ examples:
   ham-hf sweep my-ham --text books/ --allow 1% --output my-sweep
   ham-hf card my-ham --results my-results
   ham-hf push my-ham OWNER/my-ham
+  ham-hf serve my-ham --memory 8
   ham-hf train recipe.yaml
   ham-hf run transformers serve path/to/checkpoint
 """
-COMMANDS = (generate, inspect, demo, train, calibrate, evaluate, sweep, ruler, card, push, run)
+COMMANDS = (generate, inspect, demo, train, calibrate, evaluate, sweep, ruler, card, push, serve, run)
 
 
 def build_parser() -> Parser:
@@ -40,7 +41,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"ham-hf {__version__}")
     parser.set_defaults(execute=lambda arguments: parser.print_help())
     commands = parser.add_subparsers(
-        metavar="generate|inspect|demo|train|calibrate|evaluate|sweep|card|push|run", title="commands"
+        metavar="generate|inspect|demo|train|calibrate|evaluate|sweep|card|push|serve|run", title="commands"
     )
     for command in COMMANDS:
         command.add_to(commands)

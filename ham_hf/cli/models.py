@@ -128,9 +128,8 @@ def pick_device(name: str) -> Any:
     return torch.device(name)
 
 
-def check_budgets(model: Any, budgets: list[int | None]) -> None:
+def check_budgets(config: Any, budgets: list[int | None]) -> None:
     """Refuses budgets that window and sinks alone would fill."""
-    config = model.config
     hybrid = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "hybrid"]
     always = max(config.window_of(i) + config.sinks_of(i) for i in hybrid)
     for budget in budgets:

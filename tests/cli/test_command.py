@@ -36,6 +36,7 @@ def test_help_and_version(capsys):
         (["calibrate", "--help"], "ham-hf calibrate my-ham --text book.txt"),
         (["card", "--help"], "ham-hf card my-ham --results my-results --repo-id OWNER/my-ham"),
         (["push", "--help"], "ham-hf push my-ham OWNER/my-ham --private"),
+        (["serve", "--help"], "ham-hf serve my-ham --memory 8"),
         (["run", "--help"], "transformers serve"),
         ([], "ham-hf demo"),
     ):
@@ -83,13 +84,14 @@ ENVIRONMENT = {
     [
         (["--help"], 0),
         ([], 0),
-        *[([name, "--help"], 0) for name in ("generate", "demo", "train", "calibrate", "card", "push", "run")],
+        *[([x, "--help"], 0) for x in ("generate", "demo", "train", "calibrate", "card", "push", "serve", "run")],
         (["train", "no/such/recipe.yaml"], 2),
         (["study", "cpu", "--output", "x"], 2),
         (["calibrate", "no/such/folder", "--text", "x", "--in-place"], 2),
         (["card", "no/such/folder"], 2),
         (["push", "no/such/folder", "me/my-ham"], 2),
         (["generate", "Ahab", "--model", "no/such/folder"], 2),
+        (["serve", "no/such/folder"], 2),
         (["run", "no-such-tool"], 2),
     ],
 )
