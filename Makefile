@@ -24,7 +24,7 @@ GGUF := $(VENV)/.installed-gguf
 OLDEST := $(VENV)/oldest
 OLDEST_TESTS := tests/model/transformers_contract tests/model/test_generation.py tests/model/common_suite \
 	tests/model/exactness tests/cache tests/hub/test_remote_code.py tests/training \
-	tests/model_cards/test_cost.py tests/model_cards/test_healing.py
+	tests/ham_kernels/test_captured_step.py tests/model_cards/test_cost.py tests/model_cards/test_healing.py
 # vLLM pins what it needs, so it has an environment of its own.
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq $(PIP_FLAGS)

@@ -182,7 +182,7 @@ class CapturedForward:
             self._step = CapturedStep(self.model, cache, inputs.get("threshold"), inputs.get("kv_usage"))
         # The next replay writes its logits to the same memory.
         logits = self._step(inputs["input_ids"][:, -1]).clone()
-        return self._output_class(logits=logits[:, None], cache=cache)
+        return self._output_class(logits=logits[:, None], **{CACHE_NAME: cache})
 
     def _covers(self, inputs: dict[str, Any]) -> bool:
         """True if a replay gives what the model would; waits for the device if one of several rows may have ended."""
