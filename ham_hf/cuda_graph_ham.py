@@ -136,7 +136,8 @@ class CapturedStep:
     def _record(self, addressed: Addressed) -> Recording:
         """Captures a step: nothing runs on the device, and the host counts the token that the replay will add."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may allocate meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._step()
         return Recording(graph, logits, addressed)
 
@@ -187,7 +188,9 @@ class CapturedForward:
     def _covers(self, inputs: dict[str, Any]) -> bool:
         """True if a replay gives what the model would; waits for the device if one of several rows may have ended."""
         config, ids, cache = self.model.config, inputs.get("input_ids"), inputs[CACHE_NAME]
-        others = [name for name, value in inputs.items() if name not in REPLAYED and value not in (None, False)]
+        others = [
+            name for name, value in inputs.items() if name not in REPLAYED and value is not None and value is not False
+        ]
         if others or config.output_attentions or config.output_hidden_states or inputs.get("return_dict") is False:
             return False
         if ids is None or ids.shape[1] != 1 or _obstacle_of_cache(cache, rows=len(ids)) is not None:
@@ -200,12 +203,14 @@ class CapturedForward:
 
 
 def has_hooks(model: torch.nn.Module) -> bool:
-    """True if a module calls functions of its user, which a replay would not.
+    """True if a module calls functions of its user, hooks or a `forward` of its own, which a replay would not.
 
-    Transformers' own stay on a model that was once asked for hidden states, and do nothing in other calls.
+    Transformers' own hooks stay on a model that was once asked for hidden states, and do nothing in other calls.
     """
+    if any("forward" in vars(x) for x in model.modules()):
+        return True
     hooks = [hook for x in model.modules() for hook in (*x._forward_hooks.values(), *x._forward_pre_hooks.values())]
-    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    return any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
 
 
 def counts_positions(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
@@ -229,6 +234,8 @@ def obstacle_of_model(model: Any) -> Exception | None:
         return ValueError(f"`model` must be on one CUDA device, got {', '.join(devices)}.")
     if model.training:
         return ValueError("`model` must be in evaluation mode, got one in training: call `model.eval()`.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        return ValueError("`model` must have plain weights, got quantised ones: their layers may wait for the host.")
     if "full_attention" in model.config.layer_types:
         return ValueError("`model` must have no 'full_attention' layers: they have no kernel that appends.")
     if not all(has_decoding_kernels(layer.mixer) for layer in model.model.layers):

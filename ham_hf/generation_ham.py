@@ -282,12 +282,12 @@ class HAMGenerationMixin(GenerationMixin):
         """True if steps are replayed from a CUDA graph, which `disable_compile=True` turns off as it does compilation.
 
         Beams change the cache at every step, and drafts are several tokens: they are left to the model's own call, as
-        are models with hooks, and positions of the caller's own.
+        are chunked prefill, models with hooks, and positions of the caller's own.
         """
         if generation_config.compile_config is not None:
             return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))  # type: ignore[misc]
         plain = generation_config.num_beams in (None, 1) and not generation_config.is_assistant
-        plain = plain and not generation_config.disable_compile
+        plain = plain and not generation_config.disable_compile and generation_config.prefill_chunk_size is None
         if not plain or obstacle_of_model(self) is not None or has_hooks(self):  # type: ignore[arg-type]
             return False
         return counts_positions(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask"))

@@ -373,16 +373,15 @@ def _documents_of_lengths(
     """`[1, T]` document of each token from cumulative lengths."""
     lengths = _check_integers("cu_seq_lens_q", lengths, [(None,)])
     columns = torch.arange(length, device=device)
+    if batch != 1:
+        raise ValueError(f"`cu_seq_lens_q` needs a single row, got {batch} rows.")
     if torch.compiler.is_compiling():
         return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
     if key_lengths is not None and not torch.equal(torch.as_tensor(key_lengths), lengths):
         raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: queries and keys are the same tokens.")
     ends = [0, *lengths.tolist(), length]
-    if batch != 1 or len(ends) < 4 or ends[1] != 0 or ends[-2] != length or ends != sorted(ends):
-        raise ValueError(
-            f"`cu_seq_lens_q` must rise from 0 to {length} and needs a single row, got "
-            f"{lengths.tolist()} for {batch} rows."
-        )
+    if len(ends) < 4 or ends[1] != 0 or ends[-2] != length or ends != sorted(ends):
+        raise ValueError(f"`cu_seq_lens_q` must rise from 0 to {length}, got {lengths.tolist()}.")
     return (torch.searchsorted(lengths.to(device), columns, right=True) - 1).unsqueeze(0)
 
 

@@ -63,10 +63,13 @@ def add_to(commands: Any) -> None:
 def execute(arguments: argparse.Namespace) -> None:
     """`ham-hf serve`: becomes the server, so that signals reach it."""
     from ..serving.server import server_command, server_environment, vllm_is_installed
+    from ..serving.vllm import SUPPORTED, unsupported
 
     check_model_name(arguments.model, MODEL)
     if not vllm_is_installed():
         raise CommandError(NOT_INSTALLED)
+    if (found := unsupported()) is not None:
+        raise CommandError(f"ham-hf serve: found {found}, takes vLLM {SUPPORTED}.*")
     check_port(arguments.host, arguments.port)
     check_model(arguments)
     names = "host port max_model_len memory kv_budget conversations tensor_parallel_size data_parallel_size further"
@@ -78,7 +81,10 @@ def check_port(host: str, port: int) -> None:
     """Refuses an address on which nobody can listen, before vLLM has loaded the model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        socket.getaddrinfo(host, port)
         socket.create_server((host, port), family=family).close()
+    except (socket.gaierror, UnicodeError) as error:
+        raise CommandError(f"argument --host: got {host!r}, takes a name or an address of this machine") from error
     except OSError as error:
         place = f"{host}, port {port}: {error.strerror}"
         raise CommandError(f"argument --port: cannot listen on {place}; takes a free one") from error

@@ -136,12 +136,22 @@ def to_markdown(rows: list[Row]) -> str:
     everything = {(row["kind"], row["index"]): row for row in rows if row["arm"] == EVERYTHING}
     parts = []
     for level in sorted({row["level"] for row in rows if row["arm"] == HAM}, reverse=True):
-        here = [row for row in rows if row["level"] == level]
+        here = of_all_arms([row for row in rows if row["level"] == level])
         arms = dict.fromkeys(row["arm"] for row in here)
         share = statistics.mean(row["bytes"] for row in here if row["arm"] == HAM)
         parts.append(f"{share:.0%} of the bytes, as the HAM holds when asked for {level:.0%}:")
         parts.append(table(["what is held", *KINDS.values()], [line_of(arm, here, everything) for arm in arms]))
     return "\n\n".join([*parts, tail(everything)]) + "\n"
+
+
+def of_all_arms(rows: list[Row]) -> list[Row]:
+    """The rows of prompts and windows that every arm was measured on that has any of their kind."""
+    arms: dict[str, set[str]] = {}
+    by: dict[tuple[str, int], set[str]] = {}
+    for row in rows:
+        arms.setdefault(row["kind"], set()).add(row["arm"])
+        by.setdefault((row["kind"], row["index"]), set()).add(row["arm"])
+    return [row for row in rows if by[row["kind"], row["index"]] == arms[row["kind"]]]
 
 
 def needles_of(arm: str, rows: list[Row], everything: dict[tuple[str, int], Row]) -> list[bool]:
@@ -174,7 +184,8 @@ def tail(everything: dict[tuple[str, int], Row]) -> str:
         statistics.mean(row["loss"] for (kind, _), row in everything.items() if kind == x) for x in ("text", "again")
     )
     return (
-        f"Prompts and windows of {CONTEXT} tokens. A press reads a prompt without its question, or a window without "
+        f"Prompts and windows of {CONTEXT} tokens, those that all arms of a table were measured on. A press reads a "
+        "prompt without its question, or a window without "
         "its end, and drops tokens once; what follows it holds whole. The HAM drops as it reads, to the end, and its "
         "bytes are those of the whole cache, with the states of its RNN. Needles: the number is the likeliest answer, "
         "where it is with everything kept. Losses in nats/token above those with everything kept, which are "
@@ -188,7 +199,7 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     everything = {(row["kind"], row["index"]): row for row in rows if row["arm"] == EVERYTHING}
-    here = [row for row in rows if row["level"] == LEVELS[0] and row["arm"] != SEES]
+    here = of_all_arms([row for row in rows if row["level"] == LEVELS[0] and row["arm"] != SEES])
     arms = list(dict.fromkeys(row["arm"] for row in here))
     colours = [COLOURS.get(arm, "#999999") for arm in arms]
     figure, (left, *others) = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")

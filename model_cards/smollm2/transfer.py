@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import statistics
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,13 @@ class Healing(NamedTuple):
 
     def folder(self, room: Path) -> Path:
         """The folder of the transfer in an arm's room."""
-        return room / (f"steps-{self.steps}" if self.rows == 1 else f"steps-{self.steps}-rows-{self.rows}")
+        name = f"steps-{self.steps}" if self.rows == 1 else f"steps-{self.steps}-rows-{self.rows}"
+        return room / (name if self.text is None else f"{name}-{zlib.crc32(self.text.encode()):08x}")
+
+    def labels(self) -> Row:
+        """What tells the rows of this healing from those of others; only where it is not as the first ones were."""
+        more: Row = {"rows": self.rows} if self.rows > 1 else {}
+        return more if self.text is None else more | {"trained_on": self.text}
 
     def recipe(self, room: Path) -> Row:
         """The sections that both stages share. A GPU that is there is used, in bfloat16."""
@@ -184,7 +191,7 @@ def to_markdown(rows: list[Row]) -> str:
     lines = []
     for arm in (*ARMS, *FORMER_ARMS):
         for stage in sorted({stage_of(row)[1:] for row in rows if row["arm"] == arm}):
-            transfer, distillation, rows_of_step = stage
+            transfer, distillation, rows_of_step, _ = stage
             own = [row for row in rows if stage_of(row) == (arm, *stage)]
             texts, needles = ([row for row in own if row["kind"] == kind] for kind in ("text", "needle"))
             if not texts or not needles:
@@ -218,9 +225,9 @@ def to_markdown(rows: list[Row]) -> str:
     return f"{table(columns, lines)}\n\n{tail}\n{differences(rows)}"
 
 
-def stage_of(row: Row) -> tuple[str, int, int, int]:
-    """The arm of a row, the steps of transfer and of distillation that its model had, and their rows."""
-    return row["arm"], row["steps"], row.get("distillation", 0), row.get("rows", 1)
+def stage_of(row: Row) -> tuple[str, int, int, int, str]:
+    """The arm of a row, the steps of transfer and of distillation that its model had, their rows and their text."""
+    return row["arm"], row["steps"], row.get("distillation", 0), row.get("rows", 1), row.get("trained_on", "")
 
 
 def thousands(rows: int) -> str:
@@ -232,12 +239,14 @@ def differences(rows: list[Row]) -> str:
     """A row for each pair of arms that were measured: how they differ, window by window; empty if there is none."""
     lines = []
     texts = [row for row in rows if row["kind"] == "text"]
-    last = {arm: max((stage_of(row) for row in texts if row["arm"] == arm), default=(arm, 0, 0, 1)) for arm in ARMS}
+    last = {
+        arm: max((stage_of(row) for row in texts if row["arm"] == arm), default=(arm, 0, 0, 1, "")) for arm in ARMS
+    }
     stages = {arm: sorted({stage_of(row) for row in texts if row["arm"] == arm}) for arm in ARMS}
     pairs = [(stage, before) for arm in ARMS for before, stage in itertools.pairwise(stages[arm])]
     pairs += [(last["l2"], last["random"]), (last["l2"], last["recency"])]
     for first, second in pairs:
-        stages_of_both = ((arm, thousands(a * rows), thousands(b * rows)) for arm, a, b, rows in (first, second))
+        stages_of_both = ((arm, thousands(a * rows), thousands(b * rows)) for arm, a, b, rows, _ in (first, second))
         cells = [" - ".join(f"{arm}, {a} + {b}" for arm, a, b in stages_of_both)]
         for name in ("loss", "second_time"):
             one, other = (
@@ -275,7 +284,7 @@ def main() -> None:
             if arm != EVERYTHING:
                 after = transferred(arm, before, healing)
                 save_log(arm, after.parent)
-                labels = {"arm": arm, "steps": healing.steps} | ({"rows": healing.rows} if healing.rows > 1 else {})
+                labels = {"arm": arm, "steps": healing.steps} | healing.labels()
                 measure(after, labels, usage, read_rows(RESULTS))
                 if healing.distillation:
                     healed = distilled(arm, after, llama(arguments.cache), healing)

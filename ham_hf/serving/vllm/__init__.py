@@ -16,7 +16,7 @@ def register() -> None:
 
     A vLLM of another minor version than `SUPPORTED` goes on without it, with a warning: it may serve other models.
     """
-    if (found := _unsupported()) is not None:
+    if (found := unsupported()) is not None:
         warnings.warn(
             f"ham_hf serves HAM models with vLLM {SUPPORTED}.*, found {found}: it is left out.", stacklevel=2
         )
@@ -36,8 +36,8 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:HAMForServing")
 
 
-def _unsupported() -> str | None:
-    """The installed vLLM if the plugin does not serve with it."""
+def unsupported() -> str | None:
+    """The name and version of the installed vLLM if the plugin does not serve with it; `None` if it does."""
     for name in DISTRIBUTIONS:
         try:
             found = version(name)

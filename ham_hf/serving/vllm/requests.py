@@ -37,7 +37,7 @@ def expected_usage(config: HAMConfig, routing: dict[str, Any]) -> float:
     threshold = routing.get("threshold", config.fixed_threshold)
     if threshold is not None:
         thresholds = threshold if isinstance(threshold, list) else [threshold]
-        if max(thresholds) <= 0 or min(thresholds) > 1:
+        if thresholds and (max(thresholds) <= 0 or min(thresholds) > 1):
             return float(max(thresholds) <= 0)
     target = config.target_kv_usage
     targets = target if isinstance(target, list) else [1.0 if target is None else target]

@@ -109,6 +109,8 @@ def _checked(vllm_config: VllmConfig) -> dict[str, Any]:
     """The plugin's own settings, with the routing arguments of the checkpoint's generation configuration."""
     config: HAMConfig = vllm_config.model_config.hf_config
     given = _own(vllm_config)
+    if not isinstance(given, dict):
+        raise ValueError(f"`additional_config[{KEY!r}]` must be a dict, got {given!r}.")
     names = (*ROUTING_ARGUMENTS, CONVERSATIONS)
     unknown = sorted(set(given) - set(names))
     if unknown:

@@ -127,6 +127,11 @@ def test_a_request_is_expected_to_keep_what_it_asks_for(routing, usage):
     assert expected_usage(HAMConfig(**SMALL, target_kv_usage=0.3), routing) == usage
 
 
+def test_a_list_of_no_thresholds_asks_for_nothing():
+    config = HAMConfig(**SMALL | {"layer_types": ["linear_attention"] * SMALL["num_hidden_layers"]})
+    assert expected_usage(config, {"threshold": []}) == expected_usage(config, {})
+
+
 def test_thresholds_without_a_target_may_keep_everything():
     assert expected_usage(HAMConfig(**SMALL, target_kv_usage=None), {}) == 1.0
     assert expected_usage(HAMConfig(**SMALL, target_kv_usage=[0.2, 0.4]), {}) == pytest.approx(0.3)
