@@ -116,9 +116,9 @@ def test_the_study_is_what_its_results_say(tmp_path):
         "a result is missing, or is no longer asked for"
     )
     write_report(results, list(study["arms"]), tmp_path)
-    for name in ("study.md", "differences.md", "repairs.md"):
+    for name in ("study.md", "differences.md", "repairs.md", "selection.md"):
         assert (stored / name).read_text() == (tmp_path / name).read_text()
-    for name, file in (("study", "differences.md"), ("repairs", "repairs.md")):
+    for name, file in (("study", "differences.md"), ("repairs", "repairs.md"), ("selection", "selection.md")):
         assert between("model_cards/study/README.md", name) == (stored / file).read_text().strip()
 
 
