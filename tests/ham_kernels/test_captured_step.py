@@ -435,18 +435,6 @@ def test_rows_that_have_ended_are_left_to_the_model(generated):
     assert replayed <= 2
 
 
-def with_a_hook(model):
-    model.lm_head.register_forward_hook(lambda *_: None)
-
-
-def with_a_forward(model):
-    model.lm_head.forward = model.lm_head.forward
-
-
-def quantised(model):
-    model.hf_quantizer = object()
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -454,9 +442,9 @@ def quantised(model):
         {"num_beams": 2},
         {"use_cache": False},
         {"cache_implementation": "offloaded"},
-        {"change": with_a_hook},
-        {"change": with_a_forward},
-        {"change": quantised},
+        {"change": lambda model: model.lm_head.register_forward_hook(lambda *_: None)},
+        {"change": lambda model: setattr(model.lm_head, "forward", model.lm_head.forward)},
+        {"change": lambda model: setattr(model, "hf_quantizer", object())},
         {"prefill_chunk_size": 1},
         {"change": lambda model: setattr(model.config, "output_hidden_states", True)},
         {"rows": 1, "prompt_lookup_num_tokens": 2},
