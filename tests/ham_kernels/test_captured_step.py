@@ -445,7 +445,7 @@ def test_rows_that_have_ended_are_left_to_the_model(generated):
         {"change": lambda model: model.lm_head.register_forward_hook(lambda *_: None)},
         {"change": lambda model: setattr(model.lm_head, "forward", model.lm_head.forward)},
         {"change": lambda model: setattr(model, "hf_quantizer", object())},
-        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 16},
         {"change": lambda model: setattr(model.config, "output_hidden_states", True)},
         {"rows": 1, "prompt_lookup_num_tokens": 2},
         {"rows": 1, "position_ids": 2 * torch.arange(PROMPT)[None]},

@@ -30,6 +30,11 @@ INPUTS = {
 }
 
 
+def some_slow(names, quick):
+    """Each name, all but the quick ones marked as slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def compiled_afresh():
     torch._dynamo.reset()
@@ -58,7 +63,7 @@ def gradients(model, call, inputs):
     return {"loss": out.loss.detach()} | {n: x.grad for n, x in model.named_parameters() if x.grad is not None}
 
 
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("layers", some_slow(LAYERS, ("hybrid", "full")))
 def test_every_kind_of_layer_trains_in_one_graph(layers, make):
     model = make(training=True, **LAYERS[layers])
     expected = gradients(model, model, {"input_ids": IDS})
@@ -68,7 +73,7 @@ def test_every_kind_of_layer_trains_in_one_graph(layers, make):
         torch.testing.assert_close(found[name], x, rtol=0, atol=2e-6 * max(1, x.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("name", [x for x in INPUTS if "threshold" not in x and x not in ("plain", "budget")])
+@pytest.mark.parametrize("name", some_slow(("mask", "positions", "lengths"), ("mask",)))
 def test_packed_and_padded_rows_train_in_one_graph(name, make):
     model = make(training=True, attention_window=5)
     inputs = {"input_ids": IDS} | INPUTS[name]
@@ -89,7 +94,7 @@ def test_autocast_trains_in_one_graph(make):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", some_slow(INPUTS, ("plain", "mask", "threshold")))
 def test_prefill_without_a_cache_is_one_graph(name, make):
     model = make()
     inputs = {"input_ids": IDS} | INPUTS[name]
