@@ -174,16 +174,25 @@ class CapturedForward:
 
     def __call__(self, **inputs: Any) -> Any:
         """Takes and returns what the model's own call does."""
-        if self._output_class is None or inputs.get(CACHE_NAME) is None or not self._covers(inputs):
+        step = None if self._output_class is None else self._step_for(inputs)
+        if step is None:
             outputs = self.model(**inputs)
             self._output_class = type(outputs)
             return outputs
-        cache = inputs[CACHE_NAME]
-        if self._step is None or self._step.cache is not cache:
-            self._step = CapturedStep(self.model, cache, inputs.get("threshold"), inputs.get("kv_usage"))
         # The next replay writes its logits to the same memory.
-        logits = self._step(inputs["input_ids"][:, -1]).clone()
-        return self._output_class(logits=logits[:, None], **{CACHE_NAME: cache})
+        logits = step(inputs["input_ids"][:, -1]).clone()
+        return self._output_class(logits=logits[:, None], **{CACHE_NAME: step.cache})
+
+    def _step_for(self, inputs: dict[str, Any]) -> CapturedStep | None:
+        """The step of these inputs' cache, made at its first call; `None` if the model is to be called."""
+        cache = inputs.get(CACHE_NAME)
+        if cache is None or not self._covers(inputs):
+            return None
+        if self._step is None or self._step.cache is not cache:
+            if _obstacle_of_kernels(self.model, cache) is not None:
+                return None
+            self._step = CapturedStep(self.model, cache, inputs.get("threshold"), inputs.get("kv_usage"))
+        return self._step
 
     def _covers(self, inputs: dict[str, Any]) -> bool:
         """True if a replay gives what the model would; waits for the device if one of several rows may have ended."""
@@ -194,8 +203,6 @@ class CapturedForward:
         if others or config.output_attentions or config.output_hidden_states or inputs.get("return_dict") is False:
             return False
         if ids is None or ids.shape[1] != 1 or _obstacle_of_cache(cache, rows=len(ids)) is not None:
-            return False
-        if _obstacle_of_kernels(self.model, cache) is not None:
             return False
         mask = inputs.get("attention_mask")
         # The only row of a batch has not ended, or there would be no call.
